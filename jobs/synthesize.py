@@ -1,0 +1,11 @@
+"""Write a synthetic data set of faces. Everything is in faceflow.cli."""
+
+import sys
+from pathlib import Path
+
+# Found beside this file, so that a job submitted with this repository as its working directory needs no installation.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
+
+from faceflow.cli import main
+
+sys.exit(main(["synthesize", *sys.argv[1:]]))

@@ -1,0 +1,176 @@
+"""Every command, defined once: `faceflow cluster …` and `python jobs/cluster.py …` both come here. Errors become exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from faceflow import __version__
+from faceflow.config import SETTINGS, load_config, parse_setting
+from faceflow.errors import FaceflowError, did_you_mean
+
+EXIT_CODES = """exit codes: 0 done; 2 bad input or settings; 3 could not finish (the same command continues);
+4 a quality gate failed; 5 another run published first"""
+
+_UNSET: Any = object()
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with "did you mean" for unknown flags and commands."""
+
+    def error(self, message: str) -> Any:
+        unknown = message.removeprefix("unrecognized arguments: ") if message.startswith("unrecognized") else ""
+        if unknown.startswith("--"):
+            message += did_you_mean(unknown.split()[0].split("=")[0], [f for f in self._option_string_actions if f.startswith("--")])
+        self.print_usage(sys.stderr)
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def _settings_parser(commands: Any, name: str, help: str, description: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name, help=help, description=description, epilog=EXIT_CODES, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )  # fmt: skip
+    parser.add_argument("input", metavar="INPUT", nargs="?", default=_UNSET, help="Parquet file, folder (nested) or glob; local or s3://")
+    parser.add_argument("output", metavar="OUTPUT", nargs="?", default=_UNSET, help="folder or s3:// prefix for labels, pointer and runs")
+    for key, field in SETTINGS.items():
+        if key in ("input", "output"):
+            continue
+        meta = field.metadata
+        shown = "" if field.default is None else f" (default: {field.default})"
+        parser.add_argument(
+            f"--{key.replace('_', '-')}", dest=key, default=_UNSET, help=(meta["help"] + shown).replace("%", "%%"),
+            metavar=meta["metavar"] or ("|".join(meta["choices"]) if meta["choices"] else "TEXT"),
+        )  # fmt: skip
+    parser.add_argument("--config", metavar="FILE", help="TOML file with any of these settings; flags win over it")
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line of stdout")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars and no stage lines on stderr")
+    return parser
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = _Parser(
+        prog="faceflow",
+        description="Cluster millions of face embeddings: neighbor search on Ray, a pruned graph, Infomap.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"faceflow {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
+    _settings_parser(
+        commands,
+        "cluster",
+        "cluster a Parquet data set of face embeddings",
+        "Give every face of INPUT a cluster id and publish the labels under OUTPUT:\n"
+        "  OUTPUT/labels/run=<run id>/part-*.parquet   id (its own type), cluster (int64), in input order\n"
+        "  OUTPUT/latest.json                          points to the labels in force; replaced atomically\n"
+        "Run the same command again after an interruption: it continues from what is finished.",
+    )
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="score labels against known identities",
+        description="Pairwise and BCubed precision, recall and F, NMI and ARI of LABELS against TRUTH.",
+        epilog=EXIT_CODES,
+        allow_abbrev=False,
+    )
+    evaluate.add_argument("labels", metavar="LABELS", help="an OUTPUT folder (follows latest.json) or label Parquet")
+    evaluate.add_argument("truth", metavar="TRUTH", help="Parquet with an id and a label column; a file, folder or glob")
+    evaluate.add_argument("--label-column", default="label", metavar="TEXT", help="identity column of TRUTH (default: label)")
+    evaluate.add_argument("--id-column", default="id", metavar="TEXT", help="id column of TRUTH (default: id)")
+    synthesize = commands.add_parser(
+        "synthesize",
+        help="write a synthetic data set of faces with known identities",
+        description="Write synthetic faces (id, embedding, label) as Parquet files into the folder OUTPUT.",
+        epilog=EXIT_CODES,
+        allow_abbrev=False,
+    )
+    synthesize.add_argument("output", metavar="OUTPUT", help="an empty or new folder, or an s3:// prefix")
+    synthesize.add_argument("--faces", type=int, required=True, metavar="N", help="number of faces")
+    synthesize.add_argument("--dim", type=int, default=256, metavar="D", help="dimension of the embeddings (default: 256)")
+    synthesize.add_argument("--mean-size", type=float, default=68.5, metavar="X", help="mean faces an identity (default: 68.5)")
+    synthesize.add_argument("--sizes", metavar="FILE", help="Parquet with cluster_size and clusters: a size distribution to follow")
+    synthesize.add_argument("--seed", type=int, default=0, metavar="N", help="seed; same arguments, same faces (default: 0)")
+    for command in (evaluate, synthesize):
+        command.add_argument("--storage-options", metavar="JSON", help="options of the s3fs file system, as JSON")
+        command.add_argument("--json", action="store_true", help="print one JSON object as the last line of stdout")
+    return parser
+
+
+def _cluster(arguments: argparse.Namespace) -> None:
+    from faceflow.pipeline import run_clustering
+
+    given = {key: value for key in SETTINGS if (value := getattr(arguments, key)) is not _UNSET}
+    result = run_clustering(load_config(given, arguments.config), progress=not arguments.quiet)
+    if arguments.json:
+        print(json.dumps(result.as_dict()))
+    else:
+        print(f"{result.faces:,} faces, {result.edges:,} edges -> {result.clusters:,} clusters, {result.singletons:,} of one face")
+        print(f"run {result.run_id}, {result.seconds['total']:.1f} s; labels: {result.labels}")
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from faceflow.evaluation import evaluate
+
+    scores = evaluate(
+        arguments.labels, arguments.truth, label_column=arguments.label_column, id_column=arguments.id_column,
+        storage_options=parse_setting("storage_options", arguments.storage_options),
+    )  # fmt: skip
+    if arguments.json:
+        print(json.dumps(asdict(scores)))
+        return
+    print(f"{'':10}precision  recall     F")
+    for name in ("pairwise", "bcubed"):
+        row = [getattr(scores, f"{name}_{part}") for part in ("precision", "recall", "f")]
+        print(f"{name:10}" + "  ".join(f"{value:9.4f}" for value in row))
+    print(f"NMI {scores.nmi:.4f}  ARI {scores.ari:.4f}")
+    print(f"{scores.faces:,} faces, {scores.clusters:,} clusters ({scores.singletons:,} of one face), {scores.identities:,} identities")
+
+
+def _synthesize(arguments: argparse.Namespace) -> None:
+    from faceflow.synthesis import synthesize
+
+    made = synthesize(
+        arguments.output, arguments.faces, dim=arguments.dim, mean_size=arguments.mean_size, sizes=arguments.sizes,
+        seed=arguments.seed, storage_options=parse_setting("storage_options", arguments.storage_options),
+    )  # fmt: skip
+    if arguments.json:
+        print(json.dumps(made))
+    else:
+        print(f"{made['faces']:,} faces of {made['identities']:,} identities in {made['files']} file(s): {arguments.output}")
+
+
+_COMMANDS = {"cluster": _cluster, "evaluate": _evaluate, "synthesize": _synthesize}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    arguments = build_parser().parse_args(argv)
+    quiet = getattr(arguments, "quiet", False)
+    logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    for noisy in ("botocore", "aiobotocore", "s3fs", "numba", "faiss", "fsspec"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        _COMMANDS[arguments.command](arguments)
+        return 0
+    except FaceflowError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues", file=sys.stderr)
+        return 3
+    except Exception as error:
+        traceback.print_exc()
+        print(f"error: unexpected {type(error).__name__}: {error}; please report it with the lines above", file=sys.stderr)
+        return 3
+
+
+if __name__ == "__main__":
+    sys.exit(main())

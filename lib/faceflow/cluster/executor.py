@@ -1,0 +1,226 @@
+"""Runs functions on a Ray cluster: bounded work in flight, retries, progress. The only module that imports ray."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tqdm import tqdm
+
+from faceflow.errors import FaceflowError, RunError, SettingsError
+
+RETRIES = 5
+"""Times a piece is tried again after its worker or machine died, or after an I/O error."""
+
+OBJECT_STORE_BYTES = 128 * 2**20
+"""Of a private local Ray: tasks exchange files, so objects are small dictionaries."""
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one task asks Ray for. cpus 0 stands for all CPUs of the smallest machine that has the most of them."""
+
+    cpus: float = 1
+    gpus: float = 0
+
+
+@dataclass
+class Usage:
+    """What the tasks of a run have used so far."""
+
+    peak_worker_bytes: int = 0
+    tasks: int = 0
+    busy_seconds: float = 0.0
+    by_label: dict[str, float] = field(default_factory=dict)
+
+
+def _run_piece(function: Callable[..., Any], arguments: tuple[Any, ...], threads: int) -> tuple[Any, int, float]:
+    """In the worker: run one piece with `threads` BLAS threads, and measure it."""
+    from threadpoolctl import threadpool_limits
+
+    begun = time.perf_counter()
+    with threadpool_limits(limits=threads):
+        result = function(*arguments)
+    return result, peak_memory(), time.perf_counter() - begun
+
+
+def peak_memory() -> int:
+    """Largest resident memory of this process so far, in bytes, resident pages of mapped files included."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class Executor:
+    """A connection to a Ray cluster, or a private local one that ends with this object.
+
+    address: a Ray address; None: RAY_ADDRESS if set, else private. workers: pieces at work at once, at most (None: one
+    per CPU of the cluster). Raises SettingsError when the cluster cannot be reached.
+    """
+
+    def __init__(self, address: str | None = None, workers: int | None = None, progress: bool = True) -> None:
+        self.address, self.workers = address, workers
+        self.usage = Usage()
+        self._progress = progress
+        self._connected: Any = None
+        self._owned = False
+
+    @property
+    def _ray(self) -> Any:
+        # Connected on first use: a run whose input is refused, or whose stages are all finished, starts no cluster.
+        if self._connected is None:
+            import ray
+
+            if not ray.is_initialized():
+                self._connect(ray)
+                self._owned = True
+            self._connected = ray
+        return self._connected
+
+    def _connect(self, ray: Any) -> None:
+        address = self.address or os.environ.get("RAY_ADDRESS") or "local"
+        options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+        if address == "local":
+            # More workers than CPUs is the caller's wish.
+            cpus = max(_usable_cpus(), self.workers or 1)
+            options |= {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+        else:
+            # Workers of another machine run the very code that the driver runs.
+            options["runtime_env"] = {"py_modules": [str(Path(__file__).resolve().parents[1])]}
+        with _quiet_environment():
+            try:
+                ray.init(address=address, **options)
+            except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+                raise SettingsError(f"cannot use Ray at {address}: {str(error).splitlines()[0]}") from None
+
+    def __enter__(self) -> Executor:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._owned:
+            self._connected.shutdown()
+
+    @property
+    def cpus(self) -> int:
+        """CPUs of the whole cluster, as of now."""
+        return max(1, int(self._ray.cluster_resources().get("CPU", 1)))
+
+    @property
+    def largest_machine_cpus(self) -> int:
+        """CPUs of the machine with the most of them."""
+        return max([1, *(int(node["Resources"].get("CPU", 0)) for node in self._ray.nodes() if node["Alive"])])
+
+    def map(
+        self,
+        function: Callable[..., Any],
+        pieces: Sequence[tuple[Any, ...]],
+        label: str,
+        *,
+        sizes: Sequence[int] | None = None,
+        resources: Resources = Resources(),
+    ) -> list[Any]:
+        """`function(*piece)` for every piece, in workers; results in the order of `pieces`.
+
+        function must be importable by name and give the same result when run again. sizes: rows of each piece, for the
+        progress bar. At most `workers` pieces (else two per CPU, so that an autoscaler sees the demand) are in flight,
+        and results should be small: data travels through files.
+        Raises the piece's own FaceflowError, or RunError when a piece keeps failing.
+        """
+        ray = self._ray
+        cpus = resources.cpus or min(self.largest_machine_cpus, self.workers or sys.maxsize)
+        # An I/O error may pass; any other exception of the function would only come again.
+        remote = ray.remote(_run_piece).options(
+            num_cpus=cpus, num_gpus=resources.gpus, max_retries=RETRIES, retry_exceptions=[OSError], name=label,
+            scheduling_strategy="SPREAD",
+        )  # fmt: skip
+        results: list[Any] = [None] * len(pieces)
+        queue = iter(range(len(pieces)))
+        flying: dict[Any, int] = {}
+        with self._bar(label, sizes, len(pieces)) as bar:
+            try:
+                while True:
+                    room = self.workers or max(1, int(2 * self.cpus / max(cpus, 1)))
+                    while len(flying) < room and (index := next(queue, None)) is not None:
+                        flying[remote.remote(function, pieces[index], max(1, int(cpus)))] = index
+                    if not flying:
+                        break
+                    done, _ = ray.wait(list(flying), num_returns=1, timeout=5)
+                    for reference in done:
+                        index = flying.pop(reference)
+                        results[index] = self._collect(reference, label)
+                        bar.update(sizes[index] if sizes else 1)
+            except BaseException:
+                for reference in flying:
+                    with contextlib.suppress(Exception):
+                        ray.cancel(reference, force=True)
+                raise
+        return results
+
+    def call(self, function: Callable[..., Any], *arguments: Any, label: str, resources: Resources = Resources()) -> Any:
+        """One piece, as `map`."""
+        return self.map(function, [arguments], label, resources=resources)[0]
+
+    def _collect(self, reference: Any, label: str) -> Any:
+        from ray import exceptions
+
+        try:
+            result, peak, seconds = self._ray.get(reference)
+        except exceptions.RayTaskError as error:
+            cause = error.cause
+            if isinstance(cause, FaceflowError):
+                raise cause from None
+            if isinstance(cause, (OSError, MemoryError)):
+                raise RunError(f"{label}: {cause}") from error
+            raise RunError(f"{label}: a worker failed with {type(cause).__name__}: {cause}\n{error}") from error
+        except exceptions.RayError as error:
+            raise RunError(f"{label}: gave up after {RETRIES} retries: {str(error).splitlines()[0]}") from error
+        self.usage.peak_worker_bytes = max(self.usage.peak_worker_bytes, peak)
+        self.usage.tasks += 1
+        self.usage.busy_seconds += seconds
+        self.usage.by_label[label] = self.usage.by_label.get(label, 0.0) + seconds
+        return result
+
+    @contextlib.contextmanager
+    def _bar(self, label: str, sizes: Sequence[int] | None, pieces: int) -> Iterator[Any]:
+        with tqdm(
+            total=sum(sizes) if sizes else pieces,
+            desc=f"{label:>9}",
+            unit=" rows" if sizes else " pieces",
+            unit_scale=True,
+            disable=None if self._progress else True,
+            leave=False,
+            file=sys.stderr,
+        ) as bar:
+            yield bar
+
+
+def _usable_cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def _quiet_environment() -> Iterator[None]:
+    """Ray reads these once, when it starts: no usage report leaves the machine, no warning of a default that we set."""
+    wanted = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+    before = {key: os.environ.get(key) for key in wanted}
+    for key, value in wanted.items():
+        os.environ.setdefault(key, value)
+    try:
+        yield
+    finally:
+        for key, old in before.items():
+            if old is None:
+                os.environ.pop(key, None)
+
+
+def chunks(items: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:
+    """Consecutive runs of at most `size` items."""
+    return (items[i : i + size] for i in range(0, len(items), size))

@@ -1,0 +1,180 @@
+"""Every setting of a clustering run: one frozen, validated type from which the CLI, TOML files and fingerprints follow."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from faceflow.errors import SettingsError, did_you_mean
+
+
+def _setting(default: Any, help: str, *, metavar: str | None = None, choices: tuple[str, ...] | None = None) -> Any:
+    return field(default=default, metadata={"help": help, "metavar": metavar, "choices": choices})
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """Settings of one run. Every field but `input` and `output` has a default; values are checked on construction.
+
+    Raises SettingsError, naming the setting and what it accepts.
+    """
+
+    input: str
+    output: str
+    id_column: str = _setting("id", "column with each face's id: a string or any integer type")
+    embedding_column: str = _setting("embedding", "column with the embedding: a (large, fixed-size) list of floats")
+    neighbors: int = _setting(80, "neighbors kept per face (k), at most", metavar="K")
+    min_similarity: float | None = _setting(
+        0.58,
+        "cosine similarity below which two faces are never neighbors; 'none' keeps the plain K nearest. The right floor "
+        "depends on the embedding: look at a few known pairs",
+        metavar="COS",
+    )
+    index: str = _setting(
+        "auto",
+        "search plan. exact: every pair is compared; cells: only pairs in nearby cells of a coarse quantizer; "
+        "auto: whichever is predicted to be faster",
+        choices=("auto", "exact", "cells"),
+    )
+    cells: int | None = _setting(None, "number of cells of the coarse quantizer (default: from the number of faces)", metavar="N")
+    probes: int | None = _setting(None, "cells that each face is compared with (default: 3)", metavar="N")
+    engine: str = _setting("infomap", "community detection: the infomap package", choices=("infomap",))
+    seed: int = _setting(0, "seed of everything random; same input, settings and seed: same labels", metavar="N")
+    workers: int | None = _setting(None, "tasks at work at once, at most (default: every CPU of the Ray cluster)", metavar="N")
+    gpus_per_worker: float = _setting(0.0, "GPUs a search task asks Ray for; above 0 searches on the GPU", metavar="X")
+    run_id: str | None = _setting(
+        None, "name of the run (default: the unfinished run with these settings, else a new one from the time)", metavar="ID"
+    )
+    work_dir: str | None = _setting(
+        None, "where run directories lie (default: OUTPUT/_runs): a fast shared disk, or another bucket", metavar="DIR"
+    )
+    storage_options: Mapping[str, Any] | None = _setting(
+        None, 'options of the s3fs file system, as JSON: {"endpoint_url": …, "key": …, "secret": …}', metavar="JSON"
+    )
+    address: str | None = _setting(
+        None, "Ray cluster to use (default: RAY_ADDRESS if set, as under `ray job submit`; else a private local one)", metavar="RAY"
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("input", "output"):
+            if not getattr(self, name):
+                raise SettingsError(f"{name} is empty: name a folder, a file or an s3:// address")
+        for name in ("id_column", "embedding_column"):
+            if not getattr(self, name):
+                raise SettingsError(f"{name} is empty: name a column")
+        if self.id_column == self.embedding_column:
+            raise SettingsError(f"id_column and embedding_column are both {self.id_column!r}: they must differ")
+        self._range("neighbors", 1, 10_000)
+        self._range("cells", 1, 2**24)
+        self._range("probes", 1, 1024)
+        self._range("workers", 1, 100_000)
+        self._range("seed", 0, 2**31 - 1)
+        self._range("gpus_per_worker", 0, 64)
+        if self.min_similarity is not None and not -1 <= self.min_similarity <= 1:
+            raise SettingsError(f"min_similarity is {self.min_similarity}: a cosine lies between -1 and 1; or 'none'")
+        for name, choices in (("index", ("auto", "exact", "cells")), ("engine", ("infomap",))):
+            if getattr(self, name) not in choices:
+                raise SettingsError(f"{name} is {getattr(self, name)!r}{did_you_mean(str(getattr(self, name)), choices)}")
+        if self.run_id is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.run_id):
+            raise SettingsError(
+                f"run_id is {self.run_id!r}: use 1 to 100 letters, digits, '.', '_' or '-', the first a letter or digit"
+            )
+
+    def _range(self, name: str, low: float, high: float) -> None:
+        value = getattr(self, name)
+        if value is not None and not low <= value <= high:
+            raise SettingsError(f"{name} is {value}: it must lie between {low} and {high}")
+
+    def public(self) -> dict[str, Any]:
+        """The settings as plain JSON values, without anything that could hold a credential."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        del values["storage_options"]
+        return values
+
+    def fingerprint(self, names: tuple[str, ...]) -> dict[str, Any]:
+        """The named settings as plain values: what a stage compares before it reuses earlier work."""
+        return {name: getattr(self, name) for name in names}
+
+
+SETTINGS: dict[str, dataclasses.Field[Any]] = {f.name: f for f in dataclasses.fields(ClusterConfig)}
+
+_CONVERT: dict[str, Any] = {
+    "str": str,
+    "int": int,
+    "float": float,
+    "int | None": int,
+    "float | None": float,
+    "str | None": str,
+}
+
+
+def parse_setting(name: str, value: Any) -> Any:
+    """A value from the command line (text) or from TOML (typed) as the setting's own type.
+
+    Raises SettingsError for an unknown name (with "did you mean") or a value of the wrong type.
+    """
+    if name not in SETTINGS:
+        raise SettingsError(f"unknown setting {name!r}{did_you_mean(name, SETTINGS)}")
+    kind = str(SETTINGS[name].type)
+    if kind.startswith("Mapping"):
+        if isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except json.JSONDecodeError as error:
+                # The text may hold a secret: say where it is wrong, not what it says.
+                raise SettingsError(f"{name} is not valid JSON (line {error.lineno}, column {error.colno})") from None
+        if value is not None and not isinstance(value, dict):
+            raise SettingsError(f"{name} must be a JSON object")
+        return value
+    if "None" in kind and (value is None or (isinstance(value, str) and value.lower() == "none")):
+        return None
+    convert = _CONVERT[kind]
+    wrong = isinstance(value, bool) or (convert is str and not isinstance(value, str))
+    if convert is int and isinstance(value, float):
+        wrong = True
+    if not wrong:
+        try:
+            return convert(value)
+        except (TypeError, ValueError):
+            pass
+    noun = {str: "a text", int: "a whole number", float: "a number"}[convert]
+    raise SettingsError(f"{name} is {value!r}: it must be {noun}")
+
+
+def load_config(flags: Mapping[str, Any], toml_path: str | None = None) -> ClusterConfig:
+    """Flags over TOML over defaults. `flags` holds only what was given; keys may use '-' or '_'.
+
+    Raises SettingsError for an unreadable file, an unknown key or a bad value.
+    """
+    values: dict[str, Any] = {}
+    if toml_path is not None:
+        try:
+            text = tomllib.loads(Path(toml_path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise SettingsError(f"cannot read config {toml_path}: {error.strerror}") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise SettingsError(f"config {toml_path} is not valid TOML: {error}") from None
+        for key, value in text.items():
+            try:
+                values[key.replace("-", "_")] = parse_setting(key.replace("-", "_"), value)
+            except SettingsError as error:
+                raise SettingsError(f"config {toml_path}: {error}") from None
+    for key, value in flags.items():
+        values[key] = parse_setting(key, value)
+    for name in ("input", "output"):
+        if name not in values:
+            raise SettingsError(f"{name} is missing: give it on the command line or in the config file")
+    return ClusterConfig(**values)
+
+
+def digest(value: Any) -> str:
+    """Stable short hash of a JSON-like value."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

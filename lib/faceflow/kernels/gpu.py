@@ -1,0 +1,93 @@
+"""The same searches on one GPU, by faiss's flat GPU index; needs the `gpu` extra. No symmetric trick: a GPU returns each
+query's k best, so every ordered pair of blocks is searched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import faiss
+import numpy as np
+
+from faceflow.errors import SettingsError
+from faceflow.kernels.topk import Buffers, encode
+
+QUERY_BATCH = 16_384
+MAX_NEIGHBORS = 2047
+"""faiss's GPU selection holds 2048 results; one of them is the face itself."""
+
+
+def check_device() -> None:
+    """Run a real kernel, so that a missing driver or a wrong wheel is known before any work.
+
+    Raises SettingsError with the cause.
+    """
+    if not hasattr(faiss, "StandardGpuResources"):
+        raise SettingsError("gpus_per_worker is above 0, but this faiss has no GPU support: install the 'gpu' extra, not 'cpu'")
+    try:
+        unit = np.eye(4, 8, dtype=np.float32)
+        similarities, found = faiss.knn_gpu(faiss.StandardGpuResources(), unit, unit, 1, metric=faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as error:
+        raise SettingsError(f"gpus_per_worker is above 0, but the GPU does not work: {str(error).splitlines()[0]}") from None
+    if not (np.array_equal(found[:, 0], np.arange(4)) and np.allclose(similarities, 1)):
+        raise SettingsError("gpus_per_worker is above 0, but the GPU returned a wrong product: check driver and wheel")
+
+
+class _GpuIndex:
+    def __init__(self, members: np.ndarray, rows: np.ndarray, k: int, floor: float | None) -> None:
+        config = faiss.GpuIndexFlatConfig()
+        self._resources = faiss.StandardGpuResources()  # must outlive the index
+        self._index = faiss.GpuIndexFlatIP(self._resources, members.shape[1], config)
+        self._index.add(members)
+        self._rows, self._k = rows, min(k + 1, len(members))
+        self._floor = np.float32(-np.inf if floor is None else floor)
+
+    def search(self, queries: np.ndarray, query_rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(query positions int64[m], keys uint64[m]) of the hits above the floor, the query itself left out."""
+        positions, keys = [], []
+        for begin in range(0, len(queries), QUERY_BATCH):
+            batch = slice(begin, begin + QUERY_BATCH)
+            similarities, found = self._index.search(queries[batch], self._k)
+            neighbor = self._rows[found]
+            good = (found >= 0) & (similarities >= self._floor) & (neighbor != query_rows[batch, None])
+            positions.append(np.nonzero(good)[0] + begin)
+            keys.append(encode(similarities[good], neighbor[good]))
+        return np.concatenate(positions), np.concatenate(keys)
+
+
+def _offsets(positions: np.ndarray, n: int) -> np.ndarray:
+    offsets = np.zeros(n + 1, np.int64)
+    np.cumsum(np.bincount(positions, minlength=n), out=offsets[1:])
+    return offsets
+
+
+def search_blocks(
+    members: np.ndarray,
+    first_row: int,
+    others: Iterable[tuple[int, np.ndarray]],
+    k: int,
+    floor: float | None,
+    take: Callable[[int, np.ndarray, np.ndarray], None],
+) -> None:
+    """As `kernels.search.search_blocks`, but each block of `others` and `members` itself only receive `members`."""
+    index = _GpuIndex(members, np.arange(first_row, first_row + len(members), dtype=np.int32), k, floor)
+    for row, queries in [(first_row, members), *others]:
+        positions, keys = index.search(queries, np.arange(row, row + len(queries), dtype=np.int32))
+        take(row, _offsets(positions, len(queries)), keys)
+
+
+def search_cells(
+    vectors: np.ndarray, rows: np.ndarray, probes: np.ndarray, cells: range, k: int, floor: float | None
+) -> Buffers:
+    """As `kernels.search.search_cells`, found from the query's side only."""
+    buffers = Buffers.empty(len(rows), k, floor)
+    order = np.argsort(probes.ravel(), kind="stable")
+    sorted_cells = probes.ravel()[order]
+    for cell in cells:
+        begin, end = np.searchsorted(sorted_cells, [cell, cell + 1])
+        here = order[begin:end] // probes.shape[1]
+        members = here[order[begin:end] % probes.shape[1] == 0]
+        if len(members) == 0:
+            continue
+        positions, keys = _GpuIndex(vectors[members], rows[members], k, floor).search(vectors[here], rows[here])
+        buffers.extend(here, _offsets(positions, len(here)), keys)
+    return buffers

@@ -1,0 +1,90 @@
+"""Exact top-k search over lists of tiles: one shard of the cells plan, one row of blocks of the exact plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+
+from faceflow.kernels.tiles import TileKernel
+from faceflow.kernels.topk import Buffers
+
+GATHER_CHUNK = 65_536
+"""Queries gathered at once, so that a crowded cell costs bounded memory."""
+
+
+def search_cells(
+    vectors: np.ndarray, rows: np.ndarray, probes: np.ndarray, cells: range, k: int, floor: float | None
+) -> Buffers:
+    """Search every cell of one shard: its members against each other and against the faces that probe it.
+
+    vectors: float32[n, d], unit rows: every face that probes a cell of the shard; rows: int32[n], ascending; probes:
+    int32[n, p], the cells each face probes, its home cell first; cells: the shard's cells.
+    Returns buffers with one slot per face: its candidates among the members it was compared with, in either direction.
+    """
+    buffers = Buffers.empty(len(rows), k, floor)
+    kernel = TileKernel(vectors, rows, buffers)
+    flat = probes.ravel()
+    inside = np.flatnonzero((flat >= cells.start) & (flat < cells.stop))
+    inside = inside[np.argsort(flat[inside], kind="stable")]
+    bounds = np.searchsorted(flat[inside], np.arange(cells.start, cells.stop + 1))
+    positions, is_home = inside // probes.shape[1], inside % probes.shape[1] == 0
+    homes = np.ascontiguousarray(probes[:, 0])
+    for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
+        here, home = positions[begin:end], is_home[begin:end]
+        members, visitors = here[home], here[~home]
+        if len(members) == 0:
+            continue
+        member_vectors = vectors[members]
+        kernel.within(members, member_vectors)
+        if len(visitors):
+            kernel.between(visitors, members, member_vectors, homes[visitors], probes[members])
+    return buffers
+
+
+def ring(block: int, blocks: int) -> list[int]:
+    """Blocks that `block` is compared with, itself first, so that over all blocks each pair of blocks comes up once."""
+    half = (blocks - 1) // 2
+    others = [(block + i) % blocks for i in range(1, half + 1)]
+    if blocks % 2 == 0 and block < blocks // 2:
+        others.append(block + blocks // 2)
+    return [block, *others]
+
+
+def search_blocks(
+    members: np.ndarray,
+    first_row: int,
+    others: Iterable[tuple[int, np.ndarray]],
+    k: int,
+    floor: float | None,
+    take: Callable[[int, np.ndarray, np.ndarray], None],
+) -> None:
+    """Compare one block of faces with itself and with other blocks, each pair serving both ends.
+
+    members: float32[m, d], unit rows, whose rows start at first_row; others: (first row, float32[q, d]) of further
+    blocks, one at a time. take(first_row, offsets, keys) receives each block's candidates, `members`' own last.
+    """
+    m, dim = members.shape
+    buffers = Buffers.empty(m, k, floor)
+    vectors, rows = members, np.arange(first_row, first_row + m, dtype=np.int32)
+    here = np.arange(m)
+    TileKernel(vectors, rows, buffers).within(here, members)
+    for other_row, other in others:
+        q = len(other)
+        if len(vectors) < m + q:  # at most a few times: blocks are of about equal size
+            buffers = buffers.resized(m + q)
+            vectors = np.concatenate([members, np.empty((q, dim), np.float32)])
+            rows = np.concatenate([rows[:m], np.empty(q, np.int32)])
+        there = np.arange(m, m + q)
+        buffers.clear(m, floor)
+        vectors[there], rows[there] = other, np.arange(other_row, other_row + q)
+        TileKernel(vectors, rows, buffers).between(there, here, members)
+        take(other_row, *buffers.take(there))
+    take(first_row, *buffers.take(here))
+
+
+def blocks_of(rows: int, block_rows: int) -> Iterator[tuple[int, int]]:
+    """(begin, end) of the even cut of `rows` rows into blocks of at most `block_rows`."""
+    count = -(-rows // block_rows)
+    for i in range(count):
+        yield rows * i // count, rows * (i + 1) // count

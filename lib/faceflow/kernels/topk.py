@@ -1,0 +1,200 @@
+"""Keep the k best neighbors of each row: sortable keys, bounded buffers, one merge. No similarity is computed here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numba
+import numpy as np
+
+# A candidate (similarity s, row r) is one uint64 that sorts as (s falling, r rising): IEEE-754 bits of a positive float
+# rise with its value, those of a negative one fall, so flip all bits of a negative and the sign bit of a positive float;
+# then invert for falling order. The row fills the low half, which breaks ties by row for free.
+
+
+@numba.njit(cache=True, nogil=True, inline="always")
+def key_of(bits: np.uint32, row: np.int32) -> np.uint64:
+    """Sortable key of a candidate from the similarity's float32 bits and its row."""
+    high = bits if bits & np.uint32(0x80000000) else bits ^ np.uint32(0x7FFFFFFF)
+    return (np.uint64(high) << np.uint64(32)) | np.uint64(np.uint32(row))
+
+
+def encode(similarities: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """uint64 keys of (float32 similarities, int32 rows): ascending keys are falling similarity, ties by rising row."""
+    bits = (np.ascontiguousarray(similarities, np.float32) + np.float32(0)).view(np.uint32)
+    high = np.where(bits & 0x80000000, bits, bits ^ np.uint32(0x7FFFFFFF))
+    return (high.astype(np.uint64) << np.uint64(32)) | np.asarray(rows, np.int32).view(np.uint32).astype(np.uint64)
+
+
+def decode(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(float32 similarities, int32 rows) of `encode`d keys."""
+    high = (keys >> np.uint64(32)).astype(np.uint32)
+    bits = np.where(high & 0x80000000, high, high ^ np.uint32(0x7FFFFFFF)).astype(np.uint32)
+    return bits.view(np.float32), keys.astype(np.uint32).view(np.int32)
+
+
+@numba.njit(cache=True, nogil=True)
+def select_smallest(a: np.ndarray, n: int, k: int) -> None:
+    """Reorder a[:n] so that its k smallest come first, the k-th of them at a[k - 1] (Hoare's quickselect)."""
+    low, high = 0, n - 1
+    want = k - 1
+    while low < high:
+        mid = (low + high) >> 1
+        if a[mid] < a[low]:
+            a[mid], a[low] = a[low], a[mid]
+        if a[high] < a[low]:
+            a[high], a[low] = a[low], a[high]
+        if a[high] < a[mid]:
+            a[high], a[mid] = a[mid], a[high]
+        pivot = a[mid]
+        i, j = low, high
+        while i <= j:
+            while a[i] < pivot:
+                i += 1
+            while pivot < a[j]:
+                j -= 1
+            if i <= j:
+                a[i], a[j] = a[j], a[i]
+                i += 1
+                j -= 1
+        if want <= j:
+            high = j
+        elif want >= i:
+            low = i
+        else:
+            return
+
+
+@numba.njit(cache=True, nogil=True, inline="always")
+def push(keys: np.ndarray, counts: np.ndarray, floors: np.ndarray, k: int, slot: int, key: np.uint64) -> None:
+    """Add a candidate to a slot; a full slot falls back to its k best and raises its floor to the k-th of them."""
+    c = counts[slot]
+    keys[slot, c] = key
+    c += 1
+    if c == keys.shape[1]:
+        select_smallest(keys[slot], c, k)
+        c = k
+        high = np.uint32(keys[slot, k - 1] >> np.uint64(32))
+        bits = high if high & np.uint32(0x80000000) else high ^ np.uint32(0x7FFFFFFF)
+        floors[slot] = np.uint32(bits).view(np.float32)
+    counts[slot] = c
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """Bounded candidate lists of n rows.
+
+    keys: uint64[n, 2k], of which counts[i] are in use; counts: int32[n]; floors: float32[n], the similarity below which
+    a candidate cannot enter row i any more: the given floor at first, the running k-th best later. The memory is reserved
+    here but touched only as candidates arrive.
+    """
+
+    keys: np.ndarray
+    counts: np.ndarray
+    floors: np.ndarray
+    k: int
+
+    @classmethod
+    def empty(cls, n: int, k: int, floor: float | None) -> Buffers:
+        lowest = np.float32(-np.inf if floor is None else floor)
+        return cls(np.empty((n, 2 * k), np.uint64), np.zeros(n, np.int32), np.full(n, lowest), k)
+
+    def resized(self, n: int) -> Buffers:
+        """The same lists with room for n rows; the contents of new ones are undefined until `clear`ed."""
+        more = Buffers.empty(n - len(self.counts), self.k, None)
+        return Buffers(
+            np.concatenate([self.keys, more.keys]),
+            np.concatenate([self.counts, more.counts]),
+            np.concatenate([self.floors, more.floors]),
+            self.k,
+        )
+
+    def clear(self, first: int, floor: float | None) -> None:
+        """Empty the lists from slot `first` on."""
+        self.counts[first:] = 0
+        self.floors[first:] = np.float32(-np.inf if floor is None else floor)
+
+    def extend(self, slots: np.ndarray, offsets: np.ndarray, keys: np.ndarray) -> None:
+        """Add candidates: `keys[offsets[i]:offsets[i + 1]]` to slot slots[i]."""
+        _extend(self.keys, self.counts, self.floors, self.k, slots, offsets, keys)
+
+    def take(self, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(offsets int64[len(slots) + 1], keys uint64[...]) of the slots' at most k best candidates, unsorted."""
+        counts = np.minimum(self.counts[slots], self.k)
+        offsets = np.zeros(len(slots) + 1, np.int64)
+        np.cumsum(counts, out=offsets[1:])
+        out = np.empty(offsets[-1], np.uint64)
+        _take(self.keys, self.counts, self.k, slots, offsets, out)
+        return offsets, out
+
+
+@numba.njit(cache=True, nogil=True)
+def _extend(
+    keys: np.ndarray, counts: np.ndarray, floors: np.ndarray, k: int,
+    slots: np.ndarray, offsets: np.ndarray, new: np.ndarray,
+) -> None:  # fmt: skip
+    for i in range(len(slots)):
+        for j in range(offsets[i], offsets[i + 1]):
+            push(keys, counts, floors, k, slots[i], new[j])
+
+
+@numba.njit(cache=True, nogil=True)
+def _take(
+    keys: np.ndarray, counts: np.ndarray, k: int, slots: np.ndarray, offsets: np.ndarray, out: np.ndarray
+) -> None:
+    for i in range(len(slots)):
+        slot = slots[i]
+        n = counts[slot]
+        if n > k:
+            select_smallest(keys[slot], n, k)
+        begin = offsets[i]
+        for j in range(offsets[i + 1] - begin):
+            out[begin + j] = keys[slot, j]
+
+
+@numba.njit(cache=True, nogil=True)
+def _scatter(rows: np.ndarray, offsets: np.ndarray, keys: np.ndarray, cursor: np.ndarray, out: np.ndarray) -> None:
+    for i in range(len(rows)):
+        at = cursor[rows[i]]
+        for j in range(offsets[i], offsets[i + 1]):
+            out[at] = keys[j]
+            at += 1
+        cursor[rows[i]] = at
+
+
+@numba.njit(cache=True, nogil=True)
+def _finish(begin: np.ndarray, pool: np.ndarray, k: int, offsets: np.ndarray, out: np.ndarray) -> None:
+    for i in range(len(begin) - 1):
+        mine = pool[begin[i] : begin[i + 1]]
+        if len(mine) > k:
+            select_smallest(mine, len(mine), k)
+        best = out[offsets[i] : offsets[i + 1]]
+        best[:] = mine[: len(best)]
+        best.sort()
+
+
+CandidateList = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""(rows int32[r], offsets int64[r + 1], keys uint64[...]): candidates `keys[offsets[i]:offsets[i + 1]]` of row rows[i]."""
+
+
+def merge(lists: list[CandidateList], n: int, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The k best candidates of each of the rows 0..n-1 over several candidate lists, in order.
+
+    lists: unsorted within a row, no row twice in one list, no candidate of a row twice over all of them.
+    Returns (offsets int64[n + 1], rows int32[m], similarities float32[m]), by falling similarity, ties by row.
+    """
+    counts = np.zeros(n, np.int64)
+    for rows, offsets, _ in lists:
+        counts[rows] += np.diff(offsets)
+    begin = np.zeros(n + 1, np.int64)
+    np.cumsum(counts, out=begin[1:])
+    pool = np.empty(begin[-1], np.uint64)
+    cursor = begin[:-1].copy()
+    for rows, offsets, keys in lists:
+        _scatter(rows, offsets, keys, cursor, pool)
+    out_offsets = np.zeros(n + 1, np.int64)
+    np.cumsum(np.minimum(counts, k), out=out_offsets[1:])
+    out = np.empty(out_offsets[-1], np.uint64)
+    _finish(begin, pool, k, out_offsets, out)
+    similarities, neighbors = decode(out)
+    return out_offsets, neighbors, similarities

@@ -1,0 +1,189 @@
+"""The order of the stages; for each: skip it, run it, or refuse. Ends by setting the pointer to the new labels."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import importlib.metadata
+import logging
+import secrets
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from faceflow import __version__
+from faceflow.cluster.executor import Executor, peak_memory
+from faceflow.config import ClusterConfig
+from faceflow.errors import RunError
+from faceflow.stages import detect, ingest, link, publish, quantize, search
+from faceflow.stages.base import Context, Stage
+from faceflow.storage import layout, manifests
+from faceflow.storage.files import Store
+from faceflow.storage.layout import RunStores
+from faceflow.storage.manifests import Manifest
+
+log = logging.getLogger("faceflow")
+
+STAGES: tuple[Stage, ...] = (ingest.STAGE, quantize.STAGE, search.STAGE, link.STAGE, detect.STAGE, publish.STAGE)
+
+NOT_IDENTITY = ("workers", "address", "run_id", "work_dir", "gpus_per_worker")
+"""Settings that do not change the labels: a run may be continued with others."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished run reports; the fields are those of `--json`.
+
+    labels: address of the label folder; seconds: wall time of each stage and `total`; peak_memory_bytes: largest
+    resident memory of the driver; worker_peak_memory_bytes: of any one worker, mapped files included (0: none ran).
+    """
+
+    run_id: str
+    labels: str
+    faces: int
+    clusters: int
+    singletons: int
+    edges: int
+    codelength: float
+    seconds: dict[str, float]
+    peak_memory_bytes: int
+    worker_peak_memory_bytes: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def run_clustering(config: ClusterConfig, *, progress: bool = True) -> RunResult:
+    """Cluster `config.input` and publish the labels under `config.output`.
+
+    The same call after an interruption continues from the finished pieces. progress: show bars on a terminal.
+    Raises a FaceflowError: InputError and SettingsError before anything is published, RunError when the run could not
+    finish (it can be continued), PublishError when another run published first.
+    """
+    begun = time.perf_counter()
+    options = config.storage_options
+    output = Store.at(config.output, options)
+    runs = layout.runs_store(output, Store.at(config.work_dir, options) if config.work_dir else None)
+    try:
+        with Executor(config.address, config.workers, progress) as executor:
+            return _run(config, output, runs, executor, begun)
+    except OSError as error:
+        raise RunError(f"{error}; what is finished is kept, and the same command continues") from error
+
+
+def _run(config: ClusterConfig, output: Store, runs: Store, executor: Executor, begun: float) -> RunResult:
+    files = ingest.inputs(Context(config, RunStores.of(output, runs, ""), executor, {}))
+    output.check_writable()
+    runs.check_writable()
+    parent_version = output.version(layout.LATEST)
+    parent = output.read_json(layout.LATEST) or {}
+    stores = RunStores.of(output, runs, _choose_run(config, runs))
+    log.info("run %s: %d input file(s)", stores.run_id, len(files["input_files"]))
+    done: dict[str, Manifest] = {}
+    for stage in STAGES:
+        done[stage.name] = _advance(stage, Context(config, stores, executor, done))
+    seconds = {name: manifest.seconds for name, manifest in done.items()}
+    seconds["total"] = round(time.perf_counter() - begun, 3)
+    result = RunResult(
+        run_id=stores.run_id,
+        labels=output.address(layout.label_folder(stores.run_id)),
+        faces=done["ingest"].counts["faces"],
+        clusters=done["publish"].counts["clusters"],
+        singletons=done["publish"].counts["singletons"],
+        edges=done["link"].counts["edges"],
+        codelength=done["detect"].counts["codelength"],
+        seconds=seconds,
+        peak_memory_bytes=peak_memory(),
+        worker_peak_memory_bytes=executor.usage.peak_worker_bytes,
+    )
+    if parent.get("run_id") != stores.run_id:
+        pointer = {
+            "run_id": result.run_id,
+            "labels": layout.label_folder(stores.run_id),
+            "faces": result.faces,
+            "clusters": result.clusters,
+            "singletons": result.singletons,
+            "edges": result.edges,
+            "parent_run_id": parent.get("run_id"),
+            "settings": config.public(),
+            "seconds": seconds,
+            "recall": None,
+            "created": _now().isoformat(timespec="seconds"),
+        }
+        output.replace_json(layout.LATEST, pointer, parent_version)
+    stores.run.write_json(layout.RUN_RECORD, _record(config, "published"))
+    log.info(
+        "run %s: %d faces in %d clusters (%d singletons), %.1f s; labels in %s",
+        result.run_id, result.faces, result.clusters, result.singletons, seconds["total"], result.labels,
+    )  # fmt: skip
+    return result
+
+
+def _advance(stage: Stage, context: Context) -> Manifest:
+    """Skip a finished stage, refuse one made from something else, or run it."""
+    run = context.stores.run
+    fingerprint = _fingerprint(stage, context)
+    finished = manifests.load(run, stage.name, fingerprint)
+    if finished is not None:
+        log.info("%-8s skipped: finished before, saves %.1f s", stage.name, finished.seconds)
+        return finished
+    manifests.begin(run, stage.name, fingerprint)
+    log.info("%-8s begins", stage.name)
+    begun = time.perf_counter()
+    outcome = stage.run(context)
+    seconds = round(time.perf_counter() - begun, 3)
+    manifest = Manifest(stage.name, fingerprint, outcome.counts, outcome.pieces, seconds)
+    manifests.finish(run, manifest)
+    faces = context.parts.faces if "ingest" in context.done else outcome.counts["faces"]
+    shown = ", ".join(f"{k} {v:,}" if isinstance(v, int) else f"{k} {v}" for k, v in outcome.counts.items() if k != "starts")
+    log.info("%-8s done in %.1f s, %s rows/s (%s)", stage.name, seconds, f"{faces / max(seconds, 1e-3):,.0f}", shown)
+    return manifest
+
+
+def _fingerprint(stage: Stage, context: Context) -> dict[str, Any]:
+    fingerprint: dict[str, Any] = dict(context.config.fingerprint(stage.settings))
+    fingerprint |= {f"version of {package}": _version(package) for package in stage.packages}
+    fingerprint |= {f"result of {name}": context.done[name].digest for name in stage.after}
+    return fingerprint | stage.inputs(context)
+
+
+def _version(package: str) -> str:
+    if package == "faceflow":
+        return __version__
+    # One import name, several wheels.
+    for name in (package, f"{package}-cpu", f"{package}-gpu-cu12", f"{package}-gpu"):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "absent"
+
+
+def _record(config: ClusterConfig, state: str) -> dict[str, Any]:
+    return {"state": state, "settings": config.public(), "updated": _now().isoformat(timespec="seconds")}
+
+
+def _choose_run(config: ClusterConfig, runs: Store) -> str:
+    """The run to work on: the named one, the newest unfinished one with these settings, or a new one."""
+    wanted = _identity(config.public())
+    run_id = config.run_id
+    if run_id is None:
+        for name in reversed(runs.names("")):
+            record = runs.read_json(f"{name}/{layout.RUN_RECORD}")
+            if record and record["state"] == "begun" and _identity(record["settings"]) == wanted:
+                log.info("run %s is unfinished and has the same settings: continuing it", name)
+                run_id = name
+                break
+    if run_id is None:
+        run_id = f"{_now().strftime('%Y%m%dT%H%M%SZ')}-{secrets.token_hex(2)}"
+    if runs.read_json(f"{run_id}/{layout.RUN_RECORD}") is None:
+        runs.write_json(f"{run_id}/{layout.RUN_RECORD}", _record(config, "begun"))
+    return run_id
+
+
+def _identity(settings: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key not in NOT_IDENTITY}
+
+
+def _now() -> datetime.datetime:
+    return datetime.datetime.now(datetime.UTC)

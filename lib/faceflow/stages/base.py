@@ -1,0 +1,63 @@
+"""What a stage is: a name, what it depends on, and a function that writes its parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from faceflow.cluster.executor import Executor
+from faceflow.config import ClusterConfig
+from faceflow.storage.layout import RunStores
+from faceflow.storage.manifests import Manifest
+from faceflow.tables import Parts
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a stage may use: settings, stores, the executor, and the manifests of the stages before it."""
+
+    config: ClusterConfig
+    stores: RunStores
+    executor: Executor
+    done: Mapping[str, Manifest]
+
+    @property
+    def parts(self) -> Parts:
+        """The cut of all rows into parts, from the ingest manifest."""
+        return Parts(tuple(self.done["ingest"].counts["starts"]))
+
+    @property
+    def dim(self) -> int:
+        return int(self.done["ingest"].counts["dim"])
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a stage made: counts for the manifest, and the bytes of each piece by path in the run directory."""
+
+    counts: dict[str, Any]
+    pieces: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a run.
+
+    reads, writes: folders of the run directory; settings: names of the settings its result depends on; packages: those
+    whose version matters; run: does the work; inputs: whatever else the result depends on (the input files).
+    """
+
+    name: str
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    settings: tuple[str, ...]
+    run: Callable[[Context], Outcome]
+    after: tuple[str, ...] = ()
+    packages: tuple[str, ...] = ()
+    inputs: Callable[[Context], dict[str, Any]] = field(default=lambda context: {})
+
+
+def merge_pieces(results: list[dict[str, int]]) -> dict[str, int]:
+    """All pieces of a stage, from what each task returned."""
+    return {path: size for result in results for path, size in result.items()}

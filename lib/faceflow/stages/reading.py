@@ -1,0 +1,31 @@
+"""Reading the parts that ingest and quantize wrote, as arrays: shared by the stages that follow."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+
+from faceflow.storage import layout
+from faceflow.storage.files import Store
+from faceflow.tables import CENTROIDS_METADATA
+
+
+def matrix(column: pa.Array, dim: int) -> np.ndarray:
+    """A fixed-size-list column as an array [n, dim] that shares its memory."""
+    return column.flatten().to_numpy().reshape(-1, dim)
+
+
+def read_vectors(run: Store, part: int, dim: int) -> np.ndarray:
+    """float32[n, dim] of one part; on a disk a memory map, of which only what is used is read."""
+    return matrix(run.read_batch(layout.part("vectors", part)).column(0), dim)
+
+
+def read_ids(run: Store, part: int) -> pa.Array:
+    return run.read_batch(layout.part("ids", part)).column(0)
+
+
+def read_quantizer(run: Store, dim: int) -> tuple[np.ndarray, np.ndarray]:
+    """(centroids float32[cells, dim], first cell of each shard and the end int64[shards + 1])."""
+    batch = run.read_batch(layout.CENTROIDS)
+    starts = batch.schema.metadata[CENTROIDS_METADATA.encode()].decode()
+    return matrix(batch.column(0), dim), np.array([int(s) for s in starts.split(",")])

@@ -1,0 +1,177 @@
+"""Stage 3, search: each shard runs its tiles; each part merges what the shards found into its neighbor table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pyarrow as pa
+
+from faceflow.cluster.executor import Resources
+from faceflow.kernels import search as cpu
+from faceflow.kernels import topk
+from faceflow.stages.base import Context, Outcome, Stage, merge_pieces
+from faceflow.stages.reading import matrix, read_quantizer, read_vectors
+from faceflow.storage import layout
+from faceflow.storage.files import Store
+from faceflow.storage.manifests import is_whole
+from faceflow.tables import CANDIDATES_SCHEMA, NEIGHBORS_SCHEMA, NeighborTable, Parts
+
+EXACT_BLOCKS = 16
+SMALLEST_BLOCK, LARGEST_BLOCK = 1_024, 65_536
+"""Faces of one block of the exact plan: about EXACT_BLOCKS shards, within what a product and its buffers may weigh."""
+
+Block = tuple[int, int, int]
+"""(part, first row within it, end) of one block of the exact plan."""
+
+
+def run(context: Context) -> Outcome:
+    """Search every shard, then merge every part."""
+    config, parts = context.config, context.parts
+    plan = context.done["quantize"].counts
+    run, on_gpu = context.stores.run, config.gpus_per_worker > 0
+    resources = Resources(gpus=config.gpus_per_worker)
+    limits = (config.neighbors, config.min_similarity, on_gpu)
+    if on_gpu:
+        context.executor.call(check_gpu, config.neighbors, label="gpu", resources=resources)
+    if plan["index"] == "exact":
+        blocks = exact_blocks(parts)
+        shards = len(blocks)
+        tasks = [(run, parts, context.dim, shard, blocks, *limits) for shard in range(shards)]
+        context.executor.map(
+            search_exact_shard, tasks, "search", sizes=[end - begin for _, begin, end in blocks], resources=resources
+        )
+    else:
+        shards = plan["shards"]
+        tasks = [(run, parts, context.dim, shard, *limits) for shard in range(shards)]
+        context.executor.map(search_cells_shard, tasks, "search", resources=resources)
+    results = context.executor.map(
+        merge_part,
+        [(run, part, parts.starts[part], parts.rows(part), shards, config.neighbors) for part in range(len(parts))],
+        "merge",
+        sizes=[parts.rows(part) for part in range(len(parts))],
+    )
+    run.delete("candidates")
+    return Outcome({"neighbors": sum(found for _, found in results)}, merge_pieces([pieces for pieces, _ in results]))
+
+
+STAGE = Stage(
+    name="search",
+    reads=("vectors", "quantizer", "cells"),
+    writes=("candidates", "neighbors"),
+    settings=("neighbors", "min_similarity"),
+    after=("ingest", "quantize"),
+    packages=("faceflow", "numpy"),
+    run=run,
+)
+
+
+def check_gpu(neighbors: int) -> None:
+    from faceflow.errors import SettingsError
+    from faceflow.kernels import gpu
+
+    gpu.check_device()
+    if neighbors > gpu.MAX_NEIGHBORS:
+        raise SettingsError(f"neighbors is {neighbors}: a GPU search keeps at most {gpu.MAX_NEIGHBORS}")
+
+
+def exact_blocks(parts: Parts) -> list[Block]:
+    """The cut of all rows into blocks of about equal size that do not straddle parts; depends on the parts alone."""
+    wanted = min(LARGEST_BLOCK, max(SMALLEST_BLOCK, -(-parts.faces // EXACT_BLOCKS)))
+    return [(part, *block) for part in range(len(parts)) for block in cpu.blocks_of(parts.rows(part), wanted)]
+
+
+def search_exact_shard(
+    run: Store, parts: Parts, dim: int, shard: int, blocks: Sequence[Block],
+    neighbors: int, floor: float | None, on_gpu: bool,
+) -> None:  # fmt: skip
+    """Compare block `shard` with the blocks that the ring gives it, and write the candidates of every part."""
+    if is_whole(run, layout.candidates(shard)):
+        return
+
+    def load(block: Block) -> tuple[int, np.ndarray]:
+        part, begin, end = block
+        return parts.starts[part] + begin, np.ascontiguousarray(read_vectors(run, part, dim)[begin:end])
+
+    found: dict[int, list[tuple[int, np.ndarray, np.ndarray]]] = {}
+
+    def take(first_row: int, offsets: np.ndarray, keys: np.ndarray) -> None:
+        part = int(np.searchsorted(parts.starts, first_row, side="right")) - 1
+        found.setdefault(part, []).append((first_row - parts.starts[part], offsets, keys))
+
+    first_row, members = load(blocks[shard])
+    if on_gpu:
+        from faceflow.kernels import gpu
+
+        others = [b for b in range(len(blocks)) if b != shard]
+        gpu.search_blocks(members, first_row, (load(blocks[b]) for b in others), neighbors, floor, take)
+    else:
+        others = cpu.ring(shard, len(blocks))[1:]
+        cpu.search_blocks(members, first_row, (load(blocks[b]) for b in others), neighbors, floor, take)
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        for part in range(len(parts)):
+            pieces = sorted(found.pop(part, []), key=lambda piece: piece[0])
+            rows = [np.arange(first, first + len(offsets) - 1) for first, offsets, _ in pieces]
+            counts = [np.diff(offsets) for _, offsets, _ in pieces]
+            offsets = np.concatenate([[0], np.cumsum(np.concatenate([np.empty(0, np.int64), *counts]))])
+            keys = np.concatenate([np.empty(0, np.uint64), *(keys for _, _, keys in pieces)])
+            yield _candidates(np.concatenate([np.empty(0, np.int64), *rows]), offsets, keys)
+
+    run.write_arrow(layout.candidates(shard), CANDIDATES_SCHEMA, batches())
+
+
+def search_cells_shard(
+    run: Store, parts: Parts, dim: int, shard: int, neighbors: int, floor: float | None, on_gpu: bool
+) -> None:
+    """Gather the faces that probe the shard's cells, search them, and write the candidates of every part."""
+    if is_whole(run, layout.candidates(shard)):
+        return
+    _, starts = read_quantizer(run, dim)
+    batches = [run.read_batch(layout.part("cells", part), shard) for part in range(len(parts))]
+    rows = np.concatenate([batch.column(0).to_numpy() for batch in batches])
+    probes = np.concatenate([matrix(b.column(1), b.schema.field(1).type.list_size) for b in batches])
+    bounds = np.searchsorted(rows, parts.starts)
+    vectors = np.empty((len(rows), dim), np.float32)
+    for part, batch in enumerate(batches):
+        here = slice(bounds[part], bounds[part + 1])
+        if "vector" in batch.schema.names:
+            vectors[here] = matrix(batch.column(2), dim)
+        elif bounds[part] < bounds[part + 1]:
+            np.take(read_vectors(run, part, dim), rows[here] - parts.starts[part], axis=0, out=vectors[here], mode="clip")
+    del batches
+    cells = range(int(starts[shard]), int(starts[shard + 1]))
+    if on_gpu:
+        from faceflow.kernels import gpu
+
+        buffers = gpu.search_cells(vectors, rows, probes, cells, neighbors, floor)
+    else:
+        buffers = cpu.search_cells(vectors, rows, probes, cells, neighbors, floor)
+    del vectors
+    run.write_arrow(
+        layout.candidates(shard),
+        CANDIDATES_SCHEMA,
+        (
+            _candidates(rows[b:e] - first, *buffers.take(np.arange(b, e)))
+            for b, e, first in zip(bounds[:-1], bounds[1:], parts.starts, strict=False)
+        ),
+    )
+
+
+def _candidates(rows: np.ndarray, offsets: np.ndarray, keys: np.ndarray) -> pa.RecordBatch:
+    lists = pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(keys, pa.uint64()))
+    return pa.record_batch([pa.array(rows.astype(np.int32)), lists], schema=CANDIDATES_SCHEMA)
+
+
+def merge_part(run: Store, part: int, first_row: int, rows: int, shards: int, neighbors: int) -> tuple[dict[str, int], int]:
+    """Write one part's neighbor table; returns its bytes and its number of neighbors."""
+    name = layout.part("neighbors", part)
+    if is_whole(run, name):
+        return {name: run.size(name) or 0}, len(run.read_batch(name).column(0).flatten())
+    lists = []
+    for shard in range(shards):
+        batch = run.read_batch(layout.candidates(shard), part)
+        if batch.num_rows:
+            lists.append((batch.column(0).to_numpy(), batch.column(1).offsets.to_numpy(), batch.column(1).values.to_numpy()))
+    table = NeighborTable(first_row, *topk.merge(lists, rows, neighbors))
+    return {name: run.write_arrow(name, NEIGHBORS_SCHEMA, [table.to_batch()])}, len(table.rows)

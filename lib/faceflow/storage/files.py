@@ -1,0 +1,375 @@
+"""One file store over local disks and S3: whole-file writes, conditional replacement, memory-mapped or ranged Arrow reads."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import glob
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+
+from faceflow.errors import FaceflowError, InputError, PublishError, RunError, SettingsError
+
+_TEMPORARY = ".tmp-"
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """What identifies one version of a file: its address, size and ETag or modification time."""
+
+    path: str
+    size: int
+    version: str
+
+
+@dataclass(frozen=True)
+class Store:
+    """A folder on a local or shared disk, or a prefix of a bucket. Cheap to send to a worker.
+
+    root: absolute local folder or `s3://bucket/prefix`; options: of the s3fs file system, never logged or stored.
+    """
+
+    root: str
+    options: tuple[tuple[str, Any], ...] = ()
+
+    @classmethod
+    def at(cls, address: str, options: Mapping[str, Any] | None = None) -> Store:
+        if "://" not in address:
+            return cls(os.path.abspath(os.path.expanduser(address)))
+        scheme = address.split("://", 1)[0]
+        if scheme == "file":
+            return cls(os.path.abspath(address.split("://", 1)[1]))
+        if scheme not in ("s3", "s3a"):
+            raise SettingsError(f"{address}: only local paths and s3:// addresses are supported")
+        frozen = tuple(sorted((k, json.dumps(v, sort_keys=True)) for k, v in (options or {}).items()))
+        return cls("s3://" + address.split("://", 1)[1].rstrip("/"), frozen)
+
+    def __repr__(self) -> str:
+        return f"Store({self.root!r})"
+
+    @property
+    def is_local(self) -> bool:
+        return not self.root.startswith("s3://")
+
+    @property
+    def fs(self) -> Any:
+        return _file_system(self.is_local, self.options)
+
+    def child(self, relative: str) -> Store:
+        return Store(self.address(relative), self.options)
+
+    def address(self, relative: str = "") -> str:
+        """Full local path or s3:// address."""
+        return f"{self.root.rstrip('/')}/{relative}" if relative else self.root
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+
+    def exists(self, relative: str) -> bool:
+        with self._explained(relative):
+            self.fs.invalidate_cache()
+            return bool(self.fs.exists(self.address(relative)))
+
+    def size(self, relative: str) -> int | None:
+        """Bytes of a file, or None where there is none."""
+        with self._explained(relative):
+            try:
+                self.fs.invalidate_cache()
+                return int(self.fs.size(self.address(relative)))
+            except FileNotFoundError:
+                return None
+
+    def read_bytes(self, relative: str) -> bytes:
+        with self._explained(relative):
+            return bytes(self.fs.cat_file(self.address(relative)))
+
+    def read_json(self, relative: str) -> dict[str, Any] | None:
+        """The object in a JSON file, or None where there is no such file."""
+        try:
+            with self._explained(relative):
+                return json.loads(self.fs.cat_file(self.address(relative)))
+        except FileNotFoundError:
+            return None
+        except json.JSONDecodeError as error:
+            raise RunError(f"{self.address(relative)} is not valid JSON ({error}): it was not written by faceflow") from None
+
+    def names(self, relative: str) -> list[str]:
+        """Names directly below a folder, sorted; none where there is no such folder."""
+        with self._explained(relative):
+            try:
+                self.fs.invalidate_cache()
+                found = self.fs.ls(self.address(relative), detail=False)
+            except FileNotFoundError:
+                return []
+        return sorted(name for name in (p.rstrip("/").rsplit("/", 1)[-1] for p in found) if _TEMPORARY not in name)
+
+    @contextlib.contextmanager
+    def open_arrow(self, relative: str) -> Iterator[pa.RecordBatchFileReader]:
+        """An Arrow IPC file: memory-mapped on a disk, read by range on S3, so that one batch costs that batch alone."""
+        with self._explained(relative):
+            source = pa.memory_map(self.address(relative)) if self.is_local else self.fs.open(self.address(relative), "rb", cache_type="none")
+            with source:
+                yield pa.ipc.open_file(source)
+
+    def read_batch(self, relative: str, index: int = 0) -> pa.RecordBatch:
+        """One record batch of an Arrow IPC file; a memory map stays alive as long as the batch."""
+        with self._explained(relative):
+            if self.is_local:
+                return pa.ipc.open_file(pa.memory_map(self.address(relative))).get_batch(index)
+            with self.fs.open(self.address(relative), "rb", cache_type="none") as source:
+                return pa.ipc.open_file(pa.PythonFile(source)).get_batch(index)
+
+    # -- writing ------------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def open_write(self, relative: str, durable: bool = False) -> Iterator[Any]:
+        """A new file that appears under its name when the block ends without an error, whole, or not at all.
+
+        durable: also flush it to the disk before it appears (S3 always does).
+        """
+        with self._explained(relative):
+            if not self.is_local:
+                # One put, or a multipart upload that completes on close: nothing is visible before.
+                handle = self.fs.open(self.address(relative), "wb", block_size=16 * 2**20)
+                try:
+                    yield handle
+                except BaseException:
+                    handle.discard()
+                    handle.closed = True
+                    raise
+                handle.close()
+                return
+            path = self.address(relative)
+            folder, name = os.path.split(path)
+            os.makedirs(folder, exist_ok=True)
+            temporary = os.path.join(folder, f"{_TEMPORARY}{name}-{secrets.token_hex(6)}")
+            try:
+                with open(temporary, "wb") as file:
+                    yield file
+                    file.flush()
+                    if durable:
+                        os.fsync(file.fileno())
+                os.replace(temporary, path)
+            except BaseException:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(temporary)
+                raise
+            if durable:
+                _sync_folder(folder)
+
+    def write_bytes(self, relative: str, data: bytes, durable: bool = False) -> None:
+        with self.open_write(relative, durable) as file:
+            file.write(data)
+
+    def write_json(self, relative: str, value: Any) -> None:
+        """Durable: manifests and run records say what else can be trusted."""
+        self.write_bytes(relative, _json_bytes(value), durable=True)
+
+    def write_arrow(self, relative: str, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> int:
+        """Arrow IPC file of uncompressed batches (so that reads can be memory maps); returns its bytes.
+
+        Not flushed: after a power cut a piece may be gone or short, which its size in the manifest reveals.
+        """
+        with self.open_write(relative) as file:
+            with pa.ipc.new_file(file, schema) as writer:
+                for batch in batches:
+                    writer.write_batch(batch)
+            return int(file.tell())
+
+    def replace_json(self, relative: str, value: Any, expected: str | None) -> None:
+        """Replace a JSON file only if its version is still `expected` (None: it must not exist).
+
+        S3: a conditional put (If-Match, If-None-Match). Disk: an exclusive lock file, compare, fsync, rename.
+        Raises PublishError when another writer came first; the file then is that writer's, untouched.
+        """
+        data = _json_bytes(value)
+        lost = PublishError(f"{self.address(relative)} was replaced by another run meanwhile; it stays as that run left it")
+        with self._explained(relative):
+            if not self.is_local:
+                bucket, _, key = self.address(relative)[len("s3://") :].partition("/")
+                condition = {"IfNoneMatch": "*"} if expected is None else {"IfMatch": expected}
+                try:
+                    self.fs.call_s3("put_object", Bucket=bucket, Key=key, Body=data, **condition)
+                except Exception as error:
+                    if _is_precondition_failure(error):
+                        raise lost from None
+                    raise
+                return
+            path = self.address(relative)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with _exclusive(path):
+                if self.version(relative) != expected:
+                    raise lost
+                self.write_bytes(relative, data, durable=True)
+
+    def version(self, relative: str) -> str | None:
+        """What `replace_json` compares: the ETag on S3, a hash of the content on a disk; None where there is no file."""
+        with self._explained(relative):
+            try:
+                if self.is_local:
+                    with open(self.address(relative), "rb") as file:
+                        return hashlib.sha256(file.read()).hexdigest()
+                bucket, _, key = self.address(relative)[len("s3://") :].partition("/")
+                return str(self.fs.call_s3("head_object", Bucket=bucket, Key=key)["ETag"])
+            except FileNotFoundError:
+                return None
+
+    def delete(self, relative: str) -> None:
+        """Remove a file or a folder with all below it; nothing happens where there is none."""
+        with self._explained(relative), contextlib.suppress(FileNotFoundError):
+            self.fs.invalidate_cache()
+            self.fs.rm(self.address(relative), recursive=True)
+
+    def check_writable(self) -> None:
+        """Write and remove a small file. Raises SettingsError with the cause."""
+        probe = f"{_TEMPORARY}check-{secrets.token_hex(6)}"
+        try:
+            if self.is_local:
+                os.makedirs(self.root, exist_ok=True)
+                with open(self.address(probe), "xb"):
+                    pass
+                os.unlink(self.address(probe))
+            else:
+                self.fs.pipe_file(self.address(probe), b"")
+                self.fs.rm_file(self.address(probe))
+        except Exception as error:
+            raise SettingsError(f"cannot write to {self.root}: {explain(error)}") from None
+
+    @contextlib.contextmanager
+    def _explained(self, relative: str) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError:
+            raise
+        except FaceflowError:
+            raise
+        except (OSError, pa.ArrowInvalid) as error:
+            raise OSError(f"{self.address(relative)}: {explain(error)}") from error
+        except Exception as error:
+            if type(error).__module__.startswith(("botocore", "aiobotocore", "aiohttp")):
+                raise OSError(f"{self.address(relative)}: {explain(error)}") from error
+            raise
+
+
+@functools.lru_cache(maxsize=8)
+def _file_system(local: bool, options: tuple[tuple[str, Any], ...]) -> Any:
+    if local:
+        return fsspec.filesystem("file")
+    decoded = {key: json.loads(value) for key, value in options}
+    config = {"connect_timeout": 10, "read_timeout": 60, "retries": {"max_attempts": 5, "mode": "standard"}}
+    config.update(decoded.pop("config_kwargs", {}))
+    return fsspec.filesystem("s3", use_listings_cache=False, config_kwargs=config, **decoded)
+
+
+def explain(error: BaseException) -> str:
+    """One line on what went wrong, without a traceback."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return str(text).splitlines()[0]
+
+
+def _json_bytes(value: Any) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def _sync_folder(folder: str) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _exclusive(path: str) -> Iterator[None]:
+    import fcntl
+
+    # A kernel lock ends with its process, so a killed run never leaves the output locked.
+    with open(os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _is_precondition_failure(error: BaseException | None) -> bool:
+    while error is not None:
+        code = str(getattr(error, "response", {}).get("Error", {}).get("Code", ""))
+        if code in ("PreconditionFailed", "412", "ConditionalRequestConflict", "409") or "PreconditionFailed" in str(error):
+            return True
+        error = error.__cause__
+    return False
+
+
+# -- input discovery ----------------------------------------------------------------------------------------------------
+
+
+def list_parquet(address: str, options: Mapping[str, Any] | None) -> tuple[Store, list[FileInfo]]:
+    """The Parquet files of a file, folder (nested) or glob, sorted by path.
+
+    Hidden files (their name or a folder's begins with '.' or '_', as Spark's markers do) are passed over.
+    Raises InputError where there is nothing to read, or where a folder holds a visible file that is not Parquet.
+    """
+    store = Store.at(address, options)
+    fs, root = store.fs, store.root
+    prefix = "" if store.is_local else "s3://"
+    try:
+        if not store.is_local:
+            fs.invalidate_cache()
+        if _has_magic(root) and not fs.exists(root):
+            found = {prefix + p if prefix and not p.startswith(prefix) else p: i for p, i in fs.glob(root, detail=True).items()}
+            chosen = {p: i for p, i in found.items() if i["type"] == "file"}
+        elif fs.isfile(root):
+            chosen = {root: fs.info(root)}
+        else:
+            if not fs.exists(root):
+                raise InputError(f"input {address} does not exist: name a Parquet file, a folder of them or a glob")
+            listing = fs.find(root, detail=True)
+            chosen = {}
+            for path, info in listing.items():
+                full = prefix + path if prefix and not path.startswith(prefix) else path
+                relative = full[len(root) :].lstrip("/")
+                if info.get("type") != "file" or any(part[:1] in "._" for part in relative.split("/")):
+                    continue
+                if not relative.lower().endswith((".parquet", ".pq", ".parq")):
+                    raise InputError(
+                        f"{full} is not a Parquet file (its name does not end in .parquet, .pq or .parq): "
+                        "move it away, or name the files with a glob"
+                    )
+                chosen[full] = info
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"cannot read input {address}: {explain(error)}") from None
+    if not chosen:
+        raise InputError(f"input {address} holds no Parquet file")
+    files = []
+    for path in sorted(chosen):
+        info = chosen[path]
+        version = info.get("ETag") or info.get("mtime") or info.get("LastModified") or ""
+        files.append(FileInfo(path, int(info["size"]), str(version).strip('"')))
+    return store, files
+
+
+def _has_magic(path: str) -> bool:
+    return glob.has_magic(path)
+
+
+def open_input(store: Store, path: str) -> Any:
+    """A readable file object for pyarrow: memory-mapped on a disk, with read-ahead by range on S3."""
+    if store.is_local:
+        return pa.memory_map(path)
+    return pa.PythonFile(store.fs.open(path, "rb", cache_type="readahead", block_size=8 * 2**20))
+
+
+def contains(outer: str, inner: str, options: Mapping[str, Any] | None = None) -> bool:
+    """Whether address `inner` is `outer` or lies below it."""
+    a, b = Store.at(outer, options), Store.at(inner, options)
+    if a.is_local != b.is_local:
+        return False
+    first, second = (os.path.realpath(a.root), os.path.realpath(b.root)) if a.is_local else (a.root, b.root)
+    return second == first or second.startswith(first.rstrip("/") + "/")

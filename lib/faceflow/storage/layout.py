@@ -1,0 +1,58 @@
+"""Every path name inside OUTPUT, in one place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from faceflow.storage.files import Store
+
+LATEST = "latest.json"
+RUN_RECORD = "run.json"
+
+
+def part(kind: str, index: int) -> str:
+    """`vectors/part-00000.arrow` and its siblings, one per part."""
+    return f"{kind}/part-{index:05d}.arrow"
+
+
+def candidates(shard: int) -> str:
+    return f"candidates/shard-{shard:05d}.arrow"
+
+
+def manifest(stage: str) -> str:
+    return f"manifests/{stage}.json"
+
+
+def plan(stage: str) -> str:
+    """What a stage was begun with: its fingerprint, before its first piece is written."""
+    return f"manifests/{stage}.begun.json"
+
+
+CENTROIDS = "quantizer/centroids.arrow"
+CLUSTERS = "clusters/clusters.arrow"
+
+
+def label_folder(run_id: str) -> str:
+    return f"labels/run={run_id}"
+
+
+def label_part(run_id: str, index: int) -> str:
+    return f"{label_folder(run_id)}/part-{index:05d}.parquet"
+
+
+@dataclass(frozen=True)
+class RunStores:
+    """Where one run reads and writes: the published OUTPUT and the run's own directory."""
+
+    output: Store
+    run: Store
+    run_id: str
+
+    @classmethod
+    def of(cls, output: Store, runs: Store, run_id: str) -> RunStores:
+        return cls(output, runs.child(run_id), run_id)
+
+
+def runs_store(output: Store, work_dir: Store | None) -> Store:
+    """The folder of run directories: OUTPUT/_runs, or WORK_DIR."""
+    return work_dir if work_dir is not None else output.child("_runs")

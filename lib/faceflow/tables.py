@@ -1,0 +1,143 @@
+"""The tables that stages exchange: frozen containers with shape checks, and their Arrow schemas. No I/O, no algorithms."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from faceflow.errors import InputError
+
+MAX_FACES = 2**31 - 1
+"""Rows are stored as int32: half the bytes of every neighbor table and edge list."""
+
+
+def vectors_schema(dim: int) -> pa.Schema:
+    """One unit-length float32 vector a row, in row order."""
+    return pa.schema([pa.field("vector", pa.list_(pa.float32(), dim), nullable=False)])
+
+
+def cells_schema(probes: int, dim: int | None) -> pa.Schema:
+    """Faces that travel from one part to one shard; `dim` is None where shards can read vectors from the part itself."""
+    fields = [
+        pa.field("row", pa.int32(), nullable=False),
+        pa.field("probes", pa.list_(pa.int32(), probes), nullable=False),
+    ]
+    if dim is not None:
+        fields.append(pa.field("vector", pa.list_(pa.float32(), dim), nullable=False))
+    return pa.schema(fields)
+
+
+CANDIDATES_SCHEMA = pa.schema(
+    [pa.field("row", pa.int32(), nullable=False), pa.field("keys", pa.large_list(pa.uint64()), nullable=False)]
+)
+"""The candidate neighbors one shard found for rows of one part (row: within the part), as the keys of `kernels.topk`."""
+
+_LINK = pa.struct([pa.field("row", pa.int32(), nullable=False), pa.field("value", pa.float32(), nullable=False)])
+NEIGHBORS_SCHEMA = pa.schema([pa.field("neighbors", pa.large_list(pa.field("item", _LINK, nullable=False)))])
+EDGES_SCHEMA = pa.schema([pa.field("edges", pa.large_list(pa.field("item", _LINK, nullable=False)))])
+MODULES_SCHEMA = pa.schema([pa.field("module", pa.int64(), nullable=False)])
+CENTROIDS_METADATA = "shard_starts"
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise InputError(message)
+
+
+@dataclass(frozen=True)
+class _Ragged:
+    """Per row a slice of (row, value) pairs: `rows[offsets[i]:offsets[i + 1]]`.
+
+    first_row: global row of the table's first row.
+    offsets: int64[n + 1]; rows: int32[m], global rows; values: float32[m].
+    """
+
+    first_row: int
+    offsets: np.ndarray
+    rows: np.ndarray
+    values: np.ndarray
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        _check(self.offsets.ndim == 1 and len(self.offsets) >= 1, f"{name}: offsets must be a non-empty vector")
+        _check(
+            self.rows.shape == self.values.shape == (int(self.offsets[-1]),),
+            f"{name}: {len(self.rows)} rows and {len(self.values)} values, but offsets end at {self.offsets[-1]}",
+        )
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def sources(self) -> np.ndarray:
+        """int32[m]: the global row that each pair belongs to."""
+        rows = np.arange(self.first_row, self.first_row + len(self), dtype=np.int32)
+        return np.repeat(rows, np.diff(self.offsets))
+
+    def to_arrow(self, schema: pa.Schema) -> pa.RecordBatch:
+        """One record batch with one list column, sharing memory with the arrays."""
+        values = pa.StructArray.from_arrays(
+            [pa.array(self.rows, pa.int32()), pa.array(self.values, pa.float32())], fields=list(_LINK)
+        )
+        lists = pa.LargeListArray.from_arrays(pa.array(self.offsets, pa.int64()), values, type=schema.field(0).type)
+        return pa.record_batch([lists], schema=schema)
+
+    @staticmethod
+    def _arrays(batch: pa.RecordBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        column = batch.column(0)
+        offsets = column.offsets.to_numpy()
+        pairs = column.flatten()
+        return offsets - offsets[0], pairs.field(0).to_numpy(), pairs.field(1).to_numpy()
+
+
+@dataclass(frozen=True)
+class NeighborTable(_Ragged):
+    """Neighbors of each row (never itself), by falling cosine similarity, ties by row."""
+
+    def to_batch(self) -> pa.RecordBatch:
+        return self.to_arrow(NEIGHBORS_SCHEMA)
+
+    @classmethod
+    def from_batch(cls, batch: pa.RecordBatch, first_row: int) -> NeighborTable:
+        return cls(first_row, *cls._arrays(batch))
+
+
+@dataclass(frozen=True)
+class EdgeList(_Ragged):
+    """Directed weighted links row -> row that survived pruning; values are the weights."""
+
+    def to_batch(self) -> pa.RecordBatch:
+        return self.to_arrow(EDGES_SCHEMA)
+
+    @classmethod
+    def from_batch(cls, batch: pa.RecordBatch, first_row: int) -> EdgeList:
+        return cls(first_row, *cls._arrays(batch))
+
+
+@dataclass(frozen=True)
+class Partition:
+    """One module per row (int64[N]) and its codelength in bits."""
+
+    modules: np.ndarray
+    codelength: float
+
+    def __post_init__(self) -> None:
+        _check(self.modules.ndim == 1, "Partition: modules must be a vector")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Where each part's rows lie: part i holds rows `starts[i] .. starts[i + 1] - 1`."""
+
+    starts: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    @property
+    def faces(self) -> int:
+        return self.starts[-1]
+
+    def rows(self, part: int) -> int:
+        return self.starts[part + 1] - self.starts[part]
