@@ -27,7 +27,9 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
         unknown = message.removeprefix("unrecognized arguments: ") if message.startswith("unrecognized") else ""
         if unknown.startswith("--"):
-            message += did_you_mean(unknown.split()[0].split("=")[0], [f for f in self._option_string_actions if f.startswith("--")])
+            message += did_you_mean(
+                unknown.split()[0].split("=")[0], [f for f in self._option_string_actions if f.startswith("--")]
+            )
         self.print_usage(sys.stderr)
         self.exit(2, f"{self.prog}: error: {message}\n")
 
@@ -37,8 +39,12 @@ def _settings_parser(commands: Any, name: str, help: str, description: str) -> a
         name, help=help, description=description, epilog=EXIT_CODES, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )  # fmt: skip
-    parser.add_argument("input", metavar="INPUT", nargs="?", default=_UNSET, help="Parquet file, folder (nested) or glob; local or s3://")
-    parser.add_argument("output", metavar="OUTPUT", nargs="?", default=_UNSET, help="folder or s3:// prefix for labels, pointer and runs")
+    parser.add_argument(
+        "input", metavar="INPUT", nargs="?", default=_UNSET, help="Parquet file, folder (nested) or glob; local or s3://"
+    )
+    parser.add_argument(
+        "output", metavar="OUTPUT", nargs="?", default=_UNSET, help="folder or s3:// prefix for labels, pointer and runs"
+    )
     for key, field in SETTINGS.items():
         if key in ("input", "output"):
             continue
@@ -96,7 +102,9 @@ def build_parser() -> argparse.ArgumentParser:
     synthesize.add_argument("--faces", type=int, required=True, metavar="N", help="number of faces")
     synthesize.add_argument("--dim", type=int, default=256, metavar="D", help="dimension of the embeddings (default: 256)")
     synthesize.add_argument("--mean-size", type=float, default=68.5, metavar="X", help="mean faces an identity (default: 68.5)")
-    synthesize.add_argument("--sizes", metavar="FILE", help="Parquet with cluster_size and clusters: a size distribution to follow")
+    synthesize.add_argument(
+        "--sizes", metavar="FILE", help="Parquet with cluster_size and clusters: a size distribution to follow"
+    )
     synthesize.add_argument("--seed", type=int, default=0, metavar="N", help="seed; same arguments, same faces (default: 0)")
     for command in (evaluate, synthesize):
         command.add_argument("--storage-options", metavar="JSON", help="options of the s3fs file system, as JSON")
@@ -112,7 +120,9 @@ def _cluster(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(result.as_dict()))
     else:
-        print(f"{result.faces:,} faces, {result.edges:,} edges -> {result.clusters:,} clusters, {result.singletons:,} of one face")
+        print(
+            f"{result.faces:,} faces, {result.edges:,} edges -> {result.clusters:,} clusters, {result.singletons:,} of one face"
+        )
         print(f"run {result.run_id}, {result.seconds['total']:.1f} s; labels: {result.labels}")
 
 
@@ -131,7 +141,9 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         row = [getattr(scores, f"{name}_{part}") for part in ("precision", "recall", "f")]
         print(f"{name:10}" + "  ".join(f"{value:9.4f}" for value in row))
     print(f"NMI {scores.nmi:.4f}  ARI {scores.ari:.4f}")
-    print(f"{scores.faces:,} faces, {scores.clusters:,} clusters ({scores.singletons:,} of one face), {scores.identities:,} identities")
+    print(
+        f"{scores.faces:,} faces, {scores.clusters:,} clusters ({scores.singletons:,} of one face), {scores.identities:,} identities"
+    )
 
 
 def _synthesize(arguments: argparse.Namespace) -> None:
@@ -154,7 +166,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     arguments = build_parser().parse_args(argv)
     quiet = getattr(arguments, "quiet", False)
-    logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    logging.basicConfig(
+        level=logging.WARNING if quiet else logging.INFO,
+        format="%(asctime)s %(message)s",
+        datefmt="%H:%M:%S",
+        stream=sys.stderr,
+    )
     for noisy in ("botocore", "aiobotocore", "s3fs", "numba", "faiss", "fsspec"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:

@@ -43,8 +43,14 @@ class ClusterConfig:
         "auto: whichever is predicted to be faster",
         choices=("auto", "exact", "cells"),
     )
-    cells: int | None = _setting(None, "number of cells of the coarse quantizer (default: from the number of faces)", metavar="N")
-    probes: int | None = _setting(None, "cells that each face is compared with (default: 3)", metavar="N")
+    cells: int | None = _setting(
+        None, "number of cells of the coarse quantizer (default: from the number of faces)", metavar="N"
+    )
+    probes: int | None = _setting(
+        None,
+        "nearest cells that each face is compared with (default: per face, as many as a predicted edge recall of 0.9975 takes)",
+        metavar="N",
+    )
     engine: str = _setting("infomap", "community detection: the infomap package", choices=("infomap",))
     seed: int = _setting(0, "seed of everything random; same input, settings and seed: same labels", metavar="N")
     workers: int | None = _setting(None, "tasks at work at once, at most (default: every CPU of the Ray cluster)", metavar="N")
@@ -59,7 +65,9 @@ class ClusterConfig:
         None, 'options of the s3fs file system, as JSON: {"endpoint_url": …, "key": …, "secret": …}', metavar="JSON"
     )
     address: str | None = _setting(
-        None, "Ray cluster to use (default: RAY_ADDRESS if set, as under `ray job submit`; else a private local one)", metavar="RAY"
+        None,
+        "Ray cluster to use (default: RAY_ADDRESS if set, as under `ray job submit`; else a private local one)",
+        metavar="RAY",
     )
 
     def __post_init__(self) -> None:

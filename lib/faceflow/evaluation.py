@@ -49,7 +49,9 @@ def evaluate(
         if rows.num_rows:
             few = ", ".join(map(repr, rows["id"].slice(0, 5).to_pylist()))
             raise InputError(f"{rows.num_rows} id(s) of {here} are not in {there}, for example {few}")
-    clusters = ours["value"].combine_chunks().take(position.combine_chunks() if isinstance(position, pa.ChunkedArray) else position)
+    clusters = (
+        ours["value"].combine_chunks().take(position.combine_chunks() if isinstance(position, pa.ChunkedArray) else position)
+    )
     return score(_codes(clusters), _codes(real["value"].combine_chunks()))
 
 
@@ -62,7 +64,9 @@ def _read(address: str, id_column: str, value_column: str, options: Mapping[str,
                 parquet = pq.ParquetFile(source)
                 for column in (id_column, value_column):
                     if column not in parquet.schema_arrow.names:
-                        raise InputError(f"{info.path} has no column {column!r}{did_you_mean(column, parquet.schema_arrow.names)}")
+                        raise InputError(
+                            f"{info.path} has no column {column!r}{did_you_mean(column, parquet.schema_arrow.names)}"
+                        )
                 tables.append(parquet.read(columns=[id_column, value_column]).select([id_column, value_column]))
         except (pa.ArrowException, OSError) as error:
             raise InputError(f"cannot read {info.path}: {explain(error)}") from None

@@ -18,11 +18,11 @@ def vectors_schema(dim: int) -> pa.Schema:
     return pa.schema([pa.field("vector", pa.list_(pa.float32(), dim), nullable=False)])
 
 
-def cells_schema(probes: int, dim: int | None) -> pa.Schema:
+def cells_schema(dim: int | None) -> pa.Schema:
     """Faces that travel from one part to one shard; `dim` is None where shards can read vectors from the part itself."""
     fields = [
         pa.field("row", pa.int32(), nullable=False),
-        pa.field("probes", pa.list_(pa.int32(), probes), nullable=False),
+        pa.field("probes", pa.list_(pa.int32()), nullable=False),
     ]
     if dim is not None:
         fields.append(pa.field("vector", pa.list_(pa.float32(), dim), nullable=False))
@@ -38,7 +38,8 @@ _LINK = pa.struct([pa.field("row", pa.int32(), nullable=False), pa.field("value"
 NEIGHBORS_SCHEMA = pa.schema([pa.field("neighbors", pa.large_list(pa.field("item", _LINK, nullable=False)))])
 EDGES_SCHEMA = pa.schema([pa.field("edges", pa.large_list(pa.field("item", _LINK, nullable=False)))])
 MODULES_SCHEMA = pa.schema([pa.field("module", pa.int64(), nullable=False)])
-CENTROIDS_METADATA = "shard_starts"
+QUANTIZER_METADATA = b"faceflow"
+"""Schema metadata of the centroids: JSON with shard_starts, margin, most and the predicted recall."""
 
 
 def _check(condition: bool, message: str) -> None:

@@ -17,6 +17,8 @@ from tqdm import tqdm
 
 from faceflow.errors import FaceflowError, RunError, SettingsError
 
+log = logging.getLogger("faceflow")
+
 RETRIES = 5
 """Times a piece is tried again after its worker or machine died, or after an I/O error."""
 
@@ -95,7 +97,7 @@ class Executor:
         else:
             # Workers of another machine run the very code that the driver runs.
             options["runtime_env"] = {"py_modules": [str(Path(__file__).resolve().parents[1])]}
-        with _quiet_environment():
+        with _environment_for_ray():
             try:
                 ray.init(address=address, **options)
             except (ConnectionError, RuntimeError, ValueError, OSError) as error:
@@ -179,7 +181,8 @@ class Executor:
                 raise cause from None
             if isinstance(cause, (OSError, MemoryError)):
                 raise RunError(f"{label}: {cause}") from error
-            raise RunError(f"{label}: a worker failed with {type(cause).__name__}: {cause}\n{error}") from error
+            log.error("%s", error)
+            raise RunError(f"{label}: a worker failed with {type(cause).__name__}: {str(cause).splitlines()[0]}") from error
         except exceptions.RayError as error:
             raise RunError(f"{label}: gave up after {RETRIES} retries: {str(error).splitlines()[0]}") from error
         self.usage.peak_worker_bytes = max(self.usage.peak_worker_bytes, peak)
@@ -207,18 +210,25 @@ def _usable_cpus() -> int:
 
 
 @contextlib.contextmanager
-def _quiet_environment() -> Iterator[None]:
-    """Ray reads these once, when it starts: no usage report leaves the machine, no warning of a default that we set."""
-    wanted = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+def _environment_for_ray() -> Iterator[None]:
+    """What Ray reads once, when it starts, and hands on to its workers."""
+    package = str(Path(__file__).resolve().parents[2])
+    wanted = {
+        "RAY_USAGE_STATS_ENABLED": "0",  # no usage report leaves the machine
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the coming default; set, so that Ray does not warn of it
+        # A job script finds the package beside itself; workers must find the same one.
+        "PYTHONPATH": os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])]),
+    }
     before = {key: os.environ.get(key) for key in wanted}
-    for key, value in wanted.items():
-        os.environ.setdefault(key, value)
+    os.environ.update(wanted)
     try:
         yield
     finally:
         for key, old in before.items():
             if old is None:
-                os.environ.pop(key, None)
+                del os.environ[key]
+            else:
+                os.environ[key] = old
 
 
 def chunks(items: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:

@@ -9,6 +9,7 @@ import faiss
 import numpy as np
 
 from faceflow.errors import SettingsError
+from faceflow.kernels.search import Probes, by_cell
 from faceflow.kernels.topk import Buffers, encode
 
 QUERY_BATCH = 16_384
@@ -75,19 +76,11 @@ def search_blocks(
         take(row, _offsets(positions, len(queries)), keys)
 
 
-def search_cells(
-    vectors: np.ndarray, rows: np.ndarray, probes: np.ndarray, cells: range, k: int, floor: float | None
-) -> Buffers:
+def search_cells(vectors: np.ndarray, rows: np.ndarray, probes: Probes, cells: range, k: int, floor: float | None) -> Buffers:
     """As `kernels.search.search_cells`, found from the query's side only."""
     buffers = Buffers.empty(len(rows), k, floor)
-    order = np.argsort(probes.ravel(), kind="stable")
-    sorted_cells = probes.ravel()[order]
-    for cell in cells:
-        begin, end = np.searchsorted(sorted_cells, [cell, cell + 1])
-        here = order[begin:end] // probes.shape[1]
-        members = here[order[begin:end] % probes.shape[1] == 0]
-        if len(members) == 0:
-            continue
-        positions, keys = _GpuIndex(vectors[members], rows[members], k, floor).search(vectors[here], rows[here])
-        buffers.extend(here, _offsets(positions, len(here)), keys)
+    for members, visitors in by_cell(probes, cells):
+        queries = np.concatenate([members, visitors])
+        positions, keys = _GpuIndex(vectors[members], rows[members], k, floor).search(vectors[queries], rows[queries])
+        buffers.extend(queries, _offsets(positions, len(queries)), keys)
     return buffers

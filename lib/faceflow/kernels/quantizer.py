@@ -5,14 +5,27 @@ faiss on the CPU does the clustering and the assignment; its results do not depe
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import faiss
+import numba
 import numpy as np
+
+from faceflow.kernels.tiles import QUERY_BLOCK, TileKernel
+from faceflow.kernels.topk import Buffers, decode, key_of, select_smallest
 
 ITERATIONS = 5
 """Lloyd iterations: a few suffice for a search that probes several cells."""
 
-SAMPLE_PER_CELL = 48
-"""Training faces a cell: between faiss's own minimum (39) and where recall stops rising (64)."""
+SAMPLE_PER_CELL = 64
+"""Training faces a cell. Measured on 200k synthetic faces and 579 cells: predicted recall with one probe .971 at 48, .990 at 200,
+but time grows in proportion."""
+
+UNTOLD_PROBES = 8
+"""Probes where a sample holds no pair above the floor: there is next to nothing to find."""
+
+ROUNDING = 1e-5
+"""Added to a margin, so that BLAS rounding in blocks of another shape cannot lose the pair that set it."""
 
 
 def train(sample: np.ndarray, cells: int, seed: int, threads: int) -> np.ndarray:
@@ -39,6 +52,115 @@ def nearest_cells(vectors: np.ndarray, centroids: np.ndarray, probes: int, threa
     index.add(centroids)
     _, cells = index.search(vectors, probes)
     return cells.astype(np.int32)
+
+
+@dataclass(frozen=True)
+class ProbeRule:
+    """Which cells a face probes: its nearest one, and every further one whose centroid is at most `margin` less similar,
+    `most` at most. margin None: always `most`.
+
+    A fixed number of probes wastes most of them on faces that lie well inside their cell; the margin spends them on the
+    faces that do not. Measured on 1M synthetic faces, 2,000 cells, predicted recall 0.997: 5.7 probes a face on average
+    instead of more than 32.
+    """
+
+    margin: float | None
+    most: int
+
+
+def probe(vectors: np.ndarray, centroids: np.ndarray, rule: ProbeRule) -> tuple[np.ndarray, np.ndarray]:
+    """The cells that each face probes, nearest first: (offsets int64[n + 1], cells int32[...]).
+
+    vectors: float32[n, d], unit rows; centroids: float32[c, d].
+    """
+    n, cells = len(vectors), len(centroids)
+    if rule.margin is None:
+        found = nearest_cells(vectors, centroids, min(rule.most, cells))
+        return np.arange(n + 1, dtype=np.int64) * found.shape[1], found.ravel()
+    product = np.empty((min(QUERY_BLOCK, n), cells), np.float32)
+    counts, out = np.empty(n, np.int64), []
+    scratch = np.empty(cells, np.uint64)
+    for begin in range(0, n, QUERY_BLOCK):
+        block = product[: min(QUERY_BLOCK, n - begin)]
+        np.matmul(vectors[begin : begin + len(block)], centroids.T, out=block)
+        nearest = np.empty(len(block) * rule.most, np.int32)
+        total = _within_margin(
+            block,
+            block.view(np.uint32),
+            np.float32(rule.margin),
+            rule.most,
+            scratch,
+            counts[begin : begin + len(block)],
+            nearest,
+        )
+        out.append(nearest[:total].copy())
+    offsets = np.zeros(n + 1, np.int64)
+    np.cumsum(counts, out=offsets[1:])
+    return offsets, np.concatenate(out) if out else np.empty(0, np.int32)
+
+
+@numba.njit(cache=True, nogil=True)
+def _within_margin(
+    product: np.ndarray, bits: np.ndarray, margin: np.float32, most: int,
+    scratch: np.ndarray, counts: np.ndarray, out: np.ndarray,
+) -> int:  # fmt: skip
+    total = 0
+    for i in range(product.shape[0]):
+        best = np.float32(-2.0)
+        for j in range(product.shape[1]):
+            best = max(best, product[i, j])
+        least = best - margin
+        found = 0
+        for j in range(product.shape[1]):
+            if product[i, j] >= least:
+                scratch[found] = key_of(bits[i, j], np.int32(j))
+                found += 1
+        if found > most:
+            select_smallest(scratch, found, most)
+            found = most
+        near = scratch[:found]
+        near.sort()
+        for j in range(found):
+            out[total + j] = np.int32(near[j] & np.uint64(0xFFFFFFFF))
+        total += found
+        counts[i] = found
+    return total
+
+
+def choose_rule(
+    vectors: np.ndarray, centroids: np.ndarray, neighbors: int, floor: float | None, most: int, target: float, threads: int
+) -> tuple[ProbeRule, float | None]:
+    """The smallest margin with a predicted edge recall of `target`, and that prediction (None: no pair to tell by).
+
+    vectors: float32[n, d], a uniform sample of the faces: pairs of it above the floor (with floor None: each face's
+    nearest `neighbors` in it) are a uniform sample of the edges. A pair is found when either face probes the other's
+    home cell; the margin it takes is the smaller of the two.
+    """
+    n = len(vectors)
+    buffers = Buffers.empty(n, min(neighbors, max(1, n - 1)), floor)
+    here = np.arange(n)
+    TileKernel(vectors, here.astype(np.int32), buffers).within(here, vectors)
+    offsets, keys = buffers.take(here)
+    if len(keys) == 0:
+        return ProbeRule(None, min(most, UNTOLD_PROBES)), None
+    a, (_, b) = np.repeat(here, np.diff(offsets)), decode(keys)
+    faiss.omp_set_num_threads(threads)
+    index = faiss.IndexFlatIP(centroids.shape[1])
+    index.add(centroids)
+    similarities, cells = index.search(vectors, most)
+    short = similarities[:, :1] - similarities
+    needed = np.sort(np.minimum(_margin_to(short, cells, a, b), _margin_to(short, cells, b, a)))
+    within_reach = int(np.isfinite(needed).sum())
+    if within_reach == 0:
+        return ProbeRule(None, most), 0.0
+    margin = needed[min(within_reach, int(np.ceil(target * len(needed)))) - 1] + ROUNDING
+    return ProbeRule(float(margin), most), round(float((needed <= margin).mean()), 5)
+
+
+def _margin_to(short: np.ndarray, cells: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Margin at which face a probes the home cell of face b; infinite where that is not among its nearest cells."""
+    match = cells[a] == cells[b, :1]
+    return np.where(match.any(axis=1), short[a, match.argmax(axis=1)], np.inf)
 
 
 def locality_order(centroids: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -9,37 +9,38 @@ import numpy as np
 from faceflow.kernels.tiles import TileKernel
 from faceflow.kernels.topk import Buffers
 
-GATHER_CHUNK = 65_536
-"""Queries gathered at once, so that a crowded cell costs bounded memory."""
+Probes = tuple[np.ndarray, np.ndarray]
+"""(offsets int64[n + 1], cells int32[...]): face i probes `cells[offsets[i]:offsets[i + 1]]`, its home cell first."""
 
 
-def search_cells(
-    vectors: np.ndarray, rows: np.ndarray, probes: np.ndarray, cells: range, k: int, floor: float | None
-) -> Buffers:
+def search_cells(vectors: np.ndarray, rows: np.ndarray, probes: Probes, cells: range, k: int, floor: float | None) -> Buffers:
     """Search every cell of one shard: its members against each other and against the faces that probe it.
 
-    vectors: float32[n, d], unit rows: every face that probes a cell of the shard; rows: int32[n], ascending; probes:
-    int32[n, p], the cells each face probes, its home cell first; cells: the shard's cells.
-    Returns buffers with one slot per face: its candidates among the members it was compared with, in either direction.
+    vectors: float32[n, d], unit rows: every face that probes a cell of the shard; rows: int32[n], ascending; cells: the
+    shard's. Returns buffers with one slot per face: its candidates among the members it was compared with, in either
+    direction.
     """
     buffers = Buffers.empty(len(rows), k, floor)
-    kernel = TileKernel(vectors, rows, buffers)
-    flat = probes.ravel()
+    kernel = TileKernel(vectors, rows, buffers, probes)
+    for members, visitors in by_cell(probes, cells):
+        member_vectors = vectors[members]
+        kernel.within(members, member_vectors)
+        kernel.between(visitors, members, member_vectors)
+    return buffers
+
+
+def by_cell(probes: Probes, cells: range) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(members, visitors) of each cell that has members: positions of the faces at home there and of those that probe it."""
+    offsets, flat = probes
     inside = np.flatnonzero((flat >= cells.start) & (flat < cells.stop))
     inside = inside[np.argsort(flat[inside], kind="stable")]
     bounds = np.searchsorted(flat[inside], np.arange(cells.start, cells.stop + 1))
-    positions, is_home = inside // probes.shape[1], inside % probes.shape[1] == 0
-    homes = np.ascontiguousarray(probes[:, 0])
+    positions = np.searchsorted(offsets, inside, side="right") - 1
+    is_home = offsets[positions] == inside
     for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
         here, home = positions[begin:end], is_home[begin:end]
-        members, visitors = here[home], here[~home]
-        if len(members) == 0:
-            continue
-        member_vectors = vectors[members]
-        kernel.within(members, member_vectors)
-        if len(visitors):
-            kernel.between(visitors, members, member_vectors, homes[visitors], probes[members])
-    return buffers
+        if home.any():
+            yield here[home], here[~home]
 
 
 def ring(block: int, blocks: int) -> list[int]:

@@ -29,7 +29,8 @@ def _push_block(
     q_homes: np.ndarray,
     m_slots: np.ndarray,
     m_rows: np.ndarray,
-    m_probes: np.ndarray,
+    probe_offsets: np.ndarray,
+    probe_cells: np.ndarray,
     m_floors: np.ndarray,
     keys: np.ndarray,
     counts: np.ndarray,
@@ -38,7 +39,6 @@ def _push_block(
 ) -> None:
     # first: the pairs j <= i + first are left out (the lower triangle of a tile with itself); -len(queries) for none.
     n, m = product.shape
-    probes = m_probes.shape[1]
     for j in range(m):
         m_floors[j] = floors[m_slots[j]]
     for i in range(n):
@@ -63,8 +63,8 @@ def _push_block(
                     floor = floors[slot]
                 if s >= m_floors[u]:
                     seen = False
-                    for p in range(probes):
-                        seen |= m_probes[u, p] == q_homes[i]
+                    for p in range(probe_offsets[m_slots[u]], probe_offsets[m_slots[u] + 1]):
+                        seen |= probe_cells[p] == q_homes[i]
                     if not seen:
                         push(keys, counts, floors, k, m_slots[u], key_of(bits[i, u], q_rows[i]))
                         m_floors[u] = floors[m_slots[u]]
@@ -74,60 +74,53 @@ def _push_block(
 class TileKernel:
     """Runs tiles against one set of buffers; holds the scratch memory of one worker.
 
-    vectors: float32[n, d], unit rows, C-contiguous; rows: int32[n], their global rows. Slots and positions are indices
-    into both.
+    vectors: float32[n, d], unit rows, C-contiguous; rows: int32[n], their global rows. Positions, from here on, are
+    indices into both and into the buffers.
+    probes: (offsets int64[n + 1], cells int32[...]), the cells each face probes, its home cell first. With it, a pair is
+    not given to its member when the member probes the query's home cell: that tile finds the pair from the member's
+    side, and no pair may be found twice.
     """
 
-    def __init__(self, vectors: np.ndarray, rows: np.ndarray, buffers: Buffers) -> None:
+    def __init__(
+        self, vectors: np.ndarray, rows: np.ndarray, buffers: Buffers, probes: tuple[np.ndarray, np.ndarray] | None = None
+    ) -> None:
         self.vectors, self.rows, self.buffers = vectors, rows, buffers
+        if probes is None:
+            self._probes = np.zeros(len(rows) + 1, np.int64), np.empty(0, np.int32)
+            self._homes = np.full(len(rows), -1, np.int32)
+        else:
+            self._probes = probes
+            self._homes = probes[1][probes[0][:-1]]
         self._product = np.empty(QUERY_BLOCK * MEMBER_BLOCK, np.float32)
         self._queries = np.empty((QUERY_BLOCK, vectors.shape[1]), np.float32)
         self._floors = np.empty(MEMBER_BLOCK, np.float32)
-        self._no_probes = np.empty((MEMBER_BLOCK, 0), np.int32)
 
     def _block(
-        self, queries: np.ndarray, members: np.ndarray, first: int, q: np.ndarray, m: np.ndarray,
-        homes: np.ndarray, probes: np.ndarray,
-    ) -> None:  # fmt: skip
+        self, queries: np.ndarray, members: np.ndarray, first: int, q: np.ndarray, m: np.ndarray, homes: np.ndarray
+    ) -> None:
         product = self._product[: len(queries) * len(members)].reshape(len(queries), len(members))
         np.matmul(queries, members.T, out=product)
         b = self.buffers
         _push_block(
-            product, product.view(np.uint32), first, q, self.rows[q], homes, m, self.rows[m], probes, self._floors,
-            b.keys, b.counts, b.floors, b.k,
+            product, product.view(np.uint32), first, q, self.rows[q], homes, m, self.rows[m], *self._probes,
+            self._floors, b.keys, b.counts, b.floors, b.k,
         )  # fmt: skip
 
     def within(self, positions: np.ndarray, vectors: np.ndarray) -> None:
-        """All pairs among `positions` (intp[m]); `vectors` are their gathered vectors, float32[m, d]."""
+        """All pairs among `positions` (intp[m]), faces of one cell; `vectors` are theirs, gathered, float32[m, d]."""
         n = len(positions)
+        nowhere = np.full(QUERY_BLOCK, -1, np.int32)  # each pair comes up once here: both ends keep it
         for i in range(0, n, QUERY_BLOCK):
             q = positions[i : i + QUERY_BLOCK]
             for j in range(i, n, MEMBER_BLOCK):
                 m = positions[j : j + MEMBER_BLOCK]
-                self._block(
-                    vectors[i : i + QUERY_BLOCK], vectors[j : j + MEMBER_BLOCK], i - j, q, m, q, self._no_probes[: len(m)]
-                )
+                self._block(vectors[i : i + QUERY_BLOCK], vectors[j : j + MEMBER_BLOCK], i - j, q, m, nowhere)
 
-    def between(
-        self,
-        queries: np.ndarray,
-        members: np.ndarray,
-        member_vectors: np.ndarray,
-        query_homes: np.ndarray | None = None,
-        member_probes: np.ndarray | None = None,
-    ) -> None:
-        """All pairs (queries x members), two sets of positions without a common one; each pair serves both ends.
-
-        With query_homes int32[q] and member_probes int32[m, p], a pair is not given to its member when the member probes
-        the query's home cell: that tile finds the pair from the member's side, and no pair may be found twice.
-        """
-        none = np.empty(len(queries), np.int32) if query_homes is None else query_homes
+    def between(self, queries: np.ndarray, members: np.ndarray, member_vectors: np.ndarray) -> None:
+        """All pairs (queries x members), two sets of positions without a common one; each pair serves both ends."""
         for i in range(0, len(queries), QUERY_BLOCK):
             q = queries[i : i + QUERY_BLOCK]
             block = np.take(self.vectors, q, axis=0, out=self._queries[: len(q)], mode="clip")
             for j in range(0, len(members), MEMBER_BLOCK):
                 m = members[j : j + MEMBER_BLOCK]
-                probes = self._no_probes[: len(m)] if member_probes is None else member_probes[j : j + MEMBER_BLOCK]
-                self._block(
-                    block, member_vectors[j : j + MEMBER_BLOCK], -QUERY_BLOCK - 1, q, m, none[i : i + QUERY_BLOCK], probes
-                )
+                self._block(block, member_vectors[j : j + MEMBER_BLOCK], -QUERY_BLOCK - 1, q, m, self._homes[q])

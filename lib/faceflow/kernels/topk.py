@@ -139,9 +139,7 @@ def _extend(
 
 
 @numba.njit(cache=True, nogil=True)
-def _take(
-    keys: np.ndarray, counts: np.ndarray, k: int, slots: np.ndarray, offsets: np.ndarray, out: np.ndarray
-) -> None:
+def _take(keys: np.ndarray, counts: np.ndarray, k: int, slots: np.ndarray, offsets: np.ndarray, out: np.ndarray) -> None:
     for i in range(len(slots)):
         slot = slots[i]
         n = counts[slot]

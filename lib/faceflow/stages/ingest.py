@@ -52,7 +52,9 @@ class Piece:
 def _files(context: Context) -> list[FileInfo]:
     config = context.config
     if contains(config.input, config.output, config.storage_options):
-        raise InputError(f"OUTPUT {config.output} lies inside INPUT {config.input}: labels would become input; choose another place")
+        raise InputError(
+            f"OUTPUT {config.output} lies inside INPUT {config.input}: labels would become input; choose another place"
+        )
     return list_parquet(config.input, config.storage_options)[1]
 
 
@@ -144,7 +146,9 @@ def _check_types(footers: list[Footer]) -> None:
     first = footers[0]
     for footer in footers:
         if footer.id_type != first.id_type:
-            raise InputError(f"ids are {first.id_type} in {first.path} but {footer.id_type} in {footer.path}: make them one type")
+            raise InputError(
+                f"ids are {first.id_type} in {first.path} but {footer.id_type} in {footer.path}: make them one type"
+            )
     fixed = [f for f in footers if f.dim is not None]
     for footer in fixed:
         if footer.dim != fixed[0].dim:
@@ -235,7 +239,10 @@ def _batches(piece: Piece, store: Store, columns: tuple[str, str]) -> Iterator[t
 def ingest_piece(piece: Piece, source: Store, run: Store, columns: tuple[str, str], dim: int) -> dict[str, int]:
     """Write the vectors and ids of one piece's parts; returns the bytes of each file."""
     sizes: dict[str, int] = {}
-    names = [(layout.part("vectors", i), layout.part("ids", i)) for i in range(piece.first_part, piece.first_part + len(piece.starts) - 1)]
+    names = [
+        (layout.part("vectors", i), layout.part("ids", i))
+        for i in range(piece.first_part, piece.first_part + len(piece.starts) - 1)
+    ]
     if all(is_whole(run, name) for pair in names for name in pair):
         return {name: run.size(name) or 0 for pair in names for name in pair}
     rows = np.diff(piece.starts)
@@ -259,7 +266,9 @@ def ingest_piece(piece: Piece, source: Store, run: Store, columns: tuple[str, st
                 if part < len(rows):
                     vectors = np.empty((rows[part], dim), np.float32)
     if part != len(rows):
-        raise InputError(f"{piece.spans[-1][0]} holds fewer rows than its footer says: it is damaged or was changed while being read")
+        raise InputError(
+            f"{piece.spans[-1][0]} holds fewer rows than its footer says: it is damaged or was changed while being read"
+        )
     return sizes
 
 
@@ -290,7 +299,10 @@ def _vectors_of(column: pa.Array, path: str, first: int, dim: int) -> np.ndarray
     wrong = np.flatnonzero(lengths != dim)
     if len(wrong):
         n = int(lengths[wrong[0]])
-        raise fail(int(wrong[0]), "the embedding is empty" if n == 0 else f"the embedding has dimension {n}, but the first one has {dim}")
+        raise fail(
+            int(wrong[0]),
+            "the embedding is empty" if n == 0 else f"the embedding has dimension {n}, but the first one has {dim}",
+        )
     values = column.flatten()
     if values.null_count:
         where = int(np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False))[0])
@@ -304,4 +316,3 @@ def _vectors_of(column: pa.Array, path: str, first: int, dim: int) -> np.ndarray
         reason = "a NaN or an infinity" if verdict[bad[0]] == NOT_FINITE else "only zeros: it has no direction"
         raise fail(int(bad[0]), f"the embedding contains {reason}")
     return x.astype(np.float32, copy=False)
-

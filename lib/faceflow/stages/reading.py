@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pyarrow as pa
 
 from faceflow.storage import layout
 from faceflow.storage.files import Store
-from faceflow.tables import CENTROIDS_METADATA
+from faceflow.tables import QUANTIZER_METADATA
 
 
 def matrix(column: pa.Array, dim: int) -> np.ndarray:
@@ -27,5 +29,5 @@ def read_ids(run: Store, part: int) -> pa.Array:
 def read_quantizer(run: Store, dim: int) -> tuple[np.ndarray, np.ndarray]:
     """(centroids float32[cells, dim], first cell of each shard and the end int64[shards + 1])."""
     batch = run.read_batch(layout.CENTROIDS)
-    starts = batch.schema.metadata[CENTROIDS_METADATA.encode()].decode()
-    return matrix(batch.column(0), dim), np.array([int(s) for s in starts.split(",")])
+    record = json.loads(batch.schema.metadata[QUANTIZER_METADATA])
+    return matrix(batch.column(0), dim), np.array(record["shard_starts"])

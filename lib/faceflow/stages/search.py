@@ -130,7 +130,7 @@ def search_cells_shard(
     _, starts = read_quantizer(run, dim)
     batches = [run.read_batch(layout.part("cells", part), shard) for part in range(len(parts))]
     rows = np.concatenate([batch.column(0).to_numpy() for batch in batches])
-    probes = np.concatenate([matrix(b.column(1), b.schema.field(1).type.list_size) for b in batches])
+    probes = _probes([batch.column(1) for batch in batches])
     bounds = np.searchsorted(rows, parts.starts)
     vectors = np.empty((len(rows), dim), np.float32)
     for part, batch in enumerate(batches):
@@ -156,6 +156,13 @@ def search_cells_shard(
             for b, e, first in zip(bounds[:-1], bounds[1:], parts.starts, strict=False)
         ),
     )
+
+
+def _probes(columns: Sequence[pa.ListArray]) -> cpu.Probes:
+    counts = np.concatenate([np.diff(column.offsets.to_numpy()) for column in columns])
+    offsets = np.zeros(len(counts) + 1, np.int64)
+    np.cumsum(counts, out=offsets[1:])
+    return offsets, np.concatenate([column.flatten().to_numpy() for column in columns])
 
 
 def _candidates(rows: np.ndarray, offsets: np.ndarray, keys: np.ndarray) -> pa.RecordBatch:

@@ -114,7 +114,11 @@ class Store:
     def open_arrow(self, relative: str) -> Iterator[pa.RecordBatchFileReader]:
         """An Arrow IPC file: memory-mapped on a disk, read by range on S3, so that one batch costs that batch alone."""
         with self._explained(relative):
-            source = pa.memory_map(self.address(relative)) if self.is_local else self.fs.open(self.address(relative), "rb", cache_type="none")
+            source = (
+                pa.memory_map(self.address(relative))
+                if self.is_local
+                else self.fs.open(self.address(relative), "rb", cache_type="none")
+            )
             with source:
                 yield pa.ipc.open_file(source)
 
