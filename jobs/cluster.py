@@ -1,4 +1,4 @@
-"""Cluster a Parquet data set of face embeddings: `ray job submit -- python jobs/cluster.py INPUT OUTPUT`. Everything is in faceflow.cli."""
+"""Cluster a Parquet data set: `ray job submit -- python jobs/cluster.py INPUT OUTPUT`. Everything is in faceflow.cli."""
 
 import sys
 from pathlib import Path

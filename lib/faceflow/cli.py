@@ -30,7 +30,6 @@ class _Parser(argparse.ArgumentParser):
             message += did_you_mean(
                 unknown.split()[0].split("=")[0], [f for f in self._option_string_actions if f.startswith("--")]
             )
-        self.print_usage(sys.stderr)
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
@@ -109,6 +108,8 @@ def build_parser() -> argparse.ArgumentParser:
     for command in (evaluate, synthesize):
         command.add_argument("--storage-options", metavar="JSON", help="options of the s3fs file system, as JSON")
         command.add_argument("--json", action="store_true", help="print one JSON object as the last line of stdout")
+    for command in commands.choices.values():
+        command.set_defaults(parser=command)
     return parser
 
 
@@ -142,7 +143,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         print(f"{name:10}" + "  ".join(f"{value:9.4f}" for value in row))
     print(f"NMI {scores.nmi:.4f}  ARI {scores.ari:.4f}")
     print(
-        f"{scores.faces:,} faces, {scores.clusters:,} clusters ({scores.singletons:,} of one face), {scores.identities:,} identities"
+        f"{scores.faces:,} faces, {scores.clusters:,} clusters ({scores.singletons:,} of one face), "
+        f"{scores.identities:,} identities"
     )
 
 
@@ -164,7 +166,9 @@ _COMMANDS = {"cluster": _cluster, "evaluate": _evaluate, "synthesize": _synthesi
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
-    arguments = build_parser().parse_args(argv)
+    arguments, unknown = build_parser().parse_known_args(argv)
+    if unknown:
+        arguments.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     quiet = getattr(arguments, "quiet", False)
     logging.basicConfig(
         level=logging.WARNING if quiet else logging.INFO,

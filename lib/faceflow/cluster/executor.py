@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -96,11 +97,12 @@ class Executor:
             options |= {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
         else:
             # Workers of another machine run the very code that the driver runs.
+            _check_reachable(address)
             options["runtime_env"] = {"py_modules": [str(Path(__file__).resolve().parents[1])]}
         with _environment_for_ray():
             try:
                 ray.init(address=address, **options)
-            except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+            except (ray.exceptions.RayError, ConnectionError, RuntimeError, ValueError, OSError) as error:
                 raise SettingsError(f"cannot use Ray at {address}: {str(error).splitlines()[0]}") from None
 
     def __enter__(self) -> Executor:
@@ -207,6 +209,17 @@ class Executor:
 
 def _usable_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _check_reachable(address: str) -> None:
+    """Ray waits for minutes for a cluster that is not there; a port that is closed can be known at once."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not (host and port.isdigit()):
+        return  # "auto" and other words are for Ray to resolve
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        raise SettingsError(f"cannot use Ray at {address}: {error.strerror or error}") from None
 
 
 @contextlib.contextmanager

@@ -132,7 +132,8 @@ def read_footers(store: Store, paths: Sequence[str], id_column: str, embedding_c
             value = _value_type(embedding)
             if value is None or not pa.types.is_floating(value):
                 raise InputError(
-                    f"{path}: column {embedding_column!r} is {embedding.type}; an embedding must be a list of float16, float32 or float64"
+                    f"{path}: column {embedding_column!r} is {embedding.type}; an embedding must be a list of "
+                    "float16, float32 or float64"
                 )
             dim = embedding.type.list_size if pa.types.is_fixed_size_list(embedding.type) else None
             if dim == 0:
@@ -188,7 +189,7 @@ def plan_pieces(footers: Sequence[Footer]) -> list[Piece]:
     for footer in footers:
         in_file = 0
         for group, n in enumerate(footer.group_rows):
-            if n and rows and rows + n > PART_FACES * 3 // 2:
+            if rows >= PART_FACES // 2 and rows + n > PART_FACES * 3 // 2:
                 close()
             if n:
                 if spans and spans[-1][0] == footer.path and spans[-1][1][-1] == group - 1:

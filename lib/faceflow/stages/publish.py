@@ -1,4 +1,4 @@
-"""Stage 6, publish: modules -> stable cluster ids -> label Parquet. The pointer that makes them current is set by the pipeline."""
+"""Stage 6, publish: modules -> stable cluster ids -> label Parquet. The pipeline then makes them current."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stage 2, quantize: choose the search plan; for the cells plan train the quantizer and send each face to the shards it probes."""
+"""Stage 2, quantize: choose the search plan; train the quantizer and send each face to the shards it probes."""
 
 from __future__ import annotations
 

@@ -37,14 +37,21 @@ def run(context: Context) -> Outcome:
     if plan["index"] == "exact":
         blocks = exact_blocks(parts)
         shards = len(blocks)
-        tasks = [(run, parts, context.dim, shard, blocks, *limits) for shard in range(shards)]
         context.executor.map(
-            search_exact_shard, tasks, "search", sizes=[end - begin for _, begin, end in blocks], resources=resources
+            search_exact_shard,
+            [(run, parts, context.dim, shard, blocks, *limits) for shard in range(shards)],
+            "search",
+            sizes=[end - begin for _, begin, end in blocks],
+            resources=resources,
         )
     else:
         shards = plan["shards"]
-        tasks = [(run, parts, context.dim, shard, *limits) for shard in range(shards)]
-        context.executor.map(search_cells_shard, tasks, "search", resources=resources)
+        context.executor.map(
+            search_cells_shard,
+            [(run, parts, context.dim, shard, *limits) for shard in range(shards)],
+            "search",
+            resources=resources,
+        )
     results = context.executor.map(
         merge_part,
         [(run, part, parts.starts[part], parts.rows(part), shards, config.neighbors) for part in range(len(parts))],

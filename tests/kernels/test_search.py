@@ -1,0 +1,206 @@
+"""Both search plans against a float64 oracle."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from faceflow.kernels import quantizer, search, tiles, topk
+
+FLOORS = [None, 0.3, -0.2]
+
+
+def unit(n: int, dim: int, seed: int, spread: float = 0.7) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    centers = rng.standard_normal((max(1, n // 12), dim))
+    x = centers[rng.integers(0, len(centers), n)] + spread * rng.standard_normal((n, dim))
+    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+
+
+def oracle(x: np.ndarray, k: int, floor: float | None) -> list[set[int]]:
+    s = x.astype(np.float64) @ x.astype(np.float64).T
+    np.fill_diagonal(s, -np.inf)
+    out = []
+    for i in range(len(x)):
+        order = np.lexsort((np.arange(len(x)), -s[i]))[:k]
+        out.append({int(j) for j in order if j != i and (floor is None or s[i, j] >= floor)})
+    return out
+
+
+def exact(x: np.ndarray, k: int, floor: float | None, block: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    blocks = list(search.blocks_of(len(x), block))
+    lists = []
+    for i, (begin, end) in enumerate(blocks):
+        others = ((blocks[b][0], x[slice(*blocks[b])]) for b in search.ring(i, len(blocks))[1:])
+
+        def take(first: int, offsets: np.ndarray, keys: np.ndarray) -> None:
+            rows = np.arange(first, first + len(offsets) - 1, dtype=np.int32)
+            lists.append((rows, offsets, keys))
+
+        search.search_blocks(x[begin:end], begin, others, k, floor, take)
+    return topk.merge(lists, len(x), k)
+
+
+def check_table(x: np.ndarray, table: tuple[np.ndarray, np.ndarray, np.ndarray], k: int, floor: float | None) -> None:
+    offsets, rows, similarities = table
+    for i, want in enumerate(oracle(x, k, floor)):
+        here = slice(offsets[i], offsets[i + 1])
+        got, s = rows[here].tolist(), similarities[here]
+        assert i not in got
+        assert len(set(got)) == len(got)
+        assert (np.diff(s) <= 0).all()
+        exact_s = x[got].astype(np.float64) @ x[i].astype(np.float64)
+        np.testing.assert_allclose(s, exact_s, atol=1e-5)
+        # The same set, but for faces tied at the cut to within rounding.
+        edge = min(exact_s, default=-2.0) if len(got) == k else (floor if floor is not None else -2.0)
+        for j in set(got) ^ want:
+            assert abs(float(x[j].astype(np.float64) @ x[i].astype(np.float64)) - edge) < 1e-5
+
+
+@pytest.mark.parametrize("floor", FLOORS)
+@pytest.mark.parametrize(("n", "block"), [(1, 10), (2, 1), (300, 300), (300, 70), (301, 43), (700, 300)])
+def test_exact_plan_finds_what_float64_finds(n: int, block: int, floor: float | None) -> None:
+    x = unit(n, 24, seed=n)
+    check_table(x, exact(x, 9, floor, block), 9, floor)
+
+
+@pytest.mark.parametrize("blocks", range(1, 12))
+def test_ring_meets_every_pair_of_blocks_once(blocks: int) -> None:
+    pairs = [frozenset((i, j)) for i in range(blocks) for j in search.ring(i, blocks)]
+    assert len(pairs) == len(set(pairs)) == blocks * (blocks + 1) // 2
+
+
+def cells_tables(x: np.ndarray, probes: search.Probes, cells: int, shards: int, k: int, floor: float | None):  # type: ignore[no-untyped-def]
+    lists = []
+    offsets, flat = probes
+    owner = np.repeat(np.arange(len(x)), np.diff(offsets))
+    for shard in range(shards):
+        span = range(cells * shard // shards, cells * (shard + 1) // shards)
+        here = np.unique(owner[(flat >= span.start) & (flat < span.stop)])
+        counts = np.diff(offsets)[here]
+        mine = (
+            np.concatenate([[0], np.cumsum(counts)]),
+            np.concatenate([flat[offsets[i] : offsets[i + 1]] for i in here] or [flat[:0]]),
+        )
+        found = search.search_cells(np.ascontiguousarray(x[here]), here.astype(np.int32), mine, span, k, floor)
+        lists.append((here.astype(np.int32), *found.take(np.arange(len(here)))))
+    return topk.merge(lists, len(x), k)
+
+
+@pytest.mark.parametrize("floor", FLOORS)
+def test_probing_every_cell_is_exact(floor: float | None) -> None:
+    x = unit(400, 16, seed=3)
+    centroids = quantizer.train(x, 12, seed=0, threads=1)
+    probes = quantizer.probe(x, centroids, quantizer.ProbeRule(None, 12))
+    check_table(x, cells_tables(x, probes, 12, 3, 9, floor), 9, floor)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(2, 120), st.integers(1, 8), st.integers(1, 4), st.integers(0, 1000), st.floats(0, 0.5))
+def test_cells_find_exactly_the_pairs_that_meet(n: int, cells: int, k: int, seed: int, margin: float) -> None:
+    """A pair is found, once, exactly when one face probes the other's home cell; shards do not matter."""
+    x = unit(n, 8, seed)
+    cells = min(cells, n)
+    centroids = quantizer.train(x, cells, seed=seed, threads=1)
+    offsets, flat = probes = quantizer.probe(x, centroids, quantizer.ProbeRule(margin, 3))
+    home = flat[offsets[:-1]]
+    meet = np.zeros((n, n), bool)
+    for i in range(n):
+        meet[i] = np.isin(home, flat[offsets[i] : offsets[i + 1]])
+    meet |= meet.T
+    np.fill_diagonal(meet, False)
+    one = cells_tables(x, probes, cells, 1, n, None)
+    for i in range(n):
+        assert sorted(one[1][one[0][i] : one[0][i + 1]]) == np.flatnonzero(meet[i]).tolist()
+    small = cells_tables(x, probes, cells, 1, k, 0.1)
+    for shards in (2, cells):
+        for a, b in zip(small, cells_tables(x, probes, cells, shards, k, 0.1), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_crowded_cell_crosses_every_block_boundary() -> None:
+    n = tiles.MEMBER_BLOCK + tiles.QUERY_BLOCK + 37
+    x = unit(n, 8, seed=5)
+    probes = np.arange(n + 1), np.zeros(n, np.int32)
+    check_table(x, cells_tables(x, probes, 1, 1, 4, 0.5), 4, 0.5)
+
+
+def test_ties_break_by_row() -> None:
+    x = np.zeros((50, 4), np.float32)
+    x[:, 0] = 1  # every face is the same
+    offsets, rows, _ = exact(x, 3, 0.5, 16)
+    for i in range(50):
+        assert rows[offsets[i] : offsets[i + 1]].tolist() == [j for j in range(5) if j != i][:3]
+
+
+def test_quantizer_does_not_depend_on_threads() -> None:
+    x = unit(4000, 16, seed=1)
+    one, two = (quantizer.train(x, 50, seed=4, threads=t) for t in (1, 2))
+    np.testing.assert_array_equal(one, two)
+    np.testing.assert_allclose(np.linalg.norm(one, axis=1), 1, atol=1e-5)
+    np.testing.assert_array_equal(quantizer.nearest_cells(x, one, 4, 1), quantizer.nearest_cells(x, one, 4, 2))
+
+
+def test_margin_probing_against_a_direct_computation() -> None:
+    x = unit(500, 16, seed=2)
+    centroids = quantizer.train(x, 20, seed=0, threads=1)
+    offsets, cells = quantizer.probe(x, centroids, quantizer.ProbeRule(0.1, 6))
+    s = x @ centroids.T
+    for i in range(len(x)):
+        near = np.argsort(-s[i], kind="stable")
+        want = [c for c in near if s[i, c] >= s[i].max() - 0.1][:6]
+        assert cells[offsets[i] : offsets[i + 1]].tolist() == want
+
+
+def test_predicted_recall_is_what_the_rule_reaches() -> None:
+    x = unit(3000, 16, seed=8)
+    centroids = quantizer.train(x, 60, seed=0, threads=1)
+    rule, predicted = quantizer.choose_rule(x, centroids, 50, 0.6, 60, 0.95, threads=1)
+    assert predicted is not None
+    assert 0.95 <= predicted < 0.97
+    probes = quantizer.probe(x, centroids, rule)
+    found = len(cells_tables(x, probes, 60, 2, 50, 0.6)[1])
+    assert found / len(exact(x, 50, 0.6, 1000)[1]) == pytest.approx(predicted, abs=0.01)
+
+
+def test_no_pair_to_tell_by() -> None:
+    x = np.eye(16, dtype=np.float32)
+    rule, predicted = quantizer.choose_rule(x, x[:4].copy(), 5, 0.5, 4, 0.99, threads=1)
+    assert predicted is None
+    assert rule == quantizer.ProbeRule(None, 4)
+
+
+def test_locality_order_and_shards() -> None:
+    rng = np.random.default_rng(0)
+    centroids = unit(64, 8, 0)
+    weights = rng.uniform(1, 5, 64)
+    order = quantizer.locality_order(centroids, weights)
+    assert sorted(order) == list(range(64))
+    starts = quantizer.shard_starts(weights[order], 5)
+    assert starts[0] == 0
+    assert starts[-1] == 64
+    shares = [weights[order][a:b].sum() for a, b in zip(starts[:-1], starts[1:], strict=True)]
+    assert max(shares) < 2 * sum(shares) / 5
+    one = centroids[:1]
+    assert quantizer.locality_order(one, np.ones(1)).tolist() == [0]
+
+
+@pytest.mark.gpu
+def test_gpu_finds_what_the_cpu_finds() -> None:
+    gpu = pytest.importorskip("faceflow.kernels.gpu")
+    gpu.check_device()
+    x = unit(2000, 32, seed=9)
+    lists = []
+    blocks = list(search.blocks_of(len(x), 600))
+    for i, (begin, end) in enumerate(blocks):
+        others = [(b, x[b:e]) for j, (b, e) in enumerate(blocks) if j != i]
+        gpu.search_blocks(
+            x[begin:end], begin, others, 9, 0.3,
+            lambda first, o, keys: lists.append((np.arange(first, first + len(o) - 1, dtype=np.int32), o, keys)),
+        )  # fmt: skip
+    check_table(x, topk.merge(lists, len(x), 9), 9, 0.3)
+    probes = np.arange(len(x) + 1), np.zeros(len(x), np.int32)
+    found = gpu.search_cells(x, np.arange(len(x), dtype=np.int32), probes, range(1), 9, 0.3)
+    check_table(x, topk.merge([(np.arange(len(x), dtype=np.int32), *found.take(np.arange(len(x))))], len(x), 9), 9, 0.3)

@@ -1,0 +1,169 @@
+"""The store's promises, on a disk and on a real S3 server alike."""
+
+from __future__ import annotations
+
+import multiprocessing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from faceflow.errors import FingerprintError, InputError, PublishError, SettingsError
+from faceflow.storage import manifests
+from faceflow.storage.files import Store, contains, list_parquet
+from faceflow.storage.manifests import Manifest
+
+
+@pytest.fixture(params=["disk", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    if request.param == "disk":
+        return Store.at(str(tmp_path / "out"))
+    s3 = request.getfixturevalue("s3")
+    return Store.at(f"s3://faces/{tmp_path.name}", s3.options)
+
+
+def test_whole_or_not_at_all(store: Store) -> None:
+    store.write_bytes("a/b", b"first")
+
+    def half() -> None:
+        with store.open_write("a/b") as file:
+            file.write(b"half")
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        half()
+    assert store.read_bytes("a/b") == b"first"
+    assert store.names("a") == ["b"]
+    assert store.size("a/b") == 5
+    assert store.size("a/none") is None
+    assert store.names("none") == []
+    store.delete("a")
+    assert not store.exists("a/b")
+    store.delete("a")
+
+
+def test_arrow_batches_are_read_one_at_a_time(store: Store) -> None:
+    schema = pa.schema([("x", pa.int64())])
+    batches = [pa.record_batch([pa.array(np.arange(i, i + 3))], schema=schema) for i in range(5)]
+    written = store.write_arrow("t.arrow", schema, batches)
+    assert store.size("t.arrow") == written
+    assert store.read_batch("t.arrow", 3).column(0).to_pylist() == [3, 4, 5]
+    assert manifests.is_whole(store, "t.arrow")
+    store.write_bytes("short.arrow", store.read_bytes("t.arrow")[:-20])
+    assert not manifests.is_whole(store, "short.arrow")
+    assert not manifests.is_whole(store, "none.arrow")
+
+
+def test_replace_json_only_over_the_expected_version(store: Store) -> None:
+    store.replace_json("latest.json", {"n": 1}, None)
+    with pytest.raises(PublishError):
+        store.replace_json("latest.json", {"n": 2}, None)
+    version = store.version("latest.json")
+    store.replace_json("latest.json", {"n": 3}, version)
+    with pytest.raises(PublishError):
+        store.replace_json("latest.json", {"n": 4}, version)
+    assert store.read_json("latest.json") == {"n": 3}
+    assert store.read_json("none.json") is None
+
+
+def _race(store: Store, expected: str | None, number: int, results: Any) -> None:
+    try:
+        store.replace_json("latest.json", {"n": number}, expected)
+        results.put(number)
+    except PublishError:
+        results.put(None)
+
+
+def test_of_many_writers_one_wins(store: Store) -> None:
+    store.replace_json("latest.json", {"n": -1}, None)
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    version = store.version("latest.json")
+    writers = [context.Process(target=_race, args=(store, version, n, results)) for n in range(4)]
+    for writer in writers:
+        writer.start()
+    outcomes = [results.get(timeout=120) for _ in writers]
+    for writer in writers:
+        writer.join()
+    winners = [n for n in outcomes if n is not None]
+    assert len(winners) == 1
+    assert store.read_json("latest.json") == {"n": winners[0]}
+
+
+def test_options_do_not_show() -> None:
+    assert "hush" not in repr(Store.at("s3://b/p", {"secret": "hush"}))
+
+
+def test_unknown_scheme() -> None:
+    with pytest.raises(SettingsError, match="only local paths and s3://"):
+        Store.at("gs://bucket/x")
+
+
+def test_unwritable_output_says_why(tmp_path: Path) -> None:
+    blocker = tmp_path / "file"
+    blocker.write_text("x")
+    with pytest.raises(SettingsError, match=r"cannot write to .*file/out: Not a directory"):
+        Store.at(str(blocker / "out")).check_writable()
+
+
+def touch(root: Path, *names: str) -> None:
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+
+
+def test_list_parquet_folder_glob_and_file(tmp_path: Path) -> None:
+    touch(tmp_path, "b/day=2/x.parquet", "a.parquet", "b/day=1/y.parquet", "_SUCCESS", ".x.crc", "b/_tmp/z.parquet")
+    names = [f.path[len(str(tmp_path)) + 1 :] for f in list_parquet(str(tmp_path), None)[1]]
+    assert names == ["a.parquet", "b/day=1/y.parquet", "b/day=2/x.parquet"]
+    assert len(list_parquet(str(tmp_path / "b/*/*.parquet"), None)[1]) == 3
+    assert len(list_parquet(str(tmp_path / "a.parquet"), None)[1]) == 1
+
+
+def test_list_parquet_refuses(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="does not exist"):
+        list_parquet(str(tmp_path / "none"), None)
+    with pytest.raises(InputError, match="holds no Parquet file"):
+        list_parquet(str(tmp_path), None)
+    touch(tmp_path, "a.parquet", "notes.txt")
+    with pytest.raises(InputError, match=r"notes\.txt is not a Parquet file"):
+        list_parquet(str(tmp_path), None)
+
+
+def test_contains(tmp_path: Path) -> None:
+    assert contains(str(tmp_path), str(tmp_path / "x" / "y"))
+    assert contains(str(tmp_path), str(tmp_path))
+    assert not contains(str(tmp_path / "x"), str(tmp_path / "xy"))
+    assert contains("s3://b/p", "s3://b/p/q")
+    assert not contains("s3://b/p", "s3://b/pq")
+    assert not contains(str(tmp_path), "s3://b/p")
+
+
+def test_manifest_mismatch_names_the_key_and_both_values(tmp_path: Path) -> None:
+    store = Store.at(str(tmp_path))
+    before = {"neighbors": 80, "input_files": {"a": [1, "x"], "b": [2, "y"]}}
+    assert manifests.load(store, "search", before) is None
+    manifests.begin(store, "search", before)
+    manifests.finish(store, Manifest("search", before, {"n": 1}, {}, 2.5))
+    loaded = manifests.load(store, "search", before)
+    assert loaded is not None
+    assert (loaded.counts, loaded.seconds) == ({"n": 1}, 2.5)
+    with pytest.raises(FingerprintError) as caught:
+        manifests.load(store, "search", before | {"neighbors": 50})
+    assert "neighbors: was 80, is 50" in str(caught.value)
+    assert "--run-id" in str(caught.value)
+    with pytest.raises(FingerprintError) as caught:
+        manifests.load(store, "search", before | {"input_files": {"a": [1, "x"], "b": [3, "z"]}})
+    assert 'b: was [2, "y"], is [3, "z"]' in str(caught.value)
+
+
+def test_a_lost_piece_makes_the_stage_run_again(tmp_path: Path) -> None:
+    store = Store.at(str(tmp_path))
+    store.write_bytes("p", b"12345")
+    manifests.finish(store, Manifest("s", {}, {}, {"p": 5}, 0))
+    assert manifests.load(store, "s", {}) is not None
+    store.write_bytes("p", b"123")
+    assert manifests.load(store, "s", {}) is None
