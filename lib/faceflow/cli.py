@@ -48,9 +48,13 @@ def _settings_parser(commands: Any, name: str, help: str, description: str) -> a
         if key in ("input", "output"):
             continue
         meta = field.metadata
+        flag = f"--{key.replace('_', '-')}"
+        if field.type == "bool":
+            parser.add_argument(flag, dest=key, action="store_const", const=True, default=_UNSET, help=meta["help"])
+            continue
         shown = "" if field.default is None else f" (default: {field.default})"
         parser.add_argument(
-            f"--{key.replace('_', '-')}", dest=key, default=_UNSET, help=(meta["help"] + shown).replace("%", "%%"),
+            flag, dest=key, default=_UNSET, help=(meta["help"] + shown).replace("%", "%%"),
             metavar=meta["metavar"] or ("|".join(meta["choices"]) if meta["choices"] else "TEXT"),
         )  # fmt: skip
     parser.add_argument("--config", metavar="FILE", help="TOML file with any of these settings; flags win over it")

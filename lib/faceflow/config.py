@@ -48,9 +48,19 @@ class ClusterConfig:
     )
     probes: int | None = _setting(
         None,
-        "nearest cells that each face is compared with (default: per face, as many as a predicted edge recall of 0.9975 takes)",
+        "nearest cells that each face is compared with (default: per face, as many as a predicted edge recall of 0.998 takes)",
         metavar="N",
     )
+    memory_limit: int | None = _setting(
+        None,
+        "resident memory of one worker, as 8GiB, 500MB or bytes (default: its share of what Ray says is there)",
+        metavar="BYTES",
+    )
+    min_recall: float = _setting(
+        0.99, "edge recall below which the run fails (exit code 4), measured on a sample of faces; 0 accepts any", metavar="X"
+    )
+    raise_probes: bool = _setting(False, "instead of failing, search again with more probes until min-recall holds")
+    recall_sample: int = _setting(1_000, "faces searched exactly to measure the edge recall", metavar="N")
     engine: str = _setting("infomap", "community detection: the infomap package", choices=("infomap",))
     seed: int = _setting(0, "seed of everything random; same input, settings and seed: same labels", metavar="N")
     workers: int | None = _setting(None, "tasks at work at once, at most (default: every CPU of the Ray cluster)", metavar="N")
@@ -85,6 +95,9 @@ class ClusterConfig:
         self._range("workers", 1, 100_000)
         self._range("seed", 0, 2**31 - 1)
         self._range("gpus_per_worker", 0, 64)
+        self._range("memory_limit", 512 * 2**20, 2**50)
+        self._range("min_recall", 0, 1)
+        self._range("recall_sample", 1, 100_000)
         if self.min_similarity is not None and not -1 <= self.min_similarity <= 1:
             raise SettingsError(f"min_similarity is {self.min_similarity}: a cosine lies between -1 and 1; or 'none'")
         for name, choices in (("index", ("auto", "exact", "cells")), ("engine", ("infomap",))):
@@ -112,6 +125,17 @@ class ClusterConfig:
 
 
 SETTINGS: dict[str, dataclasses.Field[Any]] = {f.name: f for f in dataclasses.fields(ClusterConfig)}
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+
+
+def _parse_bytes(name: str, value: Any) -> int:
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)", str(value).strip().lower())
+    if match is None or match[2] not in _UNITS:
+        raise SettingsError(f"{name} is {value!r}: it must be a size like 8GiB, 500MB or a number of bytes")
+    return int(float(match[1]) * _UNITS[match[2]])
+
 
 _CONVERT: dict[str, Any] = {
     "str": str,
@@ -143,6 +167,12 @@ def parse_setting(name: str, value: Any) -> Any:
         return value
     if "None" in kind and (value is None or (isinstance(value, str) and value.lower() == "none")):
         return None
+    if name == "memory_limit":
+        return _parse_bytes(name, value)
+    if kind == "bool":
+        if isinstance(value, bool) or str(value).lower() in ("true", "false"):
+            return value if isinstance(value, bool) else value.lower() == "true"
+        raise SettingsError(f"{name} is {value!r}: it must be true or false")
     convert = _CONVERT[kind]
     wrong = isinstance(value, bool) or (convert is str and not isinstance(value, str))
     if convert is int and isinstance(value, float):

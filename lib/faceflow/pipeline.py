@@ -14,7 +14,7 @@ from typing import Any
 from faceflow import __version__
 from faceflow.cluster.executor import Executor, peak_memory
 from faceflow.config import ClusterConfig
-from faceflow.errors import RunError
+from faceflow.errors import QualityError, RunError
 from faceflow.stages import detect, ingest, link, publish, quantize, search
 from faceflow.stages.base import Context, Stage
 from faceflow.storage import layout, manifests
@@ -26,7 +26,7 @@ log = logging.getLogger("faceflow")
 
 STAGES: tuple[Stage, ...] = (ingest.STAGE, quantize.STAGE, search.STAGE, link.STAGE, detect.STAGE, publish.STAGE)
 
-NOT_IDENTITY = ("workers", "address", "run_id", "work_dir", "gpus_per_worker")
+NOT_IDENTITY = ("workers", "address", "run_id", "work_dir", "gpus_per_worker", "memory_limit", "min_recall", "raise_probes")
 """Settings that do not change the labels: a run may be continued with others."""
 
 
@@ -34,8 +34,10 @@ NOT_IDENTITY = ("workers", "address", "run_id", "work_dir", "gpus_per_worker")
 class RunResult:
     """What a finished run reports; the fields are those of `--json`.
 
-    labels: address of the label folder; seconds: wall time of each stage and `total`; peak_memory_bytes: largest
-    resident memory of the driver; worker_peak_memory_bytes: of any one worker, mapped files included (0: none ran).
+    labels: address of the label folder; recall: edge recall of the search, `estimate`, `low`, `high` (a 95 % interval),
+    from `faces` sampled faces with `edges` true neighbors; seconds: wall time of each stage and `total`;
+    peak_memory_bytes: largest resident memory of the driver; worker_peak_memory_bytes: of any one worker, mapped files
+    included (0: none ran).
     """
 
     run_id: str
@@ -45,6 +47,7 @@ class RunResult:
     singletons: int
     edges: int
     codelength: float
+    recall: dict[str, float]
     seconds: dict[str, float]
     peak_memory_bytes: int
     worker_peak_memory_bytes: int
@@ -65,7 +68,7 @@ def run_clustering(config: ClusterConfig, *, progress: bool = True) -> RunResult
     output = Store.at(config.output, options)
     runs = layout.runs_store(output, Store.at(config.work_dir, options) if config.work_dir else None)
     try:
-        with Executor(config.address, config.workers, progress) as executor:
+        with Executor(config.address, config.workers, progress, warm_up=search.warm_up) as executor:
             return _run(config, output, runs, executor, begun)
     except OSError as error:
         raise RunError(f"{error}; what is finished is kept, and the same command continues") from error
@@ -80,8 +83,14 @@ def _run(config: ClusterConfig, output: Store, runs: Store, executor: Executor, 
     stores = RunStores.of(output, runs, _choose_run(config, runs))
     log.info("run %s: %d input file(s)", stores.run_id, len(files["input_files"]))
     done: dict[str, Manifest] = {}
+    effort = int((stores.run.read_json(layout.RUN_RECORD) or {}).get("effort", 0))
     for stage in STAGES:
-        done[stage.name] = _advance(stage, Context(config, stores, executor, done))
+        done[stage.name] = _advance(stage, Context(config, stores, executor, done, effort))
+        while stage.name == "search" and not _recall_holds(config, done):
+            effort += 1
+            _search_again(config, stores, effort)
+            for again in (quantize.STAGE, search.STAGE):
+                done[again.name] = _advance(again, Context(config, stores, executor, done, effort))
     seconds = {name: manifest.seconds for name, manifest in done.items()}
     seconds["total"] = round(time.perf_counter() - begun, 3)
     result = RunResult(
@@ -92,6 +101,7 @@ def _run(config: ClusterConfig, output: Store, runs: Store, executor: Executor, 
         singletons=done["publish"].counts["singletons"],
         edges=done["link"].counts["edges"],
         codelength=done["detect"].counts["codelength"],
+        recall=done["search"].counts["recall"],
         seconds=seconds,
         peak_memory_bytes=peak_memory(),
         worker_peak_memory_bytes=executor.usage.peak_worker_bytes,
@@ -107,7 +117,8 @@ def _run(config: ClusterConfig, output: Store, runs: Store, executor: Executor, 
             "parent_run_id": parent.get("run_id"),
             "settings": config.public(),
             "seconds": seconds,
-            "recall": None,
+            "recall": result.recall["estimate"],
+            "recall_interval": [result.recall["low"], result.recall["high"]],
             "created": _now().isoformat(timespec="seconds"),
         }
         output.replace_json(layout.LATEST, pointer, parent_version)
@@ -117,6 +128,34 @@ def _run(config: ClusterConfig, output: Store, runs: Store, executor: Executor, 
         result.run_id, result.faces, result.clusters, result.singletons, seconds["total"], result.labels,
     )  # fmt: skip
     return result
+
+
+def _recall_holds(config: ClusterConfig, done: dict[str, Manifest]) -> bool:
+    """Whether the measured recall is as wanted, or nothing more can be done.
+
+    Raises QualityError where it is not and may not, or cannot, be raised.
+    """
+    recall, plan = done["search"].counts["recall"], done["quantize"].counts
+    shown = f"edge recall {recall['estimate']:.4f} (95 % interval {recall['low']:.4f} to {recall['high']:.4f})"
+    log.info("recall   %s from %d faces, %d true neighbors", shown, recall["faces"], recall["edges"])
+    if recall["estimate"] >= config.min_recall:
+        return True
+    hopeless = plan["index"] == "exact" or plan["exhausted"]
+    if config.raise_probes and not hopeless:
+        return False
+    advice = "lower --min-recall" if hopeless else "use --raise-probes, more --probes or --index exact, or lower --min-recall"
+    raise QualityError(f"{shown} is below --min-recall {config.min_recall}: {advice}; nothing was published")
+
+
+def _search_again(config: ClusterConfig, stores: RunStores, effort: int) -> None:
+    """Forget the assignment and the tables; the quantizer stays."""
+    log.info("recall   too low: searching again with more probes (attempt %d)", effort + 1)
+    stores.run.write_json(layout.RUN_RECORD, _record(config, "begun") | {"effort": effort})
+    for stage in (search.STAGE, quantize.STAGE):
+        stores.run.delete(layout.manifest(stage.name))
+        stores.run.delete(layout.plan(stage.name))
+    for folder in ("cells", *search.STAGE.writes):
+        stores.run.delete(folder)
 
 
 def _advance(stage: Stage, context: Context) -> Manifest:
@@ -135,7 +174,9 @@ def _advance(stage: Stage, context: Context) -> Manifest:
     manifest = Manifest(stage.name, fingerprint, outcome.counts, outcome.pieces, seconds)
     manifests.finish(run, manifest)
     faces = context.parts.faces if "ingest" in context.done else outcome.counts["faces"]
-    shown = ", ".join(f"{k} {v:,}" if isinstance(v, int) else f"{k} {v}" for k, v in outcome.counts.items() if k != "starts")
+    shown = ", ".join(
+        f"{k} {v:,}" if isinstance(v, int) else f"{k} {v}" for k, v in outcome.counts.items() if k not in ("starts", "recall")
+    )
     log.info("%-8s done in %.1f s, %s rows/s (%s)", stage.name, seconds, f"{faces / max(seconds, 1e-3):,.0f}", shown)
     return manifest
 
@@ -143,6 +184,8 @@ def _advance(stage: Stage, context: Context) -> Manifest:
 def _fingerprint(stage: Stage, context: Context) -> dict[str, Any]:
     fingerprint: dict[str, Any] = dict(context.config.fingerprint(stage.settings))
     fingerprint |= {f"version of {package}": _version(package) for package in stage.packages}
+    if stage.name == "quantize":
+        fingerprint["effort"] = context.effort
     fingerprint |= {f"result of {name}": context.done[name].digest for name in stage.after}
     return fingerprint | stage.inputs(context)
 

@@ -35,6 +35,13 @@ CANDIDATES_SCHEMA = pa.schema(
 """The candidate neighbors one shard found for rows of one part (row: within the part), as the keys of `kernels.topk`."""
 
 _LINK = pa.struct([pa.field("row", pa.int32(), nullable=False), pa.field("value", pa.float32(), nullable=False)])
+
+
+def queries_schema(dim: int) -> pa.Schema:
+    """Sampled faces: global row, vector, and their neighbors as found."""
+    return pa.schema([("row", pa.int32()), ("vector", pa.list_(pa.float32(), dim)), ("neighbors", pa.large_list(_LINK))])
+
+
 NEIGHBORS_SCHEMA = pa.schema([pa.field("neighbors", pa.large_list(pa.field("item", _LINK, nullable=False)))])
 EDGES_SCHEMA = pa.schema([pa.field("edges", pa.large_list(pa.field("item", _LINK, nullable=False)))])
 MODULES_SCHEMA = pa.schema([pa.field("module", pa.int64(), nullable=False)])

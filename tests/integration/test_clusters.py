@@ -23,6 +23,8 @@ FLAGS = ["--neighbors", "80", "--min-similarity", "0.5", "--index", "cells", "--
 def clean_environment(**extra: str) -> dict[str, str]:
     # As on a machine where faceflow was never installed: the jobs find it beside themselves.
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "RAY_ADDRESS")}
+    # As with an activated virtual environment: the `python` of a job's entry point is this one.
+    env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", "")])
     # Token authentication as the README describes it: one token, the same on every machine.
     return env | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN} | extra
 

@@ -157,18 +157,20 @@ def test_margin_probing_against_a_direct_computation() -> None:
 def test_predicted_recall_is_what_the_rule_reaches() -> None:
     x = unit(3000, 16, seed=8)
     centroids = quantizer.train(x, 60, seed=0, threads=1)
-    rule, predicted = quantizer.choose_rule(x, centroids, 50, 0.6, 60, 0.95, threads=1)
+    rule, mean_probes, predicted = quantizer.choose_rule(x, len(x), centroids, 50, 0.6, 60, 0.95, threads=1)
     assert predicted is not None
     assert 0.95 <= predicted < 0.97
     probes = quantizer.probe(x, centroids, rule)
+    assert mean_probes == pytest.approx(len(probes[1]) / len(x), rel=0.01)
     found = len(cells_tables(x, probes, 60, 2, 50, 0.6)[1])
     assert found / len(exact(x, 50, 0.6, 1000)[1]) == pytest.approx(predicted, abs=0.01)
 
 
 def test_no_pair_to_tell_by() -> None:
     x = np.eye(16, dtype=np.float32)
-    rule, predicted = quantizer.choose_rule(x, x[:4].copy(), 5, 0.5, 4, 0.99, threads=1)
+    rule, mean_probes, predicted = quantizer.choose_rule(x, 16, x[:4].copy(), 5, 0.5, 4, 0.99, threads=1)
     assert predicted is None
+    assert mean_probes == 4
     assert rule == quantizer.ProbeRule(None, 4)
 
 

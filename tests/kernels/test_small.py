@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as sk
 
@@ -38,6 +38,7 @@ def test_threshold_recipe() -> None:
     assert len(edges.threshold(table, 9, None).rows) == 4  # a negative cosine never becomes an edge
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 12), min_size=1, max_size=60))
 def test_canonical_order(modules: list[int]) -> None:
     m = np.array(modules)
@@ -55,6 +56,7 @@ def dense(values: list[int]) -> np.ndarray:
     return np.unique(np.array(values), return_inverse=True)[1]
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=40))
 def test_scores_against_scikit_learn_and_definitions(pairs: list[tuple[int, int]]) -> None:
     c, t = dense([p[0] for p in pairs]), dense([p[1] for p in pairs])

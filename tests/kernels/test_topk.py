@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from faceflow.kernels import topk
@@ -9,6 +9,7 @@ from faceflow.kernels import topk
 floats = st.floats(-1, 1, width=32)
 
 
+@settings(deadline=None)  # the first call compiles
 @given(st.lists(st.tuples(floats, st.integers(0, 2**31 - 1)), min_size=1, max_size=50))
 def test_keys_sort_by_falling_similarity_then_row_and_decode(pairs: list[tuple[float, int]]) -> None:
     s = np.array([p[0] for p in pairs], np.float32) + np.float32(0)
@@ -20,6 +21,7 @@ def test_keys_sort_by_falling_similarity_then_row_and_decode(pairs: list[tuple[f
     np.testing.assert_array_equal(rows_back, rows)
 
 
+@settings(deadline=None)  # the first call compiles
 @given(st.lists(st.integers(0, 20), min_size=1, max_size=60), st.data())
 def test_select_smallest(values: list[int], data: st.DataObject) -> None:
     k = data.draw(st.integers(1, len(values)))
@@ -29,6 +31,7 @@ def test_select_smallest(values: list[int], data: st.DataObject) -> None:
     assert a[k - 1] == sorted(values)[k - 1]
 
 
+@settings(deadline=None)  # the first call compiles
 @given(st.integers(1, 5), st.lists(st.tuples(floats, st.integers(0, 500)), max_size=80, unique_by=lambda p: p[1]))
 def test_buffers_keep_the_k_best_whatever_the_order(k: int, pairs: list[tuple[float, int]]) -> None:
     keys = topk.encode(np.array([p[0] for p in pairs], np.float32), np.array([p[1] for p in pairs], np.int32))
@@ -39,6 +42,7 @@ def test_buffers_keep_the_k_best_whatever_the_order(k: int, pairs: list[tuple[fl
     np.testing.assert_array_equal(np.sort(kept), np.sort(keys)[:k])
 
 
+@settings(deadline=None)  # the first call compiles
 @given(st.integers(1, 4), st.lists(st.lists(st.tuples(st.integers(0, 3), floats, st.integers(0, 40)), max_size=30), max_size=3))
 def test_merge_equals_sorting_everything(k: int, shards: list[list[tuple[int, float, int]]]) -> None:
     seen: set[tuple[int, int]] = set()

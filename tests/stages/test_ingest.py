@@ -26,10 +26,10 @@ def ingest_all(folder: Path, run: Path) -> tuple[np.ndarray, pa.Array]:
     store, files = list_parquet(str(folder), None)
     footers = ingest.read_footers(store, [f.path for f in files], "id", "embedding")
     ingest._check_types(footers)
-    pieces = plan_pieces(footers)
     dim = next((f.dim for f in footers if f.dim), None) or ingest.first_dimension(
         store, [f.path for f in files], "id", "embedding"
     )
+    pieces = plan_pieces(footers, ingest.part_faces(10**9, dim))
     out = Store.at(str(run))
     for piece in pieces:
         ingest.ingest_piece(piece, store, out, ("id", "embedding"), dim)
@@ -77,7 +77,7 @@ def test_parts_are_of_about_equal_size_and_cover_all_rows() -> None:
     footers = [
         Footer(f"f{i}", tuple(int(n) for n in rng.choice([0, 1, 900, 70_000, 1_048_576], 4)), "int64", 2) for i in range(40)
     ]
-    pieces = plan_pieces(footers)
+    pieces = plan_pieces(footers, ingest.PART_FACES)
     starts = [0, *[s for p in pieces for s in p.starts[1:]]]
     assert starts[-1] == sum(sum(f.group_rows) for f in footers)
     sizes = np.diff(starts)

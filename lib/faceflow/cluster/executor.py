@@ -55,6 +55,12 @@ def _run_piece(function: Callable[..., Any], arguments: tuple[Any, ...], threads
     return result, peak_memory(), time.perf_counter() - begun
 
 
+def _hold(warm_up: Callable[[], Any]) -> None:
+    warm_up()
+    # Holds its CPU a moment longer, so that the next warm-up needs, and starts, another process.
+    time.sleep(0.3)
+
+
 def peak_memory() -> int:
     """Largest resident memory of this process so far, in bytes, resident pages of mapped files included."""
     import resource
@@ -66,11 +72,19 @@ class Executor:
     """A connection to a Ray cluster, or a private local one that ends with this object.
 
     address: a Ray address; None: RAY_ADDRESS if set, else private. workers: pieces at work at once, at most (None: one
-    per CPU of the cluster). Raises SettingsError when the cluster cannot be reached.
+    per CPU of the cluster). warm_up: a function that loads what pieces will need.
+    Raises SettingsError when the cluster cannot be reached.
     """
 
-    def __init__(self, address: str | None = None, workers: int | None = None, progress: bool = True) -> None:
+    def __init__(
+        self,
+        address: str | None = None,
+        workers: int | None = None,
+        progress: bool = True,
+        warm_up: Callable[[], Any] | None = None,
+    ) -> None:
         self.address, self.workers = address, workers
+        self._warm_up = warm_up
         self.usage = Usage()
         self._progress = progress
         self._connected: Any = None
@@ -86,6 +100,11 @@ class Executor:
                 self._connect(ray)
                 self._owned = True
             self._connected = ray
+            if self._warm_up is not None:
+                # Nobody waits for these: they start every worker process and load its modules while the first stage reads.
+                task = ray.remote(_hold).options(num_cpus=1, scheduling_strategy="SPREAD", name="warm-up")
+                for _ in range(min(self.cpus, self.workers or self.cpus)):
+                    task.remote(self._warm_up)
         return self._connected
 
     def _connect(self, ray: Any) -> None:
@@ -121,6 +140,16 @@ class Executor:
     def largest_machine_cpus(self) -> int:
         """CPUs of the machine with the most of them."""
         return max([1, *(int(node["Resources"].get("CPU", 0)) for node in self._ray.nodes() if node["Alive"])])
+
+    @property
+    def worker_memory(self) -> int:
+        """Bytes that Ray has for one CPU of its tightest machine."""
+        shares = [
+            node["Resources"]["memory"] / node["Resources"]["CPU"]
+            for node in self._ray.nodes()
+            if node["Alive"] and node["Resources"].get("CPU", 0) >= 1 and "memory" in node["Resources"]
+        ]
+        return int(min(shares, default=2 * 2**30))
 
     def map(
         self,

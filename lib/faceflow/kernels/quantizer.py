@@ -11,7 +11,7 @@ import faiss
 import numba
 import numpy as np
 
-from faceflow.kernels.tiles import QUERY_BLOCK, TileKernel
+from faceflow.kernels.tiles import CHUNK, QUERY_BLOCK, TileKernel
 from faceflow.kernels.topk import Buffers, decode, key_of, select_smallest
 
 ITERATIONS = 5
@@ -67,6 +67,13 @@ class ProbeRule:
     margin: float | None
     most: int
 
+    def widened(self, effort: int, cells: int) -> ProbeRule:
+        """The rule after `effort` failed attempts at the wanted recall: each doubles `most` and adds half to the margin."""
+        most = min(cells, self.most * 2**effort)
+        if self.margin is None or most == cells:
+            return ProbeRule(None if effort else self.margin, most)
+        return ProbeRule(self.margin * 1.5**effort, most)
+
 
 def probe(vectors: np.ndarray, centroids: np.ndarray, rule: ProbeRule) -> tuple[np.ndarray, np.ndarray]:
     """The cells that each face probes, nearest first: (offsets int64[n + 1], cells int32[...]).
@@ -99,42 +106,58 @@ def probe(vectors: np.ndarray, centroids: np.ndarray, rule: ProbeRule) -> tuple[
     return offsets, np.concatenate(out) if out else np.empty(0, np.int32)
 
 
-@numba.njit(cache=True, nogil=True)
+@numba.njit(cache=True, nogil=True, fastmath={"nnan", "nsz"})  # so that the maximum vectorises; no NaN comes here
 def _within_margin(
     product: np.ndarray, bits: np.ndarray, margin: np.float32, most: int,
     scratch: np.ndarray, counts: np.ndarray, out: np.ndarray,
 ) -> int:  # fmt: skip
     total = 0
     for i in range(product.shape[0]):
+        row = product[i]
         best = np.float32(-2.0)
-        for j in range(product.shape[1]):
-            best = max(best, product[i, j])
+        for j in range(len(row)):
+            best = max(best, row[j])
         least = best - margin
         found = 0
-        for j in range(product.shape[1]):
-            if product[i, j] >= least:
-                scratch[found] = key_of(bits[i, j], np.int32(j))
-                found += 1
+        for begin in range(0, len(row), CHUNK):
+            chunk = row[begin : begin + CHUNK]
+            near = 0
+            for j in range(len(chunk)):
+                near += int(chunk[j] >= least)
+            if near:
+                for j in range(begin, begin + len(chunk)):
+                    if row[j] >= least:
+                        scratch[found] = key_of(bits[i, j], np.int32(j))
+                        found += 1
         if found > most:
             select_smallest(scratch, found, most)
             found = most
-        near = scratch[:found]
-        near.sort()
+        nearest = scratch[:found]
+        nearest.sort()
         for j in range(found):
-            out[total + j] = np.int32(near[j] & np.uint64(0xFFFFFFFF))
+            out[total + j] = np.int32(nearest[j] & np.uint64(0xFFFFFFFF))
         total += found
         counts[i] = found
     return total
 
 
 def choose_rule(
-    vectors: np.ndarray, centroids: np.ndarray, neighbors: int, floor: float | None, most: int, target: float, threads: int
-) -> tuple[ProbeRule, float | None]:
-    """The smallest margin with a predicted edge recall of `target`, and that prediction (None: no pair to tell by).
+    vectors: np.ndarray,
+    faces: int,
+    centroids: np.ndarray,
+    neighbors: int,
+    floor: float | None,
+    most: int,
+    target: float,
+    threads: int,
+) -> tuple[ProbeRule, float, float | None]:
+    """The smallest margin with a predicted edge recall of `target`, the mean probes it makes, and that prediction (None:
+    no pair to tell by).
 
-    vectors: float32[n, d], a uniform sample of the faces: pairs of it above the floor (with floor None: each face's
-    nearest `neighbors` in it) are a uniform sample of the edges. A pair is found when either face probes the other's
-    home cell; the margin it takes is the smaller of the two.
+    vectors: float32[n, d], a uniform sample of the `faces` faces: pairs of it above the floor (with floor None: each
+    face's nearest `neighbors` in it) are a sample of the edges. A pair is found when either face probes the other's home
+    cell; the margin it takes is the smaller of the two. A face with more neighbors than k keeps only k of them, so its
+    pairs weigh less: without that, the easy faces amid a large cluster would outvote the hard ones at its edge.
     """
     n = len(vectors)
     buffers = Buffers.empty(n, min(neighbors, max(1, n - 1)), floor)
@@ -142,19 +165,24 @@ def choose_rule(
     TileKernel(vectors, here.astype(np.int32), buffers).within(here, vectors)
     offsets, keys = buffers.take(here)
     if len(keys) == 0:
-        return ProbeRule(None, min(most, UNTOLD_PROBES)), None
+        return ProbeRule(None, min(most, UNTOLD_PROBES)), float(min(most, UNTOLD_PROBES)), None
     a, (_, b) = np.repeat(here, np.diff(offsets)), decode(keys)
     faiss.omp_set_num_threads(threads)
     index = faiss.IndexFlatIP(centroids.shape[1])
     index.add(centroids)
     similarities, cells = index.search(vectors, most)
     short = similarities[:, :1] - similarities
-    needed = np.sort(np.minimum(_margin_to(short, cells, a, b), _margin_to(short, cells, b, a)))
+    needed = np.minimum(_margin_to(short, cells, a, b), _margin_to(short, cells, b, a))
+    weights = np.minimum(1.0, neighbors * n / (faces * np.diff(offsets)[a]))
+    order = np.argsort(needed, kind="stable")
+    needed, reached = needed[order], np.cumsum(weights[order]) / weights.sum()
     within_reach = int(np.isfinite(needed).sum())
     if within_reach == 0:
-        return ProbeRule(None, most), 0.0
-    margin = needed[min(within_reach, int(np.ceil(target * len(needed)))) - 1] + ROUNDING
-    return ProbeRule(float(margin), most), round(float((needed <= margin).mean()), 5)
+        return ProbeRule(None, most), float(most), 0.0
+    at = min(within_reach - 1, int(np.searchsorted(reached, target)))
+    margin = needed[at] + ROUNDING
+    mean_probes = float((short <= margin).sum(axis=1).mean())
+    return ProbeRule(float(margin), most), mean_probes, round(float(reached[at]), 5)
 
 
 def _margin_to(short: np.ndarray, cells: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:

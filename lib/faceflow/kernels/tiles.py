@@ -7,6 +7,8 @@ running k-th best and serves both ends of a pair at once, so memory does not fol
 
 from __future__ import annotations
 
+import time
+
 import numba
 import numpy as np
 
@@ -17,6 +19,7 @@ QUERY_BLOCK = 256
 definition: BLAS may round differently for other shapes, so blocks depend on the data alone."""
 
 MEMBER_BLOCK = 2048
+CHUNK = 64
 
 
 @numba.njit(cache=True, nogil=True)
@@ -46,29 +49,27 @@ def _push_block(
         floor = floors[slot]
         j = max(0, i + first + 1)
         while j < m:
-            stop = min(j + 32, m)
-            if stop - j == 32:
-                # Almost every chunk of 32 holds no hit: this test is all the work, and it vectorises.
-                hits = 0
-                for u in range(32):
-                    s = product[i, j + u]
-                    hits += (s >= floor) | (s >= m_floors[j + u])
-                if hits == 0:
-                    j = stop
-                    continue
-            for u in range(j, stop):
-                s = product[i, u]
-                if s >= floor:
-                    push(keys, counts, floors, k, slot, key_of(bits[i, u], m_rows[u]))
-                    floor = floors[slot]
-                if s >= m_floors[u]:
-                    seen = False
-                    for p in range(probe_offsets[m_slots[u]], probe_offsets[m_slots[u] + 1]):
-                        seen |= probe_cells[p] == q_homes[i]
-                    if not seen:
-                        push(keys, counts, floors, k, m_slots[u], key_of(bits[i, u], q_rows[i]))
-                        m_floors[u] = floors[m_slots[u]]
-            j = stop
+            # Almost every chunk holds no hit: this test is nearly all the work, and over slices it vectorises (measured:
+            # 9.7 elements a nanosecond, 0.6 with indices into the whole block).
+            chunk = product[i, j : j + CHUNK]
+            theirs = m_floors[j : min(j + CHUNK, m)]
+            hits = 0
+            for u in range(len(chunk)):
+                hits += int(chunk[u] >= min(floor, theirs[u]))
+            if hits:
+                for u in range(j, j + len(chunk)):
+                    s = product[i, u]
+                    if s >= floor:
+                        push(keys, counts, floors, k, slot, key_of(bits[i, u], m_rows[u]))
+                        floor = floors[slot]
+                    if s >= m_floors[u]:
+                        seen = False
+                        for p in range(probe_offsets[m_slots[u]], probe_offsets[m_slots[u] + 1]):
+                            seen |= probe_cells[p] == q_homes[i]
+                        if not seen:
+                            push(keys, counts, floors, k, m_slots[u], key_of(bits[i, u], q_rows[i]))
+                            m_floors[u] = floors[m_slots[u]]
+            j += CHUNK
 
 
 class TileKernel:
@@ -124,3 +125,18 @@ class TileKernel:
             for j in range(0, len(members), MEMBER_BLOCK):
                 m = members[j : j + MEMBER_BLOCK]
                 self._block(block, member_vectors[j : j + MEMBER_BLOCK], -QUERY_BLOCK - 1, q, m, self._homes[q])
+
+
+def measure_flops(dim: int) -> float:
+    """Floating-point operations a second of tiles of dimension `dim` on this core, from about 0.1 s of them."""
+    rng = np.random.default_rng(0)
+    vectors = rng.standard_normal((4 * QUERY_BLOCK, dim)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    kernel = TileKernel(vectors, np.arange(len(vectors), dtype=np.int32), Buffers.empty(len(vectors), 8, 0.9))
+    queries, members = np.arange(2 * QUERY_BLOCK), np.arange(2 * QUERY_BLOCK, 4 * QUERY_BLOCK)
+    kernel.between(queries, members, vectors[members])  # compiles and warms up
+    begun, rounds = time.perf_counter(), 0
+    while time.perf_counter() - begun < 0.1:
+        kernel.between(queries, members, vectors[members])
+        rounds += 1
+    return rounds * 2.0 * dim * len(queries) * len(members) / (time.perf_counter() - begun)

@@ -15,12 +15,16 @@ from faceflow.tables import Parts
 
 @dataclass(frozen=True)
 class Context:
-    """What a stage may use: settings, stores, the executor, and the manifests of the stages before it."""
+    """What a stage may use: settings, stores, the executor, and the manifests of the stages before it.
+
+    effort: how often the search was found to miss too much and is widened.
+    """
 
     config: ClusterConfig
     stores: RunStores
     executor: Executor
     done: Mapping[str, Manifest]
+    effort: int = 0
 
     @property
     def parts(self) -> Parts:

@@ -21,6 +21,8 @@ from faceflow.storage.manifests import is_whole
 from faceflow.tables import MAX_FACES, vectors_schema
 
 PART_FACES = 131_072
+SMALL_PART = 16_384
+PART_BYTES = 512 * 2**20
 READ_BATCH = 8_192
 """Rows decoded at once: bounds memory whatever the size of a row group."""
 
@@ -75,8 +77,7 @@ def run(context: Context) -> Outcome:
         for footer in found
     ]
     _check_types(footers)
-    pieces = plan_pieces(footers)
-    faces = pieces[-1].starts[-1] if pieces else 0
+    faces = sum(sum(footer.group_rows) for footer in footers)
     if faces == 0:
         raise InputError(f"input {config.input} has no rows in its {len(files)} Parquet file(s)")
     if faces > MAX_FACES:
@@ -84,6 +85,7 @@ def run(context: Context) -> Outcome:
     dim = next((f.dim for f in footers if f.dim), None) or executor.call(
         first_dimension, store, tuple(f.path for f in footers if sum(f.group_rows)), *columns, label="probe"
     )
+    pieces = plan_pieces(footers, part_faces(faces, dim))
     results = executor.map(
         ingest_piece,
         [(piece, store, context.stores.run, columns, dim) for piece in pieces],
@@ -171,8 +173,14 @@ def first_dimension(store: Store, paths: Sequence[str], id_column: str, embeddin
     raise InputError(f"column {embedding_column!r} holds no embedding at all: every one is null or empty")
 
 
-def plan_pieces(footers: Sequence[Footer]) -> list[Piece]:
-    """Gather small row groups into parts of about PART_FACES rows and cut large ones evenly; depends on footers alone."""
+def part_faces(faces: int, dim: int) -> int:
+    """Faces of a part: PART_FACES; fewer in a small set, so that several workers share it, and where their vectors would
+    pass PART_BYTES."""
+    return max(1_024, min(PART_FACES, max(SMALL_PART, faces // 8), PART_BYTES // (4 * dim)))
+
+
+def plan_pieces(footers: Sequence[Footer], wanted: int) -> list[Piece]:
+    """Gather small row groups into parts of about `wanted` rows and cut large ones evenly; depends on footers alone."""
     pieces: list[Piece] = []
     spans: list[tuple[str, tuple[int, ...], int]] = []
     rows = first_row = first_part = 0
@@ -180,7 +188,7 @@ def plan_pieces(footers: Sequence[Footer]) -> list[Piece]:
     def close() -> None:
         nonlocal spans, rows, first_row, first_part
         if rows:
-            count = max(1, round(rows / PART_FACES))
+            count = max(1, round(rows / wanted))
             starts = tuple(first_row + rows * i // count for i in range(count + 1))
             pieces.append(Piece(first_part, tuple(spans), starts))
             first_row, first_part = first_row + rows, first_part + count
@@ -189,7 +197,7 @@ def plan_pieces(footers: Sequence[Footer]) -> list[Piece]:
     for footer in footers:
         in_file = 0
         for group, n in enumerate(footer.group_rows):
-            if rows >= PART_FACES // 2 and rows + n > PART_FACES * 3 // 2:
+            if rows >= wanted // 2 and rows + n > wanted * 3 // 2:
                 close()
             if n:
                 if spans and spans[-1][0] == footer.path and spans[-1][1][-1] == group - 1:
@@ -198,7 +206,7 @@ def plan_pieces(footers: Sequence[Footer]) -> list[Piece]:
                     spans.append((footer.path, (group,), in_file))
                 rows += n
                 in_file += n
-            if rows >= PART_FACES:
+            if rows >= wanted:
                 close()
     close()
     return pieces

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from faceflow.cluster.executor import Resources
 from faceflow.errors import SettingsError
-from faceflow.kernels import quantizer
+from faceflow.kernels import plans, quantizer, tiles
 from faceflow.stages.base import Context, Outcome, Stage, merge_pieces
 from faceflow.stages.reading import read_quantizer, read_vectors
 from faceflow.storage import layout
@@ -19,52 +21,46 @@ from faceflow.storage.files import Store
 from faceflow.storage.manifests import is_whole
 from faceflow.tables import QUANTIZER_METADATA, cells_schema
 
-EXPECTED_PROBES, MAX_PROBES = 8, 64
-"""Mean probes that the number of cells is chosen for, and the most that one face makes to reach TARGET_RECALL."""
+log = logging.getLogger("faceflow")
 
-TARGET_RECALL = 0.9975
+MAX_PROBES = 64
+"""The most cells that one face probes to reach TARGET_RECALL."""
+
+TARGET_RECALL = 0.998
 """Predicted edge recall that the probes are chosen for: above what a run promises (0.99), as it is a prediction."""
 
-PREDICTION_FACES = 16_384
-"""Held-out faces whose mutual pairs predict the recall: 0.6 s on two cores, and thousands of pairs up to 5M faces."""
-
-SHARD_FACES = 65_536
-EXACT_UP_TO = 20_000
-"""Faces below which comparing all pairs is faster than training a quantizer."""
-
-
-def default_cells(faces: int, probes: int) -> int:
-    """The number of cells with the least work: training + assignment + tiles, in similarities computed.
-
-    training = 5 iterations x 64 faces a cell x cells^2; assignment = faces x cells; tiles = faces^2 x probes / cells.
-    """
-    cells = np.unique(np.geomspace(1, max(1, faces // 8), 2000).astype(np.int64)).astype(np.float64)
-    training = quantizer.ITERATIONS * quantizer.SAMPLE_PER_CELL * cells**2
-    work = training + faces * cells + float(faces) ** 2 * probes / cells
-    return int(cells[np.argmin(work)])
+MOST_HELD_OUT, LEAST_HELD_OUT = 16_384, 4_096
+"""Held-out faces whose mutual pairs predict the recall, a twelfth of all within these bounds: a second of one core at the
+most, and thousands of pairs up to 5M faces."""
 
 
 def run(context: Context) -> Outcome:
     """Fix the plan; train, order and cut the cells; assign every part."""
-    config, parts = context.config, context.parts
-    index = config.index
-    if index == "auto":
-        index = "exact" if parts.faces <= EXACT_UP_TO else "cells"
-    if index == "exact":
-        return Outcome({"index": "exact"}, {})
-    cells = config.cells or default_cells(parts.faces, config.probes or EXPECTED_PROBES)
-    if cells > parts.faces:
-        raise SettingsError(f"cells is {cells}, but there are only {parts.faces} faces: give fewer cells")
-    shards = max(1, min(cells, max(4, -(-parts.faces // SHARD_FACES))))
-    run, executor, dim = context.stores.run, context.executor, context.dim
-    training = Training(cells, config.probes, shards, config.neighbors, config.min_similarity, config.seed)
+    config, parts, dim = context.config, context.parts, context.dim
+    run, executor = context.stores.run, context.executor
+    if config.cells and config.cells > parts.faces:
+        raise SettingsError(f"cells is {config.cells}, but there are only {parts.faces} faces: give fewer cells")
+    plan = plans.choose(
+        parts.faces, dim, config.index, config.cells, config.probes, quantizer.ITERATIONS, quantizer.SAMPLE_PER_CELL
+    )
+    workers = min(executor.cpus, config.workers or executor.cpus)
+    flops = executor.call(measure_flops, dim, label="measure") * workers
+    log.info("plan     %s (measured: %.0f GFLOP/s with %d workers)", plan.reason(flops), flops / 1e9, workers)
+    counts: dict[str, Any] = {"index": plan.index, "gflops": round(flops / 1e9, 1)}
+    counts |= {"exact_seconds": round(plan.exact_work / flops, 1), "cells_seconds": round(plan.cells_work / flops, 1)}
+    if plan.index == "exact":
+        return Outcome(counts, {})
+    training = Training(
+        plan.cells, config.probes, config.neighbors, config.min_similarity, config.seed,
+        config.memory_limit or executor.worker_memory, workers,
+    )  # fmt: skip
     if not is_whole(run, layout.CENTROIDS):
         executor.call(
             train, run, parts.starts, dim, training, executor.largest_machine_cpus, label="train", resources=Resources(cpus=0)
         )
     with run.open_arrow(layout.CENTROIDS) as reader:
         trained = json.loads(reader.schema.metadata[QUANTIZER_METADATA])
-    rule = quantizer.ProbeRule(trained["margin"], trained["most"])
+    rule = quantizer.ProbeRule(trained["margin"], trained["most"]).widened(context.effort, plan.cells)
     results = executor.map(
         assign_part,
         [(run, part, parts.starts[part], dim, rule) for part in range(len(parts))],
@@ -73,13 +69,15 @@ def run(context: Context) -> Outcome:
     )
     pieces = merge_pieces([pieces for pieces, _, _ in results])
     pieces[layout.CENTROIDS] = run.size(layout.CENTROIDS) or 0
-    counts = {
-        "index": "cells",
-        "cells": cells,
-        "shards": shards,
+    travelled = sum(sent for _, _, sent in results)
+    counts |= {
+        "cells": plan.cells,
+        "shards": len(trained["shard_starts"]) - 1,
         "mean_probes": round(sum(probed for _, probed, _ in results) / parts.faces, 3),
-        "predicted_recall": trained["recall"],
-        "travelled": sum(sent for _, _, sent in results),
+        "predicted_recall": None if context.effort else trained["recall"],
+        "exhausted": rule.margin is None and rule.most >= plan.cells,
+        "travelled": travelled,
+        "bytes_moved": travelled * 4 * dim,
     }
     return Outcome(counts, pieces)
 
@@ -95,16 +93,22 @@ STAGE = Stage(
 )
 
 
+def measure_flops(dim: int) -> float:
+    """Operations a second of one worker's tiles at this dimension; for the predictions only, never for a choice."""
+    return tiles.measure_flops(dim)
+
+
 @dataclass(frozen=True)
 class Training:
     """How to make the quantizer; probes None: as many as the predicted recall asks for."""
 
     cells: int
     probes: int | None
-    shards: int
     neighbors: int
     floor: float | None
     seed: int
+    worker_bytes: int
+    workers: int
 
 
 def sample_rows(faces: int, training: int, held_out: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -129,20 +133,28 @@ def _gather(run: Store, starts: tuple[int, ...], dim: int, rows: np.ndarray) -> 
 def train(run: Store, starts: tuple[int, ...], dim: int, training: Training, threads: int) -> None:
     """Train on a seeded sample and choose the probes; write the centroids in locality order, cut into shards."""
     cells = training.cells
-    rows, held_out = sample_rows(starts[-1], cells * quantizer.SAMPLE_PER_CELL, PREDICTION_FACES, training.seed)
+    rows, held_out = sample_rows(
+        starts[-1],
+        cells * quantizer.SAMPLE_PER_CELL,
+        min(MOST_HELD_OUT, max(LEAST_HELD_OUT, starts[-1] // 12)),
+        training.seed,
+    )
     sample = _gather(run, starts, dim, rows)
     centroids = quantizer.train(sample, cells, training.seed, threads)
     # A cell's share of the tiles' work grows with the square of its size, which the sample estimates.
     load = np.bincount(quantizer.nearest_cells(sample, centroids, 1, threads)[:, 0], minlength=cells) + 1.0
     order = quantizer.locality_order(centroids, load**2)
-    cuts = quantizer.shard_starts(load[order] ** 2, training.shards)
     del sample
     if training.probes is None:
         held = _gather(run, starts, dim, held_out)
         most = min(MAX_PROBES, cells)
-        rule, recall = quantizer.choose_rule(held, centroids, training.neighbors, training.floor, most, TARGET_RECALL, threads)
+        rule, mean_probes, recall = quantizer.choose_rule(
+            held, starts[-1], centroids, training.neighbors, training.floor, most, TARGET_RECALL, threads
+        )
     else:
-        rule, recall = quantizer.ProbeRule(None, min(training.probes, cells)), None
+        rule, mean_probes, recall = quantizer.ProbeRule(None, min(training.probes, cells)), float(training.probes), None
+    shards = plans.shard_count(starts[-1], dim, training.neighbors, cells, mean_probes, training.worker_bytes, training.workers)
+    cuts = quantizer.shard_starts(load[order] ** 2, shards)
     record = json.dumps({"shard_starts": cuts.tolist(), "margin": rule.margin, "most": rule.most, "recall": recall})
     schema = pa.schema([pa.field("centroid", pa.list_(pa.float32(), dim))], metadata={QUANTIZER_METADATA: record})
     column = pa.FixedSizeListArray.from_arrays(pa.array(centroids[order].ravel()), dim)

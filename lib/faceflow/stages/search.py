@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 
 import numpy as np
 import pyarrow as pa
 
 from faceflow.cluster.executor import Resources
+from faceflow.kernels import quantizer, recall, topk
 from faceflow.kernels import search as cpu
-from faceflow.kernels import topk
 from faceflow.stages.base import Context, Outcome, Stage, merge_pieces
 from faceflow.stages.reading import matrix, read_quantizer, read_vectors
 from faceflow.storage import layout
 from faceflow.storage.files import Store
 from faceflow.storage.manifests import is_whole
-from faceflow.tables import CANDIDATES_SCHEMA, NEIGHBORS_SCHEMA, NeighborTable, Parts
+from faceflow.tables import CANDIDATES_SCHEMA, NEIGHBORS_SCHEMA, NeighborTable, Parts, queries_schema
 
 EXACT_BLOCKS = 16
 SMALLEST_BLOCK, LARGEST_BLOCK = 1_024, 65_536
@@ -52,25 +54,50 @@ def run(context: Context) -> Outcome:
             "search",
             resources=resources,
         )
+    sample = recall.sample_rows(parts.faces, config.recall_sample, config.seed)
     results = context.executor.map(
         merge_part,
-        [(run, part, parts.starts[part], parts.rows(part), shards, config.neighbors) for part in range(len(parts))],
+        [(run, parts, part, context.dim, shards, config.neighbors, sample) for part in range(len(parts))],
         "merge",
         sizes=[parts.rows(part) for part in range(len(parts))],
     )
+    begun = time.perf_counter()
+    context.executor.map(
+        search_truth,
+        [(run, parts, part, context.dim, config.neighbors, config.min_similarity) for part in range(len(parts))],
+        "certify",
+        sizes=[parts.rows(part) for part in range(len(parts))],
+    )
+    certificate = context.executor.call(
+        certify, run, parts, context.dim, len(sample), config.neighbors, config.min_similarity, label="recall"
+    )
+    counts = {"neighbors": sum(found for _, found in results), "recall": asdict(certificate)}
     run.delete("candidates")
-    return Outcome({"neighbors": sum(found for _, found in results)}, merge_pieces([pieces for pieces, _ in results]))
+    run.delete("certificate")
+    counts["certificate_seconds"] = round(time.perf_counter() - begun, 3)
+    return Outcome(counts, merge_pieces([pieces for pieces, _ in results]))
 
 
 STAGE = Stage(
     name="search",
     reads=("vectors", "quantizer", "cells"),
-    writes=("candidates", "neighbors"),
-    settings=("neighbors", "min_similarity"),
+    writes=("candidates", "certificate", "neighbors"),
+    settings=("neighbors", "min_similarity", "recall_sample", "seed"),
     after=("ingest", "quantize"),
     packages=("faceflow", "numpy"),
     run=run,
 )
+
+
+def warm_up() -> None:
+    """Load a worker's compiled kernels by one tiny search, with arrays as they come from files (read-only)."""
+    vectors = np.eye(16, dtype=np.float32)
+    rows = np.arange(16, dtype=np.int32)
+    offsets, cells = quantizer.probe(vectors, vectors[:2].copy(), quantizer.ProbeRule(1.0, 2))
+    buffers = cpu.search_cells(vectors, rows, (offsets, cells), range(2), 2, 0.0)
+    arrow = [pa.array(a).to_numpy() for a in (rows, *buffers.take(np.arange(16)))]
+    topk.merge([(arrow[0], arrow[1], arrow[2])], 16, 2)
+    recall.search_part(vectors, rows, vectors, 0, 2, 0.0)
 
 
 def check_gpu(neighbors: int) -> None:
@@ -177,15 +204,65 @@ def _candidates(rows: np.ndarray, offsets: np.ndarray, keys: np.ndarray) -> pa.R
     return pa.record_batch([pa.array(rows.astype(np.int32)), lists], schema=CANDIDATES_SCHEMA)
 
 
-def merge_part(run: Store, part: int, first_row: int, rows: int, shards: int, neighbors: int) -> tuple[dict[str, int], int]:
-    """Write one part's neighbor table; returns its bytes and its number of neighbors."""
-    name = layout.part("neighbors", part)
+def merge_part(
+    run: Store, parts: Parts, part: int, dim: int, shards: int, neighbors: int, sample: np.ndarray
+) -> tuple[dict[str, int], int]:
+    """Write one part's neighbor table, and beside it its sampled faces; returns its bytes and its number of neighbors."""
+    name, first_row = layout.part("neighbors", part), parts.starts[part]
     if is_whole(run, name):
-        return {name: run.size(name) or 0}, len(run.read_batch(name).column(0).flatten())
+        table = NeighborTable.from_batch(run.read_batch(name), first_row)
+    else:
+        lists = []
+        for shard in range(shards):
+            batch = run.read_batch(layout.candidates(shard), part)
+            if batch.num_rows:
+                keys = batch.column(1)
+                lists.append((batch.column(0).to_numpy(), keys.offsets.to_numpy(), keys.values.to_numpy()))
+        table = NeighborTable(first_row, *topk.merge(lists, parts.rows(part), neighbors))
+        del lists
+        run.write_arrow(name, NEIGHBORS_SCHEMA, [table.to_batch()])
+    here = sample[(sample >= first_row) & (sample < parts.starts[part + 1])]
+    schema = queries_schema(dim)
+    columns = [
+        pa.array(here.astype(np.int32)),
+        pa.FixedSizeListArray.from_arrays(pa.array(read_vectors(run, part, dim)[here - first_row].ravel()), dim),
+        table.to_batch().column(0).take(pa.array(here - first_row)),
+    ]
+    batch = pa.record_batch([c.cast(f.type) for c, f in zip(columns, schema, strict=True)], schema=schema)
+    run.write_arrow(layout.queries(part), schema, [batch])
+    return {name: run.size(name) or 0}, len(table.rows)
+
+
+def _read_queries(run: Store, parts: Parts) -> pa.Table:
+    return pa.Table.from_batches([run.read_batch(layout.queries(part)) for part in range(len(parts))]).combine_chunks()
+
+
+def search_truth(run: Store, parts: Parts, part: int, dim: int, neighbors: int, floor: float | None) -> None:
+    """Search all sampled faces exactly in one part."""
+    if is_whole(run, layout.truth(part)):
+        return
+    queries = _read_queries(run, parts)
+    vectors = np.ascontiguousarray(matrix(queries["vector"].chunk(0), dim))
+    offsets, keys = recall.search_part(
+        vectors, queries["row"].to_numpy(), read_vectors(run, part, dim), parts.starts[part], neighbors, floor
+    )
+    run.write_arrow(layout.truth(part), CANDIDATES_SCHEMA, [_candidates(np.arange(len(vectors)), offsets, keys)])
+
+
+def certify(run: Store, parts: Parts, dim: int, sampled: int, neighbors: int, floor: float | None) -> recall.Certificate:
+    """Compare what was found for the sampled faces with the truth."""
+    queries = _read_queries(run, parts)
     lists = []
-    for shard in range(shards):
-        batch = run.read_batch(layout.candidates(shard), part)
-        if batch.num_rows:
-            lists.append((batch.column(0).to_numpy(), batch.column(1).offsets.to_numpy(), batch.column(1).values.to_numpy()))
-    table = NeighborTable(first_row, *topk.merge(lists, rows, neighbors))
-    return {name: run.write_arrow(name, NEIGHBORS_SCHEMA, [table.to_batch()])}, len(table.rows)
+    for part in range(len(parts)):
+        batch = run.read_batch(layout.truth(part))
+        lists.append((batch.column(0).to_numpy(), batch.column(1).offsets.to_numpy(), batch.column(1).values.to_numpy()))
+    offsets, rows, similarities = topk.merge(lists, sampled, neighbors + 1)
+    found = NeighborTable.from_batch(pa.record_batch([queries["neighbors"].chunk(0)], names=["neighbors"]), 0)
+    counts = np.zeros((2, sampled), np.int64)
+    for i, row in enumerate(queries["row"].to_pylist()):
+        here = slice(offsets[i], offsets[i + 1])
+        others = rows[here] != row
+        truth = rows[here][others][:neighbors], similarities[here][others][:neighbors]
+        mine = slice(found.offsets[i], found.offsets[i + 1])
+        counts[:, i] = recall.count_found(truth, (found.rows[mine], found.values[mine]), neighbors, floor)
+    return recall.certify(*counts)

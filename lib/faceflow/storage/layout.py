@@ -19,6 +19,16 @@ def candidates(shard: int) -> str:
     return f"candidates/shard-{shard:05d}.arrow"
 
 
+def queries(part: int) -> str:
+    """The sampled faces of one part, with the neighbors that the search found for them."""
+    return f"certificate/queries-{part:05d}.arrow"
+
+
+def truth(part: int) -> str:
+    """What exact search finds in one part for every sampled face."""
+    return f"certificate/truth-{part:05d}.arrow"
+
+
 def manifest(stage: str) -> str:
     return f"manifests/{stage}.json"
 

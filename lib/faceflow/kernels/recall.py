@@ -1,0 +1,89 @@
+"""Edge recall of a neighbor table, estimated from a sample of faces that were searched exactly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from faceflow.kernels.tiles import TileKernel
+from faceflow.kernels.topk import Buffers
+
+TIE = 2e-6
+"""Two similarities closer than this are tied: float32 products of one pair differ by that much between tile shapes."""
+
+Z = 1.959964
+"""Standard normal quantile of a two-sided 95 % interval."""
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """Share of the true edges of a sample of faces that the neighbor table holds, with a 95 % interval.
+
+    estimate, low, high: in 0..1; faces: sampled; edges: their true neighbors above the floor and within k.
+    """
+
+    estimate: float
+    low: float
+    high: float
+    faces: int
+    edges: int
+
+
+def sample_rows(faces: int, size: int, seed: int) -> np.ndarray:
+    """A seeded uniform sample without repeats of the rows 0..faces-1, ascending int64; no training sample is reused."""
+    rng = np.random.default_rng([seed, 4])
+    return np.sort(rng.choice(faces, size=min(size, faces), replace=False))
+
+
+def search_part(
+    queries: np.ndarray, query_rows: np.ndarray, members: np.ndarray, first_row: int, k: int, floor: float | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Each query's k + 1 best among one part's rows, the query itself possibly among them: (offsets, keys).
+
+    queries: float32[q, d]; query_rows: int32[q]; members: float32[m, d], whose rows start at first_row; all unit rows.
+    """
+    q, m = len(queries), len(members)
+    buffers = Buffers.empty(q + m, k + 1, floor)
+    buffers.floors[q:] = np.inf  # members collect nothing
+    rows = np.concatenate([query_rows, np.arange(first_row, first_row + m)]).astype(np.int32)
+    TileKernel(queries, rows, buffers).between(np.arange(q), np.arange(q, q + m), members)
+    return buffers.take(np.arange(q))
+
+
+def count_found(
+    truth: tuple[np.ndarray, np.ndarray], found: tuple[np.ndarray, np.ndarray], k: int, floor: float | None
+) -> tuple[int, int]:
+    """(true neighbors, those that are found) of one face.
+
+    truth: (rows, similarities) of its k nearest above the floor by exact search; found: the same from the table. A
+    neighbor tied with the floor, or with the last of a full table, is not counted missing: either choice is right.
+    """
+    rows, similarities = truth
+    if floor is not None:
+        clear = similarities >= np.float32(floor) + TIE
+        rows, similarities = rows[clear], similarities[clear]
+    hit = np.isin(rows, found[0])
+    if len(found[0]) >= k:
+        hit |= similarities <= found[1].min() + TIE
+    return len(rows), int(hit.sum())
+
+
+def certify(true: np.ndarray, found: np.ndarray) -> Certificate:
+    """The certificate from counts per sampled face, int64[n] each.
+
+    A Wilson interval at the effective number of edges: edges of one face are missed together, so the variance is taken
+    between faces (ratio estimator, Cochran, Sampling Techniques, 1977, ch. 6); where nothing is missed that variance is
+    zero and the number of faces with an edge stands in. Without any true edge the recall is 1, by convention.
+    """
+    edges, faces = int(true.sum()), len(true)
+    if edges == 0:
+        return Certificate(1.0, 0.0, 1.0, faces, 0)
+    p = int(found.sum()) / edges
+    effective = float((true > 0).sum())
+    if p < 1 and faces > 1:
+        variance = float(((found - p * true) ** 2).sum()) / edges**2 * faces / (faces - 1)
+        effective = min(float(edges), p * (1 - p) / variance) if variance > 0 else effective
+    center = (p + Z**2 / (2 * effective)) / (1 + Z**2 / effective)
+    half = Z / (1 + Z**2 / effective) * np.sqrt(p * (1 - p) / effective + Z**2 / (4 * effective**2))
+    return Certificate(p, float(max(0.0, center - half)), float(min(1.0, center + half)), faces, edges)

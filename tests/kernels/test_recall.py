@@ -1,0 +1,75 @@
+"""The certificate: exact where it can be, covering where it samples."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from faceflow.kernels import plans, recall
+from tests.kernels.test_search import unit
+
+
+def test_search_part_is_exact() -> None:
+    x = unit(900, 16, 0)
+    rows = recall.sample_rows(900, 40, 1)
+    offsets, keys = recall.search_part(x[rows], rows.astype(np.int32), x[300:], 300, 5, 0.4)
+    s = x[rows].astype(np.float64) @ x[300:].T.astype(np.float64)
+    for i in range(40):
+        want = [j + 300 for j in np.argsort(-s[i], kind="stable")[:6] if s[i, j] >= 0.4]
+        got = np.sort(keys[offsets[i] : offsets[i + 1]]) & np.uint64(0xFFFFFFFF)
+        assert got.tolist() == want
+
+
+def test_count_found_forgives_ties_only() -> None:
+    truth = np.array([1, 2, 3]), np.array([0.9, 0.8, 0.7], np.float32)
+    assert recall.count_found(truth, (np.array([1, 3]), np.array([0.9, 0.7], np.float32)), 5, 0.5) == (3, 2)
+    assert recall.count_found(truth, (np.array([1, 2, 9]), np.array([0.9, 0.8, 0.7], np.float32)), 3, 0.5) == (3, 3)
+    assert recall.count_found(truth, (np.array([1, 2]), np.array([0.9, 0.8], np.float32)), 5, 0.7) == (2, 2)
+
+
+def test_interval_covers_the_truth() -> None:
+    """Faces miss edges together; over many samples the 95 % interval holds the true recall about 95 % of the time."""
+    rng = np.random.default_rng(0)
+    true = rng.integers(0, 60, 20_000)
+    rate = np.where(rng.random(20_000) < 0.03, 0.6, 1.0)
+    found = rng.binomial(true, rate)
+    real = found.sum() / true.sum()
+    covered = 0
+    for _ in range(300):
+        some = rng.choice(20_000, 1000, replace=False)
+        c = recall.certify(true[some], found[some])
+        covered += c.low <= real <= c.high
+    assert 0.92 <= covered / 300 <= 0.99
+
+
+def test_certificates_of_perfect_and_empty_samples() -> None:
+    perfect = recall.certify(np.full(1000, 20), np.full(1000, 20))
+    assert perfect.estimate == perfect.high == 1
+    assert 0.99 < perfect.low < 1
+    nothing = recall.certify(np.zeros(10, np.int64), np.zeros(10, np.int64))
+    assert (nothing.estimate, nothing.low, nothing.high, nothing.edges) == (1, 0, 1, 0)
+
+
+def test_plans() -> None:
+    def choose(n: int, **settings: object) -> plans.Plan:
+        wanted = {"index": "auto", "cells": None, "probes": None} | settings
+        return plans.choose(n, 256, iterations=5, sample=64, **wanted)  # type: ignore[arg-type]
+
+    assert choose(10_000).index == "exact"
+    assert choose(200_000).index == "cells"
+    assert choose(200_000, index="exact").cells == 0
+    assert choose(10_000, index="cells", cells=30).cells == 30
+    sizes = [10_000, 100_000, 1_000_000, 10_000_000]
+    cells = [choose(n, index="cells").cells for n in sizes]
+    assert cells == sorted(cells)
+    work = [choose(n).cells_work for n in sizes]
+    # Cheaper than quadratic, dearer than linear.
+    assert all(10 < b / a < 60 for a, b in zip(work[:-1], work[1:], strict=True))
+    assert "all pairs would take about" in choose(10_000).reason(1e11)
+
+
+@pytest.mark.parametrize("memory", [2**29, 2**31, 2**33])
+def test_shards_fit_the_memory(memory: int) -> None:
+    shards = plans.shard_count(5_000_000, 256, 80, 7000, 3.0, memory, 2)
+    assert 5_000_000 * 3.0 / shards * (4 * 256 + 16 * 80) <= 0.5 * memory
+    assert plans.shard_count(1000, 256, 80, 30, 3.0, memory, 64) == 1
