@@ -48,7 +48,7 @@ class ClusterConfig:
     )
     probes: int | None = _setting(
         None,
-        "nearest cells that each face is compared with (default: per face, as many as a predicted edge recall of 0.998 takes)",
+        "nearest cells that each face is compared with (default: per face, as many as a predicted edge recall of 0.997 or more takes)",
         metavar="N",
     )
     memory_limit: int | None = _setting(
