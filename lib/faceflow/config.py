@@ -48,7 +48,7 @@ class ClusterConfig:
     )
     probes: int | None = _setting(
         None,
-        "nearest cells that each face is compared with (default: per face, as many as a predicted edge recall of 0.997 or more takes)",
+        "nearest cells that each face is compared with (default: per face, what a predicted recall of 0.997 takes)",
         metavar="N",
     )
     memory_limit: int | None = _setting(
@@ -61,7 +61,13 @@ class ClusterConfig:
     )
     raise_probes: bool = _setting(False, "instead of failing, search again with more probes until min-recall holds")
     recall_sample: int = _setting(1_000, "faces searched exactly to measure the edge recall", metavar="N")
-    engine: str = _setting("infomap", "community detection: the infomap package", choices=("infomap",))
+    engine: str = _setting(
+        "native",
+        "community detection: native is our own map-equation engine, infomap the package",
+        choices=("native", "infomap"),
+    )
+    trials: int = _setting(1, "community detection from this many seeds; the shortest codelength wins", metavar="N")
+    verify_codelength: bool = _setting(False, "have the infomap package score the final modules, and fail if it disagrees")
     seed: int = _setting(0, "seed of everything random; same input, settings and seed: same labels", metavar="N")
     workers: int | None = _setting(None, "tasks at work at once, at most (default: every CPU of the Ray cluster)", metavar="N")
     gpus_per_worker: float = _setting(0.0, "GPUs a search task asks Ray for; above 0 searches on the GPU", metavar="X")
@@ -98,9 +104,10 @@ class ClusterConfig:
         self._range("memory_limit", 512 * 2**20, 2**50)
         self._range("min_recall", 0, 1)
         self._range("recall_sample", 1, 100_000)
+        self._range("trials", 1, 1000)
         if self.min_similarity is not None and not -1 <= self.min_similarity <= 1:
             raise SettingsError(f"min_similarity is {self.min_similarity}: a cosine lies between -1 and 1; or 'none'")
-        for name, choices in (("index", ("auto", "exact", "cells")), ("engine", ("infomap",))):
+        for name, choices in (("index", ("auto", "exact", "cells")), ("engine", ("native", "infomap"))):
             if getattr(self, name) not in choices:
                 raise SettingsError(f"{name} is {getattr(self, name)!r}{did_you_mean(str(getattr(self, name)), choices)}")
         if self.run_id is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.run_id):

@@ -26,7 +26,17 @@ log = logging.getLogger("faceflow")
 
 STAGES: tuple[Stage, ...] = (ingest.STAGE, quantize.STAGE, search.STAGE, link.STAGE, detect.STAGE, publish.STAGE)
 
-NOT_IDENTITY = ("workers", "address", "run_id", "work_dir", "gpus_per_worker", "memory_limit", "min_recall", "raise_probes")
+NOT_IDENTITY = (
+    "workers",
+    "address",
+    "run_id",
+    "work_dir",
+    "gpus_per_worker",
+    "memory_limit",
+    "min_recall",
+    "raise_probes",
+    "verify_codelength",
+)
 """Settings that do not change the labels: a run may be continued with others."""
 
 

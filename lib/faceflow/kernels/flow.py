@@ -64,13 +64,13 @@ def build_graph(parts: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> G
     targets, weights = np.empty(m, np.int32), np.empty(m, np.float32)
     row = at = 0
     for offsets, part_targets, part_weights in parts:
-        if len(part_targets) and not (0 <= part_targets.min() and part_targets.max() < n):
+        if len(part_targets) and not (part_targets.min() >= 0 and part_targets.max() < n):
             raise InputError(f"an edge leads to row {part_targets.max()}, but there are only {n} rows")
         if not (np.isfinite(part_weights).all() and (part_weights >= 0).all()):
             raise InputError("edge weights must be finite and not negative")
         r = len(offsets) - 1
         if (part_weights > 0).all():
-            kept = slice(None)
+            kept: slice | np.ndarray = slice(None)
             counts = np.diff(offsets)
         else:
             kept = part_weights > 0

@@ -3,20 +3,29 @@ Bergstrom, "The map equation", Eur. Phys. J. Special Topics 178 (2009)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numba
 import numpy as np
 
-from faceflow.kernels.flow import Flow, Graph, transpose
+from faceflow.kernels.flow import Flow, Graph, build_graph, directed_flow, transpose
+from faceflow.tables import Partition
 
 SMALLEST_GAIN = 1e-10
 """Bits a single move must gain, as in Infomap's default; below, rounding decides."""
 
-SMALLEST_ROUND = 1e-7
+SMALLEST_ROUND = 1e-6
 """Relative gain of one round of tuning below which it is the last."""
 
 MAX_ROUNDS = 20
+
+FIRST_SHARE = 0.1
+"""In the first pass, when every row is a module, modules with less than this share of the strongest one's flow are not
+tried: logarithms are what that pass costs. Tuning tries all."""
+
+RESTART_EDGES, MAX_RESTARTS = 1_000_000, 16
+"""Small graphs are begun again from other orders while that touches no more edges than this, and at most so often."""
 
 
 @dataclass(frozen=True)
@@ -75,15 +84,12 @@ def codelength(graph: Graph, flow: Flow, module: np.ndarray) -> float:
 
     module: int64[n], any labels. Summed in float64 from the edges: nothing is carried over from the optimisation.
     """
-    _, dense = np.unique(module, return_inverse=True)
-    count = int(dense.max()) + 1 if len(dense) else 0
+    dense, count = _dense(module)
     enter, leave = np.zeros(count), np.zeros(count)
     _module_flows(graph.out_offsets, graph.targets, graph.out_weights, flow.per_weight, dense, enter, leave)
     inside = np.bincount(dense, weights=flow.rows, minlength=count)
     total = np.array([enter.sum()])
-    return float(
-        _sum_plogp(total) - _sum_plogp(enter) - _sum_plogp(leave) + _sum_plogp(leave + inside) - _sum_plogp(flow.rows)
-    )
+    return float(_sum_plogp(total) - _sum_plogp(enter) - _sum_plogp(leave) + _sum_plogp(leave + inside) - _sum_plogp(flow.rows))
 
 
 @numba.njit(cache=True, nogil=True)
@@ -128,11 +134,12 @@ def _move(
     out_offsets: np.ndarray, targets: np.ndarray, out_flow: np.ndarray,
     in_offsets: np.ndarray, sources: np.ndarray, in_flow: np.ndarray,
     flow: np.ndarray, enter: np.ndarray, leave: np.ndarray,
-    module: np.ndarray, bound: np.ndarray, order: np.ndarray, smallest_gain: float,
+    module: np.ndarray, bound: np.ndarray, order: np.ndarray, smallest_gain: float, least_share: float,
 ) -> int:  # fmt: skip
     """Move units between modules (numbers below n, changed in place) until no active unit gains; returns the moves.
 
     bound: if not empty, units only join modules of units with the same bound. order: the units active at first.
+    least_share: modules with less than this share of the flow to and from the unit's strongest other module are not tried.
     """
     n = len(flow)
     m_flow, m_enter, m_leave = np.zeros(n), np.zeros(n), np.zeros(n)
@@ -212,8 +219,7 @@ def _move(
         for t in range(found + 1):
             if t < found:
                 b = touched[t]
-                # Far weaker links than the strongest never win the comparison; logarithms are what costs time here.
-                if b == a or to[b] + come[b] < 0.1 * strongest:
+                if b == a or to[b] + come[b] < least_share * strongest:
                     continue
             elif alone:
                 b = free[spare - 1]
@@ -333,19 +339,21 @@ def _dense(module: np.ndarray) -> tuple[np.ndarray, int]:
     return number[module], int(number[-1]) + 1
 
 
-def _run_moves(network: Network, module: np.ndarray, order: np.ndarray, bound: np.ndarray | None = None) -> int:
+def _run_moves(
+    network: Network, module: np.ndarray, order: np.ndarray, bound: np.ndarray | None = None, least_share: float = 0.0
+) -> int:
     return int(
         _move(
             network.out_offsets, network.targets, network.out_flow, network.in_offsets, network.sources, network.in_flow,
             network.flow, network.enter, network.leave, module,
-            np.empty(0, np.int64) if bound is None else bound, order, SMALLEST_GAIN,
+            np.empty(0, np.int64) if bound is None else bound, order, SMALLEST_GAIN, least_share,
         )
     )  # fmt: skip
 
 
-def _settle(network: Network, module: np.ndarray, order: np.ndarray) -> np.ndarray:
+def _settle(network: Network, module: np.ndarray, order: np.ndarray, least_share: float = 0.0) -> np.ndarray:
     """Move units, then groups of units, until no group gains: dense modules, one per unit."""
-    _run_moves(network, module, order)
+    _run_moves(network, module, order, least_share=least_share)
     module, count = _dense(module)
     level, of_level = network, module
     while True:
@@ -362,45 +370,73 @@ def optimize(
 ) -> tuple[np.ndarray, float]:
     """A partition of low codelength: (modules int64[n], dense; codelength in bits).
 
-    seed: 0 visits rows in their order, others in a random one. start: int64[n], modules to begin with (default: every
-    row alone); active: int[...], rows to look at first (default: all); rows spread from there as their neighbors move.
-    Rounds of fine-tuning (rows move again) and coarse-tuning (modules split into parts that move as one) follow until a
-    round gains too little.
+    seed: of the random orders in which rows are visited; 0 begins with the rows' own order. start: int64[n], modules to
+    begin with (default: every row alone). active: int[...], with `start`, the only rows to look at first; others follow
+    as their neighbors move, and unchanged parts of the graph cost one pass over their edges.
+    Rounds of fine-tuning (rows move again) and coarse-tuning (modules split into parts that move as one) follow until two
+    in a row gain too little. Small graphs are begun several times in different orders and the best is kept.
     """
     n = len(graph)
     if n == 0:
         return np.empty(0, np.int64), 0.0
     network = network_of(graph, flow)
-    everyone = np.arange(n, dtype=np.int32)
-    if seed:
-        np.random.default_rng(seed).shuffle(everyone)
-    if start is None:
-        module = np.arange(n)
-    else:
-        module = _dense(np.asarray(start, np.int64))[0].copy()
-    best = _settle(network, module, everyone if active is None else np.asarray(active, np.int32))
-    length = codelength(graph, flow, best)
     if active is not None:
-        return best, length
+        begin = _dense(np.asarray(start, np.int64))[0] if start is not None else np.arange(n)
+        found = _settle(network, begin, np.asarray(active, np.int32))
+        return found, codelength(graph, flow, found)
+    restarts = 1 if start is not None else int(np.clip(RESTART_EDGES // max(1, len(graph.targets)), 1, MAX_RESTARTS))
+    best, length = np.zeros(n, np.int64), codelength(graph, flow, np.zeros(n, np.int64))
+    for attempt in range(restarts):
+        order = np.arange(n, dtype=np.int32)
+        if seed or attempt:
+            np.random.default_rng([seed, attempt]).shuffle(order)
+        begin = np.arange(n) if start is None else _dense(np.asarray(start, np.int64))[0].copy()
+        found, new = _tuned(graph, flow, network, _settle(network, begin, order, FIRST_SHARE), order)
+        if new < length:
+            best, length = found, new
+    return best, length
+
+
+def _tuned(graph: Graph, flow: Flow, network: Network, best: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, float]:
+    length, idle = codelength(graph, flow, best), 0
     for turn in range(MAX_ROUNDS):
-        if turn % 2 == 0:
-            tried = _settle(network, best.copy(), everyone)
-        else:
-            tried = _coarse_tune(network, best, everyone)
+        tried = _coarse_tune(network, best, order) if turn % 2 else _settle(network, best.copy(), order)
         new = codelength(graph, flow, tried)
-        gain = length - new
-        if gain > 0:
+        idle = idle + 1 if length - new <= SMALLEST_ROUND * length else 0
+        if new < length:
             best, length = tried, new
-        if gain <= SMALLEST_ROUND * length and turn > 0:
+        if idle == 2:
             break
     return best, length
 
 
 def _coarse_tune(network: Network, module: np.ndarray, order: np.ndarray) -> np.ndarray:
     parts = np.arange(len(network))
-    _run_moves(network, parts, order, module)
+    _run_moves(network, parts, order, module, FIRST_SHARE)
     parts, count = _dense(parts)
     above = np.empty(count, np.int64)
     above[parts] = module
     smaller = aggregate(network, parts, count)
     return _settle(smaller, above, np.arange(count, dtype=np.int32))[parts]
+
+
+def detect(
+    parts: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], seed: int = 0, trials: int = 1, threads: int = 1
+) -> Partition:
+    """Modules of the whole graph, the best of `trials` seeds: seed, seed + 1, …
+
+    parts: as `flow.build_graph`. Rows without any edge are modules of their own. threads: for the flow; neither they nor
+    the machine change the result. Returns dense modules and the codelength in bits (0 without any edge).
+    """
+    graph = build_graph(parts)
+    n = len(graph)
+    linked = (np.diff(graph.out_offsets) > 0) | (np.diff(graph.in_offsets) > 0)
+    flow = directed_flow(graph, threads)
+    best, length = np.arange(n), 0.0
+    for trial in range(trials if linked.any() else 0):
+        found, new = optimize(graph, flow, seed + trial)
+        if trial == 0 or new < length:
+            best, length = found, new
+    modules = np.where(linked, best, -1)
+    modules[~linked] = modules.max(initial=-1) + 1 + np.arange(int((~linked).sum()))
+    return Partition(_dense(modules)[0] if n else modules, length)

@@ -155,12 +155,14 @@ def choose_rule(
     no pair to tell by).
 
     vectors: float32[n, d], a uniform sample of the `faces` faces: pairs of it above the floor (with floor None: each
-    face's nearest `neighbors` in it) are a sample of the edges. A pair is found when either face probes the other's home
+    face's nearest in it) are a sample of the edges. A pair is found when either face probes the other's home
     cell; the margin it takes is the smaller of the two. A face with more neighbors than k keeps only k of them, so its
     pairs weigh less: without that, the easy faces amid a large cluster would outvote the hard ones at its edge.
     """
     n = len(vectors)
-    buffers = Buffers.empty(n, min(neighbors, max(1, n - 1)), floor)
+    # Without a floor, only as many of the sample's faces are neighbors as the sample has of all faces.
+    k = neighbors if floor is not None else -(-neighbors * n // faces)
+    buffers = Buffers.empty(n, min(k, max(1, n - 1)), floor)
     here = np.arange(n)
     TileKernel(vectors, here.astype(np.int32), buffers).within(here, vectors)
     offsets, keys = buffers.take(here)

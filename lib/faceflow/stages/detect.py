@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pyarrow as pa
 
 from faceflow.cluster.executor import Resources
+from faceflow.errors import QualityError
 from faceflow.stages.base import Context, Outcome, Stage
 from faceflow.storage import layout
 from faceflow.storage.files import Store
@@ -14,9 +17,13 @@ from faceflow.tables import MODULES_SCHEMA, EdgeList, Parts
 
 def run(context: Context) -> Outcome:
     """Detect modules over the whole graph; the driver sees only the counts."""
-    counts, pieces = context.executor.call(
-        detect, context.stores.run, context.parts, context.config.seed, label="detect", resources=Resources(cpus=1)
-    )
+    config, executor = context.config, context.executor
+    native = config.engine == "native"
+    threads = executor.largest_machine_cpus if native else 1
+    counts, pieces = executor.call(
+        detect, context.stores.run, context.parts, config.engine, config.seed, config.trials, config.verify_codelength, threads,
+        label="detect", resources=Resources(cpus=0 if native else 1),
+    )  # fmt: skip
     return Outcome(counts, pieces)
 
 
@@ -24,22 +31,41 @@ STAGE = Stage(
     name="detect",
     reads=("edges",),
     writes=("modules",),
-    settings=("engine", "seed"),
+    settings=("engine", "seed", "trials"),
     after=("ingest", "link"),
     packages=("faceflow", "infomap"),
     run=run,
 )
 
 
-def detect(run: Store, parts: Parts, seed: int) -> tuple[dict[str, float], dict[str, int]]:
-    """Run the engine over all edge parts and write one module per row, part by part."""
-    from faceflow.kernels import infomap_engine
+def detect(
+    run: Store, parts: Parts, engine: str, seed: int, trials: int, verify: bool, threads: int
+) -> tuple[dict[str, float], dict[str, int]]:
+    """Run the engine over all edge parts and write one module per row, part by part.
 
-    edges = (EdgeList.from_batch(run.read_batch(layout.part("edges", p)), parts.starts[p]) for p in range(len(parts)))
-    partition = infomap_engine.detect(edges, parts.faces, seed)
+    Raises QualityError when the codelength is to be verified and the package's differs by more than 1e-6 of it.
+    """
+    from faceflow.kernels import infomap_engine, mapequation
+
+    def edges() -> Iterator[EdgeList]:
+        return (EdgeList.from_batch(run.read_batch(layout.part("edges", p)), parts.starts[p]) for p in range(len(parts)))
+
+    if engine == "native":
+        partition = mapequation.detect([(e.offsets, e.rows, e.values) for e in edges()], seed, trials, threads)
+    else:
+        partition = infomap_engine.detect(edges(), parts.faces, seed, trials)
+    counts: dict[str, float] = {"codelength": partition.codelength, "modules": len(np.unique(partition.modules))}
+    if verify:
+        theirs = infomap_engine.score(edges(), partition.modules)
+        counts["verified_codelength"] = theirs
+        if abs(theirs - partition.codelength) > 1e-6 * max(1.0, abs(theirs)):
+            raise QualityError(
+                f"the modules' codelength is {partition.codelength}, but the infomap package computes {theirs}: "
+                "please report it; --engine infomap avoids it"
+            )
     pieces = {}
     for part in range(len(parts)):
         modules = partition.modules[parts.starts[part] : parts.starts[part + 1]]
         name = layout.part("modules", part)
         pieces[name] = run.write_arrow(name, MODULES_SCHEMA, [pa.record_batch([modules], schema=MODULES_SCHEMA)])
-    return {"codelength": partition.codelength, "modules": len(np.unique(partition.modules))}, pieces
+    return counts, pieces

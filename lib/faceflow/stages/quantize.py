@@ -23,7 +23,7 @@ from faceflow.tables import QUANTIZER_METADATA, cells_schema
 
 log = logging.getLogger("faceflow")
 
-MAX_PROBES = 64
+MAX_PROBES = 256
 """The most cells that one face probes to reach TARGET_RECALL."""
 
 ALLOWED_MISS = 0.003
