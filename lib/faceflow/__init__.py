@@ -6,13 +6,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from faceflow.config import ClusterConfig as ClusterConfig
+    from faceflow.kernels.mapequation import map_equation as map_equation
     from faceflow.pipeline import RunResult as RunResult
     from faceflow.pipeline import run_clustering as run_clustering
 
 __version__ = "0.1.0"
-__all__ = ["ClusterConfig", "RunResult", "run_clustering"]
+__all__ = ["ClusterConfig", "RunResult", "map_equation", "run_clustering"]
 
-_HOMES = {"ClusterConfig": "faceflow.config", "RunResult": "faceflow.pipeline", "run_clustering": "faceflow.pipeline"}
+_HOMES = {
+    "ClusterConfig": "faceflow.config",
+    "RunResult": "faceflow.pipeline",
+    "map_equation": "faceflow.kernels.mapequation",
+    "run_clustering": "faceflow.pipeline",
+}
 
 
 def __getattr__(name: str) -> Any:

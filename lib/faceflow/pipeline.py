@@ -183,6 +183,8 @@ def _advance(stage: Stage, context: Context) -> Manifest:
     seconds = round(time.perf_counter() - begun, 3)
     manifest = Manifest(stage.name, fingerprint, outcome.counts, outcome.pieces, seconds)
     manifests.finish(run, manifest)
+    for folder in stage.scratch:
+        run.delete(folder)
     faces = context.parts.faces if "ingest" in context.done else outcome.counts["faces"]
     shown = ", ".join(
         f"{k} {v:,}" if isinstance(v, int) else f"{k} {v}" for k, v in outcome.counts.items() if k not in ("starts", "recall")

@@ -180,3 +180,23 @@ def test_no_edges_zero_weights_and_no_rows() -> None:
 def test_bad_edges(link: tuple[int, int, float], message: str) -> None:
     with pytest.raises(InputError, match=message):
         mapequation.detect([compressed([link], 3)])
+
+
+def test_library_call_takes_matrices_and_arrays() -> None:
+    from scipy import sparse
+
+    from faceflow import map_equation
+
+    links = planted(12, 8, 4)
+    sources, targets, weights = (np.array([link[i] for link in links]) for i in range(3))
+    matrix = sparse.coo_matrix((weights, (sources, targets)), shape=(96, 96))
+    a, b = map_equation(matrix), map_equation((sources, targets), weights, rows=96)
+    assert a.codelength == pytest.approx(b.codelength, abs=1e-9)
+    assert len(set(zip(a.modules, b.modules, strict=True))) == a.modules.max() + 1 == b.modules.max() + 1
+    assert map_equation((np.array([0, 1, 2, 3]), np.array([1, 0, 3, 2]))).modules.tolist() == [0, 0, 1, 1]
+    with pytest.raises(InputError, match="square"):
+        map_equation(sparse.csr_matrix((2, 3)))
+    with pytest.raises(InputError, match="one of each per edge"):
+        map_equation((sources, targets[:-1]))
+    with pytest.raises(InputError, match="rows 0"):
+        map_equation((np.array([0, 5]), np.array([1, 1])), rows=3)

@@ -24,6 +24,9 @@ close to 1 - ALPHA, and one extrapolation with that value removes them together 
 
 MAX_ITERATIONS = 400
 
+FIRST_EDGES, LABEL_ROUNDS = 6, 2
+"""Of `locality_order`: in a neighbor table the first edges are the strongest."""
+
 
 @dataclass(frozen=True)
 class Graph:
@@ -81,8 +84,60 @@ def build_graph(parts: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> G
         np.cumsum(counts, out=out_offsets[row + 1 : row + 1 + r])
         out_offsets[row + 1 : row + 1 + r] += at
         row, at = row + r, at + size
-    targets, weights = targets[:at], weights[:at]
-    return Graph(out_offsets, targets, weights, *transpose(out_offsets, targets, weights))
+    return graph_of(out_offsets, targets[:at], weights[:at])
+
+
+def graph_of(offsets: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> Graph:
+    """A graph from its compressed rows."""
+    return Graph(offsets, targets, weights, *transpose(offsets, targets, weights))
+
+
+def locality_order(graph: Graph) -> np.ndarray:
+    """An order of the rows in which rows of one cluster stand near each other: int64[n], the old row of each new one.
+
+    Every row takes the smallest label among its own and its first FIRST_EDGES neighbors', a few times over; rows are then
+    sorted by label. Cache misses are what flow and moves cost; on 1M faces in random order this halves both.
+    """
+    label = np.arange(len(graph), dtype=np.int32)
+    for _ in range(LABEL_ROUNDS):
+        _smallest_labels(graph.out_offsets, graph.targets, label)
+    return np.argsort(label, kind="stable")
+
+
+@numba.njit(cache=True, nogil=True)
+def _smallest_labels(offsets: np.ndarray, targets: np.ndarray, label: np.ndarray) -> None:
+    for i in range(len(label)):
+        least = label[i]
+        end = min(offsets[i + 1], offsets[i] + FIRST_EDGES)
+        for e in range(offsets[i], end):
+            least = min(least, label[targets[e]])
+        label[i] = least
+        for e in range(offsets[i], end):
+            label[targets[e]] = min(label[targets[e]], least)
+
+
+def reordered(graph: Graph, order: np.ndarray) -> Graph:
+    """The same graph with row order[i] as row i; within a row, edges keep their order."""
+    number = np.empty(len(order), np.int32)
+    number[order] = np.arange(len(order), dtype=np.int32)
+    offsets = np.zeros(len(order) + 1, np.int64)
+    np.cumsum(np.diff(graph.out_offsets)[order], out=offsets[1:])
+    targets, weights = np.empty_like(graph.targets), np.empty_like(graph.out_weights)
+    _copy_rows(graph.out_offsets, graph.targets, graph.out_weights, order, number, offsets, targets, weights)
+    return graph_of(offsets, targets, weights)
+
+
+@numba.njit(cache=True, nogil=True, parallel=True)
+def _copy_rows(
+    old_offsets: np.ndarray, old_targets: np.ndarray, old_weights: np.ndarray, order: np.ndarray, number: np.ndarray,
+    offsets: np.ndarray, targets: np.ndarray, weights: np.ndarray,
+) -> None:  # fmt: skip
+    for i in numba.prange(len(order)):
+        at = offsets[i]
+        for e in range(old_offsets[order[i]], old_offsets[order[i] + 1]):
+            targets[at] = number[old_targets[e]]
+            weights[at] = old_weights[e]
+            at += 1
 
 
 def transpose(offsets: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numba
 import numpy as np
 
-from faceflow.kernels.flow import Flow, Graph, build_graph, directed_flow, transpose
+from faceflow.errors import InputError
+from faceflow.kernels.flow import Flow, Graph, build_graph, directed_flow, locality_order, reordered, transpose
 from faceflow.tables import Partition
 
 SMALLEST_GAIN = 1e-10
@@ -430,6 +432,8 @@ def detect(
     """
     graph = build_graph(parts)
     n = len(graph)
+    order = locality_order(graph)
+    graph = reordered(graph, order)
     linked = (np.diff(graph.out_offsets) > 0) | (np.diff(graph.in_offsets) > 0)
     flow = directed_flow(graph, threads)
     best, length = np.arange(n), 0.0
@@ -439,4 +443,39 @@ def detect(
             best, length = found, new
     modules = np.where(linked, best, -1)
     modules[~linked] = modules.max(initial=-1) + 1 + np.arange(int((~linked).sum()))
-    return Partition(_dense(modules)[0] if n else modules, length)
+    found = np.empty(n, np.int64)
+    found[order] = modules
+    return Partition(_dense(found)[0] if n else found, length)
+
+
+def map_equation(
+    graph: Any, weights: np.ndarray | None = None, *, rows: int | None = None, seed: int = 0, trials: int = 1, threads: int = 1
+) -> Partition:
+    """Two-level map-equation modules of any directed weighted graph: `from faceflow import map_equation`.
+
+    graph: a SciPy sparse matrix [n, n] whose entry (i, j) is the weight of edge i -> j, or a pair (sources, targets) of
+    integer vectors with `weights` (default: 1 each) and `rows` (default: the largest number + 1). Repeated edges add up.
+    seed, trials: the best of this many seeds; threads: CPU threads, without influence on the result.
+    Returns a Partition: modules int64[n], dense, and the codelength in bits. Raises InputError for a matrix that is not
+    square, vectors of different length, and weights that are negative or not finite.
+
+    >>> map_equation((np.array([0, 1, 2, 3]), np.array([1, 0, 3, 2]))).modules.tolist()
+    [0, 0, 1, 1]
+    """
+    if hasattr(graph, "tocsr"):
+        matrix = graph.tocsr()
+        if matrix.shape[0] != matrix.shape[1]:
+            raise InputError(f"the matrix has shape {matrix.shape}: a graph's is square")
+        part = matrix.indptr.astype(np.int64), matrix.indices.astype(np.int32), matrix.data.astype(np.float32)
+        return detect([part], seed, trials, threads)
+    sources, targets = (np.asarray(x) for x in graph)
+    values = np.ones(len(sources), np.float32) if weights is None else np.asarray(weights, np.float32)
+    if not len(sources) == len(targets) == len(values):
+        raise InputError(f"{len(sources)} sources, {len(targets)} targets and {len(values)} weights: one of each per edge")
+    n = rows if rows is not None else int(max(sources.max(initial=-1), targets.max(initial=-1))) + 1
+    if len(sources) and (min(sources.min(), targets.min()) < 0 or sources.max() >= n):
+        raise InputError(f"edges must lead from and to rows 0..{n - 1}")
+    order = np.argsort(sources, kind="stable")
+    offsets = np.zeros(n + 1, np.int64)
+    np.cumsum(np.bincount(sources, minlength=n), out=offsets[1:])
+    return detect([(offsets, targets[order].astype(np.int32), values[order])], seed, trials, threads)

@@ -24,8 +24,9 @@ time grows in proportion."""
 UNTOLD_PROBES = 8
 """Probes where a sample holds no pair above the floor: there is next to nothing to find."""
 
-ROUNDING = 1e-5
-"""Added to a margin, so that BLAS rounding in blocks of another shape cannot lose the pair that set it."""
+MARGIN_STEP = 1e-4
+"""Margins are rounded up to a multiple: BLAS rounds differently in blocks of another shape, or on other machines, and must
+neither lose the pair that set the margin nor move it."""
 
 
 def train(sample: np.ndarray, cells: int, seed: int, threads: int) -> np.ndarray:
@@ -182,7 +183,7 @@ def choose_rule(
     if within_reach == 0:
         return ProbeRule(None, most), float(most), 0.0
     at = min(within_reach - 1, int(np.searchsorted(reached, target)))
-    margin = needed[at] + ROUNDING
+    margin = MARGIN_STEP * np.ceil(needed[at] / MARGIN_STEP + 0.5)
     mean_probes = float((short <= margin).sum(axis=1).mean())
     return ProbeRule(float(margin), most), mean_probes, round(float(reached[at]), 5)
 

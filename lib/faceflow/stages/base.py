@@ -49,7 +49,8 @@ class Stage:
     """One step of a run.
 
     reads, writes: folders of the run directory; settings: names of the settings its result depends on; packages: those
-    whose version matters; run: does the work; inputs: whatever else the result depends on (the input files).
+    whose version matters; run: does the work; scratch: folders of no use once the stage is done; inputs: whatever else the
+    result depends on (the input files).
     """
 
     name: str
@@ -59,6 +60,7 @@ class Stage:
     run: Callable[[Context], Outcome]
     after: tuple[str, ...] = ()
     packages: tuple[str, ...] = ()
+    scratch: tuple[str, ...] = ()
     inputs: Callable[[Context], dict[str, Any]] = field(default=lambda context: {})
 
 

@@ -72,8 +72,6 @@ def run(context: Context) -> Outcome:
         certify, run, parts, context.dim, len(sample), config.neighbors, config.min_similarity, label="recall"
     )
     counts = {"neighbors": sum(found for _, found in results), "recall": asdict(certificate)}
-    run.delete("candidates")
-    run.delete("certificate")
     counts["certificate_seconds"] = round(time.perf_counter() - begun, 3)
     return Outcome(counts, merge_pieces([pieces for pieces, _ in results]))
 
@@ -82,6 +80,7 @@ STAGE = Stage(
     name="search",
     reads=("vectors", "quantizer", "cells"),
     writes=("candidates", "certificate", "neighbors"),
+    scratch=("candidates", "certificate"),
     settings=("neighbors", "min_similarity", "recall_sample", "seed"),
     after=("ingest", "quantize"),
     packages=("faceflow", "numpy"),

@@ -1,0 +1,115 @@
+"""Community detection: the native engine and the infomap package on the graph of the project's own search, in one run.
+
+    python -m tests.benchmarks.mapequation --faces 100000
+    python -m tests.benchmarks.mapequation --run OUTPUT/_runs/RUN     # the edges of an earlier run
+
+Each engine gets a process of its own, for its memory. Seconds are what a user waits for: building the graph from the edge
+parts (or handing over the links), the run, and reading the modules; compiled kernels are loaded before. The codelength of
+both partitions is computed by our formula and, with --verify, by the package too, before any time is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from faceflow.kernels import infomap_engine, mapequation
+from faceflow.kernels.flow import build_graph, directed_flow
+from faceflow.storage import layout
+from faceflow.storage.files import Store
+from faceflow.tables import EdgeList
+
+
+def read_edges(folder: str) -> tuple[list[EdgeList], int]:
+    run = Store.at(folder)
+    starts = json.loads((Path(folder) / "manifests" / "ingest.json").read_text())["counts"]["starts"]
+    parts = [EdgeList.from_batch(run.read_batch(layout.part("edges", p)), starts[p]) for p in range(len(starts) - 1)]
+    return parts, starts[-1]
+
+
+def one(engine: str, folder: str, threads: int, out: str) -> None:
+    """One engine in this process."""
+    tiny = np.arange(4, dtype=np.int64), np.array([1, 2, 0], np.int32), np.ones(3, np.float32)
+    for a in tiny:
+        a.flags.writeable = False  # as arrays come from files
+    mapequation.detect([tiny], threads=threads)
+    parts, faces = read_edges(folder)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    begun = time.perf_counter()
+    if engine == "native":
+        found = mapequation.detect([(e.offsets, e.rows, e.values) for e in parts], threads=threads)
+    else:
+        found = infomap_engine.detect(parts, faces, seed=0)
+    seconds = time.perf_counter() - begun
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    np.save(out, found.modules)
+    figures = {"seconds": round(seconds, 2), "codelength": found.codelength, "modules": int(found.modules.max()) + 1}
+    print(json.dumps(figures | {"peak_bytes": peak * 1024, "peak_bytes_over_start": (peak - before) * 1024}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--faces", type=int, default=100_000)
+    parser.add_argument("--neighbors", type=int, default=50)
+    parser.add_argument("--run", help="run directory with edges, in place of a new synthetic one")
+    parser.add_argument("--engines", default="native,infomap")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--verify", action="store_true", help="have the package score the native partition too")
+    parser.add_argument("--one", nargs=2, metavar=("ENGINE", "OUT"), help=argparse.SUPPRESS)
+    a = parser.parse_args()
+    if a.one:
+        one(a.one[0], a.run, a.threads, a.one[1])
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = a.run or make_run(Path(temporary), a.faces, a.neighbors)
+        print(json.dumps(compare(a, folder, Path(temporary))))
+
+
+def make_run(temporary: Path, faces: int, neighbors: int) -> str:
+    from faceflow import ClusterConfig, run_clustering
+    from faceflow.synthesis import synthesize
+
+    synthesize(str(temporary / "in"), faces)
+    config = ClusterConfig(str(temporary / "in"), str(temporary / "out"), neighbors=neighbors, index="cells", run_id="bench")
+    run_clustering(config, progress=False)
+    return str(temporary / "out" / "_runs" / "bench")
+
+
+def compare(a: argparse.Namespace, folder: str, temporary: Path) -> dict[str, Any]:
+    parts, faces = read_edges(folder)
+    graph = build_graph([(e.offsets, e.rows, e.values) for e in parts])
+    flow = directed_flow(graph, a.threads)
+    line: dict[str, Any] = {"faces": faces, "edges": len(graph.targets), "threads": a.threads}
+    for engine in a.engines.split(","):
+        out = temporary / f"{engine}.npy"
+        command = [sys.executable, "-m", "tests.benchmarks.mapequation", "--run", folder, "--threads", str(a.threads)]
+        done = subprocess.run([*command, "--one", engine, str(out)], capture_output=True, text=True, check=False)
+        if done.returncode:
+            sys.exit(done.stderr)
+        figures = json.loads(done.stdout.splitlines()[-1])
+        modules = np.load(out)
+        checked = mapequation.codelength(graph, flow, modules)
+        assert abs(checked - figures["codelength"]) < 1e-7, f"{engine}: {figures['codelength']} claimed, {checked} computed"
+        if a.verify and engine == "native":
+            figures["codelength_by_package"] = infomap_engine.score(parts, modules)
+            assert abs(figures["codelength_by_package"] - checked) < 1e-7
+        figures["peak_bytes_an_edge"] = round(figures["peak_bytes_over_start"] / max(1, len(graph.targets)), 1)
+        line[engine] = figures
+    if "native" in line and "infomap" in line:
+        line["times_faster"] = round(line["infomap"]["seconds"] / line["native"]["seconds"], 2)
+        line["codelength_ratio"] = line["native"]["codelength"] / line["infomap"]["codelength"]
+        line["memory_ratio"] = round(line["native"]["peak_bytes_over_start"] / line["infomap"]["peak_bytes_over_start"], 3)
+    return line
+
+
+if __name__ == "__main__":
+    main()
