@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 from faceflow.errors import InputError, did_you_mean
 from faceflow.kernels.metrics import Scores, score
 from faceflow.storage import layout
-from faceflow.storage.files import Store, explain, list_parquet, open_input
+from faceflow.storage.files import Store, explain
+from faceflow.storage.inputs import list_parquet, open_input
 
 
 def evaluate(

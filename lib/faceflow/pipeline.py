@@ -173,7 +173,7 @@ def _advance(stage: Stage, context: Context) -> Manifest:
     run = context.stores.run
     fingerprint = _fingerprint(stage, context)
     finished = manifests.load(run, stage.name, fingerprint)
-    if finished is not None:
+    if finished is not None and stage.whole(context):
         log.info("%-8s skipped: finished before, saves %.1f s", stage.name, finished.seconds)
         return finished
     manifests.begin(run, stage.name, fingerprint)

@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 
 from faceflow.errors import InputError, SettingsError
 from faceflow.kernels import synthetic
-from faceflow.storage.files import Store, explain, list_parquet, open_input
+from faceflow.storage.files import Store, explain
+from faceflow.storage.inputs import list_parquet, open_input
 
 FILE_FACES = 131_072
 CHUNK_FACES = 16_384

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -191,6 +192,18 @@ def test_work_dir_keeps_runs_elsewhere(tmp_path: Path, blobs: Callable[..., tupl
     run(tmp_path / "in", tmp_path / "out", work_dir=str(tmp_path / "work"), run_id="r")
     assert (tmp_path / "work" / "r" / "manifests" / "publish.json").exists()
     assert sorted(p.name for p in (tmp_path / "out").iterdir() if not p.name.startswith(".")) == ["labels", "latest.json"]
+
+
+def test_labels_that_were_deleted_are_written_again(
+    tmp_path: Path, blobs: Callable[..., tuple[np.ndarray, np.ndarray]]
+) -> None:
+    write_faces(tmp_path / "in" / "a.parquet", blobs()[0])
+    settings = {"work_dir": str(tmp_path / "work"), "run_id": "r"}
+    run(tmp_path / "in", tmp_path / "out", **settings)
+    before = labels(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out")
+    run(tmp_path / "in", tmp_path / "out", **settings)
+    assert labels(tmp_path / "out").equals(before)
 
 
 @pytest.mark.parametrize("rows", [1, 2])

@@ -15,7 +15,8 @@ from faceflow.errors import InputError
 from faceflow.stages import ingest
 from faceflow.stages.ingest import Footer, plan_pieces
 from faceflow.stages.reading import read_ids, read_vectors
-from faceflow.storage.files import Store, list_parquet
+from faceflow.storage.files import Store
+from faceflow.storage.inputs import list_parquet
 from tests.conftest import write_faces
 
 X = np.array([[3, 4], [1, 0], [0, -2], [5, 12]], np.float32)

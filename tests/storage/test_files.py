@@ -12,7 +12,8 @@ import pytest
 
 from faceflow.errors import FingerprintError, InputError, PublishError, SettingsError
 from faceflow.storage import manifests
-from faceflow.storage.files import Store, contains, list_parquet
+from faceflow.storage.files import Store
+from faceflow.storage.inputs import contains, list_parquet
 from faceflow.storage.manifests import Manifest
 
 

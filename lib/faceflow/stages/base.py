@@ -49,7 +49,8 @@ class Stage:
     """One step of a run.
 
     reads, writes: folders of the run directory; settings: names of the settings its result depends on; packages: those
-    whose version matters; run: does the work; scratch: folders of no use once the stage is done; inputs: whatever else the
+    whose version matters; run: does the work; scratch: folders of no use once the stage is done; whole: whether
+    what it wrote outside the run directory is still there; inputs: whatever else the
     result depends on (the input files).
     """
 
@@ -61,6 +62,7 @@ class Stage:
     after: tuple[str, ...] = ()
     packages: tuple[str, ...] = ()
     scratch: tuple[str, ...] = ()
+    whole: Callable[[Context], bool] = field(default=lambda context: True)
     inputs: Callable[[Context], dict[str, Any]] = field(default=lambda context: {})
 
 

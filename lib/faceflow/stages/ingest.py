@@ -16,7 +16,8 @@ from faceflow.errors import InputError, did_you_mean
 from faceflow.kernels.vectors import FINE, NOT_FINITE, normalize_rows
 from faceflow.stages.base import Context, Outcome, Stage, merge_pieces
 from faceflow.storage import layout
-from faceflow.storage.files import FileInfo, Store, contains, explain, list_parquet, open_input
+from faceflow.storage.files import FileInfo, Store, explain
+from faceflow.storage.inputs import contains, list_parquet, open_input
 from faceflow.storage.manifests import is_whole
 from faceflow.tables import MAX_FACES, vectors_schema
 

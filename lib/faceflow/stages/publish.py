@@ -30,6 +30,12 @@ def run(context: Context) -> Outcome:
     return Outcome(counts | {"label_bytes": sum(results)}, pieces)
 
 
+def labels_are_there(context: Context) -> bool:
+    """Whether OUTPUT still holds every label part (it may have been emptied while the run directory lay elsewhere)."""
+    names = context.stores.output.names(layout.label_folder(context.stores.run_id))
+    return len(names) == len(context.parts)
+
+
 STAGE = Stage(
     name="publish",
     reads=("ids", "modules"),
@@ -37,6 +43,7 @@ STAGE = Stage(
     settings=("id_column",),
     after=("ingest", "detect"),
     packages=("faceflow",),
+    whole=labels_are_there,
     run=run,
 )
 
