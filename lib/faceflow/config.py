@@ -71,6 +71,7 @@ class ClusterConfig:
     seed: int = _setting(0, "seed of everything random; same input, settings and seed: same labels", metavar="N")
     workers: int | None = _setting(None, "tasks at work at once, at most (default: every CPU of the Ray cluster)", metavar="N")
     gpus_per_worker: float = _setting(0.0, "GPUs a search task asks Ray for; above 0 searches on the GPU", metavar="X")
+    gpu_float16: bool = _setting(False, "hold vectors on the GPU as float16 (half the memory; products add up in float32)")
     run_id: str | None = _setting(
         None, "name of the run (default: the unfinished run with these settings, else a new one from the time)", metavar="ID"
     )

@@ -12,7 +12,9 @@ from faceflow.errors import SettingsError
 from faceflow.kernels.search import Probes, by_cell
 from faceflow.kernels.topk import Buffers, encode
 
-QUERY_BATCH = 16_384
+QUERY_BATCH = 262_144
+"""Queries handed over at once: faiss itself pages them through pinned memory, copying one page while it searches another."""
+
 MAX_NEIGHBORS = 2047
 """faiss's GPU selection holds 2048 results; one of them is the face itself."""
 
@@ -34,8 +36,9 @@ def check_device() -> None:
 
 
 class _GpuIndex:
-    def __init__(self, members: np.ndarray, rows: np.ndarray, k: int, floor: float | None) -> None:
+    def __init__(self, members: np.ndarray, rows: np.ndarray, k: int, floor: float | None, float16: bool) -> None:
         config = faiss.GpuIndexFlatConfig()
+        config.useFloat16 = float16
         self._resources = faiss.StandardGpuResources()  # must outlive the index
         self._index = faiss.GpuIndexFlatIP(self._resources, members.shape[1], config)
         self._index.add(members)
@@ -68,19 +71,22 @@ def search_blocks(
     k: int,
     floor: float | None,
     take: Callable[[int, np.ndarray, np.ndarray], None],
+    float16: bool = False,
 ) -> None:
     """As `kernels.search.search_blocks`, but each block of `others` and `members` itself only receive `members`."""
-    index = _GpuIndex(members, np.arange(first_row, first_row + len(members), dtype=np.int32), k, floor)
+    index = _GpuIndex(members, np.arange(first_row, first_row + len(members), dtype=np.int32), k, floor, float16)
     for row, queries in [(first_row, members), *others]:
         positions, keys = index.search(queries, np.arange(row, row + len(queries), dtype=np.int32))
         take(row, _offsets(positions, len(queries)), keys)
 
 
-def search_cells(vectors: np.ndarray, rows: np.ndarray, probes: Probes, cells: range, k: int, floor: float | None) -> Buffers:
+def search_cells(
+    vectors: np.ndarray, rows: np.ndarray, probes: Probes, cells: range, k: int, floor: float | None, float16: bool = False
+) -> Buffers:
     """As `kernels.search.search_cells`, found from the query's side only."""
     buffers = Buffers.empty(len(rows), k, floor)
     for members, visitors in by_cell(probes, cells):
         queries = np.concatenate([members, visitors])
-        positions, keys = _GpuIndex(vectors[members], rows[members], k, floor).search(vectors[queries], rows[queries])
+        positions, keys = _GpuIndex(vectors[members], rows[members], k, floor, float16).search(vectors[queries], rows[queries])
         buffers.extend(queries, _offsets(positions, len(queries)), keys)
     return buffers

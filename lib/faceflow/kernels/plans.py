@@ -16,6 +16,11 @@ describe none of them. Measured on synthetic faces of 68 a person, recall 0.997:
 average, 285: 1.3, 539: 9.2, 1054: 71."""
 
 
+GPU_SMALL_TILES = 8.0
+"""How much slower an operation of the cells plan is assumed to be than one of the exact plan on a GPU, where small tiles
+leave most of the chip idle. An assumption, not a measurement."""
+
+
 def expected_probes(faces_per_cell: np.ndarray) -> np.ndarray:
     """Mean probes a face that a recall of 0.997 is expected to take."""
     return 1.0 + (faces_per_cell / CROWDED_CELL) ** 3
@@ -47,16 +52,20 @@ def cells_work(faces: int, dim: int, cells: np.ndarray, probes: int | None, iter
     return 2.0 * dim * similarities
 
 
-def choose(faces: int, dim: int, index: str, cells: int | None, probes: int | None, iterations: int, sample: int) -> Plan:
+def choose(
+    faces: int, dim: int, index: str, cells: int | None, probes: int | None, iterations: int, sample: int, on_gpu: bool = False
+) -> Plan:
     """The plan for `faces` faces of dimension `dim`; `index`, `cells` and `probes` as the settings give them.
 
-    iterations, sample: Lloyd iterations and training faces a cell of the quantizer.
+    on_gpu: whether tiles run on GPUs; iterations, sample: Lloyd iterations and training faces a cell of the quantizer.
     """
     exact = float(dim) * faces * faces
     candidates = np.unique(np.geomspace(1, max(1, faces // 8), 2000).astype(np.int64)).astype(np.float64)
     work = cells_work(faces, dim, candidates, probes, iterations, sample)
     best = cells or int(candidates[np.argmin(work)])
     cost = float(cells_work(faces, dim, np.array([float(best)]), probes, iterations, sample)[0])
+    if on_gpu:
+        cost *= GPU_SMALL_TILES
     if index == "auto":
         index = "exact" if exact <= max(EXACT_WORK, cost) else "cells"
     return Plan(index, best if index == "cells" else 0, exact, cost)

@@ -42,7 +42,14 @@ def run(context: Context) -> Outcome:
     if config.cells and config.cells > parts.faces:
         raise SettingsError(f"cells is {config.cells}, but there are only {parts.faces} faces: give fewer cells")
     plan = plans.choose(
-        parts.faces, dim, config.index, config.cells, config.probes, quantizer.ITERATIONS, quantizer.SAMPLE_PER_CELL
+        parts.faces,
+        dim,
+        config.index,
+        config.cells,
+        config.probes,
+        quantizer.ITERATIONS,
+        quantizer.SAMPLE_PER_CELL,
+        on_gpu=config.gpus_per_worker > 0,
     )
     workers = min(executor.cpus, config.workers or executor.cpus)
     flops = executor.call(measure_flops, dim, label="measure") * workers

@@ -33,7 +33,7 @@ def run(context: Context) -> Outcome:
     plan = context.done["quantize"].counts
     run, on_gpu = context.stores.run, config.gpus_per_worker > 0
     resources = Resources(gpus=config.gpus_per_worker)
-    limits = (config.neighbors, config.min_similarity, on_gpu)
+    limits = (config.neighbors, config.min_similarity, on_gpu, config.gpu_float16)
     if on_gpu:
         context.executor.call(check_gpu, config.neighbors, label="gpu", resources=resources)
     if plan["index"] == "exact":
@@ -81,7 +81,7 @@ STAGE = Stage(
     reads=("vectors", "quantizer", "cells"),
     writes=("candidates", "certificate", "neighbors"),
     scratch=("candidates", "certificate"),
-    settings=("neighbors", "min_similarity", "recall_sample", "seed"),
+    settings=("neighbors", "min_similarity", "recall_sample", "seed", "gpu_float16"),
     after=("ingest", "quantize"),
     packages=("faceflow", "numpy"),
     run=run,
@@ -117,6 +117,7 @@ def exact_blocks(parts: Parts) -> list[Block]:
 def search_exact_shard(
     run: Store, parts: Parts, dim: int, shard: int, blocks: Sequence[Block],
     neighbors: int, floor: float | None, on_gpu: bool,
+    float16: bool,
 ) -> None:  # fmt: skip
     """Compare block `shard` with the blocks that the ring gives it, and write the candidates of every part."""
     if is_whole(run, layout.candidates(shard)):
@@ -137,7 +138,7 @@ def search_exact_shard(
         from faceflow.kernels import gpu
 
         others = [b for b in range(len(blocks)) if b != shard]
-        gpu.search_blocks(members, first_row, (load(blocks[b]) for b in others), neighbors, floor, take)
+        gpu.search_blocks(members, first_row, (load(blocks[b]) for b in others), neighbors, floor, take, float16)
     else:
         others = cpu.ring(shard, len(blocks))[1:]
         cpu.search_blocks(members, first_row, (load(blocks[b]) for b in others), neighbors, floor, take)
@@ -155,7 +156,7 @@ def search_exact_shard(
 
 
 def search_cells_shard(
-    run: Store, parts: Parts, dim: int, shard: int, neighbors: int, floor: float | None, on_gpu: bool
+    run: Store, parts: Parts, dim: int, shard: int, neighbors: int, floor: float | None, on_gpu: bool, float16: bool
 ) -> None:
     """Gather the faces that probe the shard's cells, search them, and write the candidates of every part."""
     if is_whole(run, layout.candidates(shard)):
@@ -177,7 +178,7 @@ def search_cells_shard(
     if on_gpu:
         from faceflow.kernels import gpu
 
-        buffers = gpu.search_cells(vectors, rows, probes, cells, neighbors, floor)
+        buffers = gpu.search_cells(vectors, rows, probes, cells, neighbors, floor, float16)
     else:
         buffers = cpu.search_cells(vectors, rows, probes, cells, neighbors, floor)
     del vectors
