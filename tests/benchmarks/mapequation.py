@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -21,12 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from faceflow.kernels import infomap_engine, mapequation
 from faceflow.kernels.flow import build_graph, directed_flow
 from faceflow.storage import layout
 from faceflow.storage.files import Store
 from faceflow.tables import EdgeList
+from tests.benchmarks.search import PeakMemory
 
 
 def read_edges(folder: str) -> tuple[list[EdgeList], int]:
@@ -43,17 +44,18 @@ def one(engine: str, folder: str, threads: int, out: str) -> None:
         a.flags.writeable = False  # as arrays come from files
     mapequation.detect([tiny], threads=threads)
     parts, faces = read_edges(folder)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before, memory = psutil.Process().memory_info().rss, PeakMemory()
+    memory.start()
     begun = time.perf_counter()
     if engine == "native":
         found = mapequation.detect([(e.offsets, e.rows, e.values) for e in parts], threads=threads)
     else:
         found = infomap_engine.detect(parts, faces, seed=0)
     seconds = time.perf_counter() - begun
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = memory.stop()
     np.save(out, found.modules)
     figures = {"seconds": round(seconds, 2), "codelength": found.codelength, "modules": int(found.modules.max()) + 1}
-    print(json.dumps(figures | {"peak_bytes": peak * 1024, "peak_bytes_over_start": (peak - before) * 1024}))
+    print(json.dumps(figures | {"peak_bytes": peak, "peak_bytes_over_start": peak - before}))
 
 
 def main() -> None:
