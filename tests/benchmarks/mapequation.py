@@ -23,7 +23,8 @@ import numpy as np
 import psutil
 
 from faceflow.kernels import infomap_engine, mapequation
-from faceflow.kernels.flow import build_graph, directed_flow
+from faceflow.kernels.flow import directed_flow
+from faceflow.kernels.graphs import build_graph
 from faceflow.storage import layout
 from faceflow.storage.files import Store
 from faceflow.tables import EdgeList

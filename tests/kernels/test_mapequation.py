@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from faceflow.errors import InputError
 from faceflow.kernels import flow as flows
-from faceflow.kernels import infomap_engine, mapequation
+from faceflow.kernels import graphs, infomap_engine, mapequation
 from faceflow.tables import EdgeList
 
 Links = list[tuple[int, int, float]]
@@ -97,7 +97,7 @@ def test_flow_and_codelength_equal_the_package(name: str, package: dict[str, Any
     theirs = np.zeros(n)
     for row, visits in reference["flow"].items():
         theirs[int(row)] = visits
-    graph = flows.build_graph([compressed(links, n)])
+    graph = graphs.build_graph([compressed(links, n)])
     ours = flows.directed_flow(graph)
     np.testing.assert_allclose(ours.rows, theirs, atol=1e-9)
     modules = n + np.arange(n)
@@ -122,7 +122,7 @@ def test_small_graphs_reach_the_exhaustive_optimum(n: int, seed: int) -> None:
     links = random_links(n, 3 * n, seed, dangling=False)
     if not links:
         return
-    graph = flows.build_graph([compressed(links, n)])
+    graph = graphs.build_graph([compressed(links, n)])
     flow = flows.directed_flow(graph)
     best = min(mapequation.codelength(graph, flow, np.array(p)) for p in partitions(n))
     assert mapequation.optimize(graph, flow)[1] == pytest.approx(best, abs=1e-6)
@@ -147,7 +147,7 @@ def test_blocks_of_rows_are_one_graph() -> None:
 
 def test_warm_start_repairs_what_changed() -> None:
     links, n = planted(40, 15, 3), 600
-    graph = flows.build_graph([compressed(links, n)])
+    graph = graphs.build_graph([compressed(links, n)])
     flow = flows.directed_flow(graph)
     best, length = mapequation.optimize(graph, flow)
     disturbed = best.copy()

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from faceflow.kernels import quantizer, search, tiles, topk
+from faceflow.kernels import probing, quantizer, search, tiles, topk
 
 FLOORS = [None, 0.3, -0.2]
 
@@ -93,7 +93,7 @@ def cells_tables(x: np.ndarray, probes: search.Probes, cells: int, shards: int, 
 def test_probing_every_cell_is_exact(floor: float | None) -> None:
     x = unit(400, 16, seed=3)
     centroids = quantizer.train(x, 12, seed=0, threads=1)
-    probes = quantizer.probe(x, centroids, quantizer.ProbeRule(None, 12))
+    probes = probing.probe(x, centroids, probing.ProbeRule(None, 12))
     check_table(x, cells_tables(x, probes, 12, 3, 9, floor), 9, floor)
 
 
@@ -104,7 +104,7 @@ def test_cells_find_exactly_the_pairs_that_meet(n: int, cells: int, k: int, seed
     x = unit(n, 8, seed)
     cells = min(cells, n)
     centroids = quantizer.train(x, cells, seed=seed, threads=1)
-    offsets, flat = probes = quantizer.probe(x, centroids, quantizer.ProbeRule(margin, 3))
+    offsets, flat = probes = probing.probe(x, centroids, probing.ProbeRule(margin, 3))
     home = flat[offsets[:-1]]
     meet = np.zeros((n, n), bool)
     for i in range(n):
@@ -140,13 +140,18 @@ def test_quantizer_does_not_depend_on_threads() -> None:
     one, two = (quantizer.train(x, 50, seed=4, threads=t) for t in (1, 2))
     np.testing.assert_array_equal(one, two)
     np.testing.assert_allclose(np.linalg.norm(one, axis=1), 1, atol=1e-5)
-    np.testing.assert_array_equal(quantizer.nearest_cells(x, one, 4, 1), quantizer.nearest_cells(x, one, 4, 2))
+    cells, similarities = quantizer.nearest_cell(x, one, 1)
+    for a, b in zip((cells, similarities), quantizer.nearest_cell(x, one, 2), strict=True):
+        np.testing.assert_array_equal(a, b)
+    exact = x.astype(np.float64) @ one.T.astype(np.float64)
+    np.testing.assert_allclose(similarities, exact.max(axis=1), atol=1e-6)
+    np.testing.assert_allclose(exact[np.arange(len(x)), cells], exact.max(axis=1), atol=1e-6)
 
 
 def test_margin_probing_against_a_direct_computation() -> None:
     x = unit(500, 16, seed=2)
     centroids = quantizer.train(x, 20, seed=0, threads=1)
-    offsets, cells = quantizer.probe(x, centroids, quantizer.ProbeRule(0.1, 6))
+    offsets, cells = probing.probe(x, centroids, probing.ProbeRule(0.1, 6))
     s = x @ centroids.T
     for i in range(len(x)):
         near = np.argsort(-s[i], kind="stable")
@@ -157,10 +162,10 @@ def test_margin_probing_against_a_direct_computation() -> None:
 def test_predicted_recall_is_what_the_rule_reaches() -> None:
     x = unit(3000, 16, seed=8)
     centroids = quantizer.train(x, 60, seed=0, threads=1)
-    rule, mean_probes, predicted = quantizer.choose_rule(x, len(x), centroids, 50, 0.6, 60, 0.95, threads=1)
+    rule, mean_probes, predicted = probing.choose_rule(x, len(x), centroids, 50, 0.6, 60, 0.95)
     assert predicted is not None
     assert 0.95 <= predicted < 0.97
-    probes = quantizer.probe(x, centroids, rule)
+    probes = probing.probe(x, centroids, rule)
     assert mean_probes == pytest.approx(len(probes[1]) / len(x), rel=0.01)
     found = len(cells_tables(x, probes, 60, 2, 50, 0.6)[1])
     assert found / len(exact(x, 50, 0.6, 1000)[1]) == pytest.approx(predicted, abs=0.01)
@@ -168,10 +173,10 @@ def test_predicted_recall_is_what_the_rule_reaches() -> None:
 
 def test_no_pair_to_tell_by() -> None:
     x = np.eye(16, dtype=np.float32)
-    rule, mean_probes, predicted = quantizer.choose_rule(x, 16, x[:4].copy(), 5, 0.5, 4, 0.99, threads=1)
+    rule, mean_probes, predicted = probing.choose_rule(x, 16, x[:4].copy(), 5, 0.5, 4, 0.99)
     assert predicted is None
     assert mean_probes == 4
-    assert rule == quantizer.ProbeRule(None, 4)
+    assert rule == probing.ProbeRule(None, 4)
 
 
 def test_locality_order_and_shards() -> None:

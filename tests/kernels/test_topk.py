@@ -25,10 +25,12 @@ def test_keys_sort_by_falling_similarity_then_row_and_decode(pairs: list[tuple[f
 @given(st.lists(st.integers(0, 20), min_size=1, max_size=60), st.data())
 def test_select_smallest(values: list[int], data: st.DataObject) -> None:
     k = data.draw(st.integers(1, len(values)))
-    a = np.array(values, np.uint64)
-    topk.select_smallest(a, len(a), k)
-    assert sorted(a[:k]) == sorted(values)[:k]
-    assert a[k - 1] == sorted(values)[k - 1]
+    first = data.draw(st.integers(0, 3))
+    a = np.array([99] * first + values + [99], np.uint64)
+    topk.select_smallest(a, first, len(values), k)
+    assert sorted(a[first : first + k]) == sorted(values)[:k]
+    assert a[first + k - 1] == sorted(values)[k - 1]
+    assert sorted(a) == sorted([99] * (first + 1) + values)
 
 
 @settings(deadline=None)  # the first call compiles

@@ -9,7 +9,9 @@ import faiss
 import numpy as np
 
 from faceflow.errors import SettingsError
+from faceflow.kernels.joins import LINKS, join_visitors
 from faceflow.kernels.search import Probes, by_cell
+from faceflow.kernels.tiles import NO_LINK
 from faceflow.kernels.topk import Buffers, encode
 
 QUERY_BATCH = 262_144
@@ -83,10 +85,26 @@ def search_blocks(
 def search_cells(
     vectors: np.ndarray, rows: np.ndarray, probes: Probes, cells: range, k: int, floor: float | None, float16: bool = False
 ) -> Buffers:
-    """As `kernels.search.search_cells`, found from the query's side only."""
+    """As `kernels.search.search_cells`: a tile's hits come from the query's side only, visitors are joined on the CPU."""
     buffers = Buffers.empty(len(rows), k, floor)
     for members, visitors in by_cell(probes, cells):
         queries = np.concatenate([members, visitors])
         positions, keys = _GpuIndex(vectors[members], rows[members], k, floor, float16).search(vectors[queries], rows[queries])
         buffers.extend(queries, _offsets(positions, len(queries)), keys)
+        if floor is not None:
+            links = _links(positions - len(members), keys, rows[members], len(visitors))
+            join_visitors(vectors, rows, buffers, probes, visitors, links, len(members))
     return buffers
+
+
+def _links(visitor: np.ndarray, keys: np.ndarray, member_rows: np.ndarray, visitors: int) -> np.ndarray:
+    """Each visitor's nearest members, as `tiles.TileKernel.between` gives them; visitor < 0: not one."""
+    visitor, keys = visitor[visitor >= 0], keys[visitor >= 0]
+    order = np.lexsort((keys, visitor))
+    visitor, keys = visitor[order], keys[order]
+    rank = np.arange(len(visitor)) - np.searchsorted(visitor, visitor)
+    links = np.full((visitors, LINKS), NO_LINK)
+    near = rank < LINKS
+    member = np.searchsorted(member_rows, (keys[near] & np.uint64(0xFFFFFFFF)).astype(np.int64)).astype(np.uint64)
+    links[visitor[near], rank[near]] = (keys[near] & np.uint64(0xFFFFFFFF00000000)) | member
+    return links

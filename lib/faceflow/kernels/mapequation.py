@@ -3,15 +3,16 @@ Bergstrom, "The map equation", Eur. Phys. J. Special Topics 178 (2009)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numba
 import numpy as np
 
 from faceflow.errors import InputError
-from faceflow.kernels.flow import Flow, Graph, build_graph, directed_flow, locality_order, reordered
-from faceflow.kernels.moves import Network, aggregate, dense, network_of, plogp, run_moves, settle
+from faceflow.kernels.flow import Flow, Graph, directed_flow, undirected_flow
+from faceflow.kernels.graphs import Part, load, symmetric
+from faceflow.kernels.moves import Network, aggregate, dense, first_modules, network_of, plogp, settle
 from faceflow.tables import Partition
 
 SMALLEST_ROUND = 1e-6
@@ -19,9 +20,8 @@ SMALLEST_ROUND = 1e-6
 
 MAX_ROUNDS = 20
 
-FIRST_SHARE = 0.1
-"""In the first pass, when every row is a module, modules with less than this share of the strongest one's flow are not
-tried: logarithms are what that pass costs. Tuning tries all."""
+SUM_CHUNKS = 16
+"""Blocks of rows whose sums `codelength` takes side by side, at most."""
 
 RESTART_EDGES, MAX_RESTARTS = 1_000_000, 16
 """Small graphs are begun again from other orders while that touches no more edges than this, and at most so often."""
@@ -35,19 +35,20 @@ def _sum_plogp(x: np.ndarray) -> float:
     return total
 
 
-@numba.njit(cache=True, nogil=True)
+@numba.njit(cache=True, nogil=True, parallel=True)
 def _module_flows(
-    offsets: np.ndarray, targets: np.ndarray, edge_flow: np.ndarray, scale: np.ndarray, module: np.ndarray,
+    offsets: np.ndarray, targets: np.ndarray, weights: np.ndarray, scale: np.ndarray, module: np.ndarray, cuts: np.ndarray,
     enter: np.ndarray, leave: np.ndarray,
 ) -> None:  # fmt: skip
-    for i in range(len(offsets) - 1):
-        a = module[i]
-        for e in range(offsets[i], offsets[i + 1]):
-            b = module[targets[e]]
-            if a != b:
-                f = edge_flow[e] * scale[i]
-                leave[a] += f
-                enter[b] += f
+    for c in numba.prange(len(cuts) - 1):
+        for i in range(cuts[c], cuts[c + 1]):
+            a = module[i]
+            for e in range(offsets[i], offsets[i + 1]):
+                b = module[targets[e]]
+                if a != b:
+                    f = weights[e] * scale[i]
+                    leave[c, a] += f
+                    enter[c, b] += f
 
 
 def codelength(graph: Graph, flow: Flow, module: np.ndarray) -> float:
@@ -57,28 +58,36 @@ def codelength(graph: Graph, flow: Flow, module: np.ndarray) -> float:
     module: int64[n], any labels. Summed in float64 from the edges: nothing is carried over from the optimisation.
     """
     numbered, count = dense(module)
-    enter, leave = np.zeros(count), np.zeros(count)
-    _module_flows(graph.out_offsets, graph.targets, graph.out_weights, flow.per_weight, numbered, enter, leave)
+    offsets, n = graph.out_offsets, len(graph)
+    # Each chunk of rows sums for itself; how many there are depends on the graph alone, so the result does not on the threads.
+    chunks = int(np.clip(len(graph.targets) // (4 * count), 1, SUM_CHUNKS))
+    cuts = np.searchsorted(offsets, offsets[-1] * np.arange(chunks + 1) // chunks)
+    cuts[0], cuts[-1] = 0, n
+    enter, leave = np.zeros((chunks, count)), np.zeros((chunks, count))
+    _module_flows(offsets, graph.targets, graph.out_weights, flow.per_weight, numbered, cuts, enter, leave)
+    enter, leave = enter.sum(axis=0), leave.sum(axis=0)
     inside = np.bincount(numbered, weights=flow.rows, minlength=count)
     total = np.array([enter.sum()])
     return float(_sum_plogp(total) - _sum_plogp(enter) - _sum_plogp(leave) + _sum_plogp(leave + inside) - _sum_plogp(flow.rows))
 
 
 def optimize(
-    graph: Graph, flow: Flow, seed: int = 0, start: np.ndarray | None = None, active: np.ndarray | None = None
-) -> tuple[np.ndarray, float]:
+    graph: Graph, flow: Flow, seed: int = 0, start: np.ndarray | None = None, active: np.ndarray | None = None,
+    network: Network | None = None,
+) -> tuple[np.ndarray, float]:  # fmt: skip
     """A partition of low codelength: (modules int64[n], dense; codelength in bits).
 
     seed: of the random orders in which rows are visited; 0 begins with the rows' own order. start: int64[n], modules to
     begin with (default: every row alone). active: int[...], with `start`, the only rows to look at first; others follow
-    as their neighbors move, and unchanged parts of the graph cost one pass over their edges.
+    as their neighbors move, and unchanged parts of the graph cost one pass over their edges. network: `network_of(graph, flow)`
+    where the caller has it already.
     Rounds of fine-tuning (rows move again) and coarse-tuning (modules split into parts that move as one) follow until two
     in a row gain too little. Small graphs are begun several times in different orders and the best is kept.
     """
     n = len(graph)
     if n == 0:
         return np.empty(0, np.int64), 0.0
-    network = network_of(graph, flow)
+    network = network or network_of(graph, flow)
     if active is not None:
         begin = dense(np.asarray(start, np.int64))[0] if start is not None else np.arange(n)
         found = settle(network, begin, np.asarray(active, np.int32))
@@ -89,8 +98,8 @@ def optimize(
         order = np.arange(n, dtype=np.int32)
         if seed or attempt:
             np.random.default_rng([seed, attempt]).shuffle(order)
-        begin = np.arange(n) if start is None else dense(np.asarray(start, np.int64))[0].copy()
-        found, new = _tuned(graph, flow, network, settle(network, begin, order, FIRST_SHARE), order)
+        begin = first_modules(network, order) if start is None else dense(np.asarray(start, np.int64))[0].copy()
+        found, new = _tuned(graph, flow, network, settle(network, begin, order, search=True), order)
         if new < length:
             best, length = found, new
     return best, length
@@ -99,7 +108,7 @@ def optimize(
 def _tuned(graph: Graph, flow: Flow, network: Network, best: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, float]:
     length, idle = codelength(graph, flow, best), 0
     for turn in range(MAX_ROUNDS):
-        tried = _coarse_tune(network, best, order) if turn % 2 else settle(network, best.copy(), order)
+        tried = settle(network, best.copy(), order, search=True) if turn % 2 else _coarse_tune(network, best, order)
         new = codelength(graph, flow, tried)
         idle = idle + 1 if length - new <= SMALLEST_ROUND * length else 0
         if new < length:
@@ -110,34 +119,33 @@ def _tuned(graph: Graph, flow: Flow, network: Network, best: np.ndarray, order: 
 
 
 def _coarse_tune(network: Network, module: np.ndarray, order: np.ndarray) -> np.ndarray:
-    parts = np.arange(len(network))
-    run_moves(network, parts, order, module, FIRST_SHARE)
-    parts, count = dense(parts)
+    parts, count = dense(first_modules(network, order, module))
     above = np.empty(count, np.int64)
     above[parts] = module
     smaller = aggregate(network, parts, count)
     return settle(smaller, above, np.arange(count, dtype=np.int32))[parts]
 
 
-def detect(
-    parts: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], seed: int = 0, trials: int = 1, threads: int = 1
-) -> Partition:
+def detect(parts: Iterable[Part], seed: int = 0, trials: int = 1, threads: int = 1, directed: bool = True) -> Partition:
     """Modules of the whole graph, the best of `trials` seeds: seed, seed + 1, …
 
-    parts: as `flow.build_graph`. Rows without any edge are modules of their own. threads: for the flow; neither they nor
-    the machine change the result. Returns dense modules and the codelength in bits (0 without any edge).
+    parts: consecutive blocks of rows, iterated twice (`graphs.load`). Rows without any edge are modules of their own.
+    threads: CPU threads; neither they nor the machine change the result. directed: False counts every edge both ways
+    (`flow.undirected_flow`). Returns dense modules and the codelength in bits (0 without any edge).
     """
-    graph = build_graph(parts)
+    graph, order = load(parts, threads)
+    if not directed:
+        graph = symmetric(graph)
     n = len(graph)
-    order = locality_order(graph)
-    graph = reordered(graph, order)
     linked = (np.diff(graph.out_offsets) > 0) | (np.diff(graph.in_offsets) > 0)
-    flow = directed_flow(graph, threads)
+    flow = directed_flow(graph, threads) if directed else undirected_flow(graph, threads)
     best, length = np.arange(n), 0.0
-    for trial in range(trials if linked.any() else 0):
-        found, new = optimize(graph, flow, seed + trial)
-        if trial == 0 or new < length:
-            best, length = found, new
+    if linked.any():
+        network = network_of(graph, flow, consume=True)
+        for trial in range(trials):
+            found, new = optimize(graph, flow, seed + trial, network=network)
+            if trial == 0 or new < length:
+                best, length = found, new
     modules = np.where(linked, best, -1)
     modules[~linked] = modules.max(initial=-1) + 1 + np.arange(int((~linked).sum()))
     found = np.empty(n, np.int64)
@@ -146,13 +154,15 @@ def detect(
 
 
 def map_equation(
-    graph: Any, weights: np.ndarray | None = None, *, rows: int | None = None, seed: int = 0, trials: int = 1, threads: int = 1
-) -> Partition:
-    """Two-level map-equation modules of any directed weighted graph: `from faceflow import map_equation`.
+    graph: Any, weights: np.ndarray | None = None, *, rows: int | None = None, seed: int = 0, trials: int = 1, threads: int = 1,
+    directed: bool = True,
+) -> Partition:  # fmt: skip
+    """Two-level map-equation modules of any weighted graph: `from faceflow import map_equation`.
 
     graph: a SciPy sparse matrix [n, n] whose entry (i, j) is the weight of edge i -> j, or a pair (sources, targets) of
     integer vectors with `weights` (default: 1 each) and `rows` (default: the largest number + 1). Repeated edges add up.
-    seed, trials: the best of this many seeds; threads: CPU threads, without influence on the result.
+    seed, trials: the best of this many seeds; threads: CPU threads, without influence on the result. directed: False takes
+    every edge both ways.
     Returns a Partition: modules int64[n], dense, and the codelength in bits. Raises InputError for a matrix that is not
     square, vectors of different length, and weights that are negative or not finite.
 
@@ -164,7 +174,7 @@ def map_equation(
         if matrix.shape[0] != matrix.shape[1]:
             raise InputError(f"the matrix has shape {matrix.shape}: a graph's is square")
         part = matrix.indptr.astype(np.int64), matrix.indices.astype(np.int32), matrix.data.astype(np.float32)
-        return detect([part], seed, trials, threads)
+        return detect([part], seed, trials, threads, directed)
     sources, targets = (np.asarray(x) for x in graph)
     values = np.ones(len(sources), np.float32) if weights is None else np.asarray(weights, np.float32)
     if not len(sources) == len(targets) == len(values):
@@ -175,4 +185,4 @@ def map_equation(
     order = np.argsort(sources, kind="stable")
     offsets = np.zeros(n + 1, np.int64)
     np.cumsum(np.bincount(sources, minlength=n), out=offsets[1:])
-    return detect([(offsets, targets[order].astype(np.int32), values[order])], seed, trials, threads)
+    return detect([(offsets, targets[order].astype(np.int32), values[order])], seed, trials, threads, directed)

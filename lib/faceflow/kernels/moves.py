@@ -1,32 +1,57 @@
-"""Greedy moves of the map equation: units and their flow, the queue of moves, and aggregation to larger units."""
+"""Greedy moves of the map equation: units and their flow, the queue of moves, and aggregation to larger units.
+
+Everything that reads all edges runs on all threads; what changes modules runs either on blocks of units that cannot touch each
+other's modules, each against a frozen view of the rest, or in one queue. So the result never depends on the threads.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numba
 import numpy as np
 
-from faceflow.kernels.flow import Flow, Graph, transpose
+from faceflow.kernels.flow import Flow, Graph
+from faceflow.kernels.graphs import transpose
 
 SMALLEST_GAIN = 1e-10
 """Bits a single move must gain, as in Infomap's default; below, rounding decides."""
+
+MOST_MOVES = 100
+"""Moves a unit, on average, after which a queue is given up: a handful is usual, and rounding must not make it endless."""
+
+BLOCK_UNITS, MOST_BLOCKS = 16_384, 64
+"""Units of a block whose first moves are made side by side with other blocks', and the most blocks: both depend on the graph
+alone, as the blocks are part of the result's definition."""
+
+REST_SHARE = 0.5
+"""Of the flow into the single units of other blocks, how much a block takes to remain between their modules: somewhere between
+all of it, as it is at first, and the few per cent that are left in the end. The moves that follow know the truth."""
+
+FIRST_SHARE = 0.1
+"""In moves within blocks, where every unit is a module at first, modules with less than this share of the strongest one's flow
+are not tried: logarithms are what that pass costs. Later moves try all."""
 
 
 @dataclass(frozen=True)
 class Network:
     """Units (rows, or groups of them) with their flow, and the flow between different units, both ways.
 
-    out_*/in_*: compressed rows as `flow.Graph`; flow, enter, leave: float64[n], visit rate, flow in from and out to other
-    units.
+    out_*/in_*: compressed rows as `flow.Graph`; edge e out of unit i carries out_weights[e] * out_scale[i], an edge into it
+    in_weights[e] * in_scale[i], rounded to the weights' type: both ends of an edge must see the same flow, to the
+    bit, or the gains of moves contradict each other and go round in circles. flow, enter, leave: float64[n], visit rate, flow in
+    from and out to other units.
     """
 
     out_offsets: np.ndarray
     targets: np.ndarray
-    out_flow: np.ndarray
+    out_weights: np.ndarray
+    out_scale: np.ndarray
     in_offsets: np.ndarray
     sources: np.ndarray
-    in_flow: np.ndarray
+    in_weights: np.ndarray
+    in_scale: np.ndarray
     flow: np.ndarray
     enter: np.ndarray
     leave: np.ndarray
@@ -34,119 +59,123 @@ class Network:
     def __len__(self) -> int:
         return len(self.flow)
 
+    @property
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        """As the compiled kernels take it."""
+        return (
+            self.out_offsets, self.targets, self.out_weights, self.out_scale,
+            self.in_offsets, self.sources, self.in_weights, self.in_scale, self.flow, self.enter, self.leave,
+        )  # fmt: skip
+
 
 @numba.njit(cache=True, nogil=True, inline="always")
 def plogp(x: float) -> float:
     return x * np.log2(x) if x > 0.0 else 0.0
 
 
-@numba.njit(cache=True, nogil=True)
-def _scale(offsets: np.ndarray, x: np.ndarray, per_row: np.ndarray) -> np.ndarray:
-    out = np.empty(len(x), np.float32)
-    for i in range(len(offsets) - 1):
-        for e in range(offsets[i], offsets[i + 1]):
-            out[e] = x[e] * per_row[i]
-    return out
+@numba.njit(cache=True, nogil=True, parallel=True)
+def _carry(sources: np.ndarray, weights: np.ndarray, per_weight: np.ndarray) -> None:
+    for e in numba.prange(len(weights)):
+        weights[e] = weights[e] * per_weight[sources[e]]
 
 
-@numba.njit(cache=True, nogil=True)
-def _gather_scale(sources: np.ndarray, x: np.ndarray, per_row: np.ndarray) -> np.ndarray:
-    out = np.empty(len(x), np.float32)
-    for e in range(len(x)):
-        out[e] = x[e] * per_row[sources[e]]
-    return out
-
-
-@numba.njit(cache=True, nogil=True)
-def _sum_others(offsets: np.ndarray, others: np.ndarray, x: np.ndarray) -> np.ndarray:
+@numba.njit(cache=True, nogil=True, parallel=True)
+def _sum_others(offsets: np.ndarray, others: np.ndarray, weights: np.ndarray, scale: np.ndarray) -> np.ndarray:
     out = np.zeros(len(offsets) - 1)
-    for i in range(len(out)):
+    for i in numba.prange(len(out)):
+        total = 0.0
         for e in range(offsets[i], offsets[i + 1]):
             if others[e] != i:
-                out[i] += x[e]
+                total += weights.dtype.type(weights[e] * scale[i])
+        out[i] = total
     return out
 
 
-def network_of(graph: Graph, flow: Flow) -> Network:
-    """The rows themselves as units. Edge flows are float32: they only steer moves, codelengths come from `codelength`."""
-    out_flow = _scale(graph.out_offsets, graph.out_weights, flow.per_weight)
-    in_flow = _gather_scale(graph.sources, graph.in_weights, flow.per_weight)
-    return Network(
-        graph.out_offsets, graph.targets, out_flow, graph.in_offsets, graph.sources, in_flow, flow.rows,
-        _sum_others(graph.in_offsets, graph.sources, in_flow), _sum_others(graph.out_offsets, graph.targets, out_flow),
+def network_of(graph: Graph, flow: Flow, consume: bool = False) -> Network:
+    """The rows themselves as units. Flows of in-edges are float32: they only steer moves, codelengths come from `codelength`.
+
+    consume: write them over the graph's in_weights, which saves 4 bytes an edge; the graph then serves for nothing else that
+    looks at its in-edges.
+    """
+    one = np.ones(len(graph))
+    if graph.sources is graph.targets:  # symmetric: every edge carries the same share of its weight, each way
+        in_weights, in_scale = graph.in_weights, flow.per_weight
+    else:
+        in_weights, in_scale = graph.in_weights if consume else graph.in_weights.copy(), one
+        _carry(graph.sources, in_weights, flow.per_weight)
+    return _complete(
+        graph.out_offsets, graph.targets, graph.out_weights, flow.per_weight,
+        graph.in_offsets, graph.sources, in_weights, in_scale, flow.rows,
     )  # fmt: skip
 
 
-@numba.njit(cache=True, nogil=True)
-def _move(
-    out_offsets: np.ndarray, targets: np.ndarray, out_flow: np.ndarray,
-    in_offsets: np.ndarray, sources: np.ndarray, in_flow: np.ndarray,
-    flow: np.ndarray, enter: np.ndarray, leave: np.ndarray,
-    module: np.ndarray, bound: np.ndarray, order: np.ndarray, smallest_gain: float, least_share: float,
-) -> int:  # fmt: skip
-    """Move units between modules (numbers below n, changed in place) until no active unit gains; returns the moves.
+def _complete(*arrays: np.ndarray) -> Network:
+    into, out = _sum_others(*arrays[4:8]), _sum_others(*arrays[:4])
+    return Network(*arrays, into, out)  # type: ignore[call-arg]  # mypy cannot count a starred tuple
 
-    bound: if not empty, units only join modules of units with the same bound. order: the units active at first.
-    least_share: modules with less than this share of the flow to and from the unit's strongest other module are not tried.
+
+@numba.njit(cache=True, nogil=True, inline="always")
+def _collect(
+    offsets: np.ndarray, others: np.ndarray, weights: np.ndarray, scale: float, i: int, module: np.ndarray, group: Any,
+    sums: np.ndarray, seen: np.ndarray, touched: np.ndarray, first: int, found: int,
+) -> int:  # fmt: skip
+    # Adds the flow between unit i and each neighboring module to sums; returns how many modules are now touched.
+    for e in range(offsets[i], offsets[i + 1]):
+        j = others[e]
+        if j == i:
+            continue
+        if group is not None:  # noqa: SIM102 - numba prunes this test when it compiles
+            if group[j] != group[i]:
+                continue
+        m = module[j]
+        if not seen[m]:
+            seen[m] = 1
+            touched[first + found] = m
+            found += 1
+        sums[m] += weights.dtype.type(weights[e] * scale)
+    return found
+
+
+@numba.njit(cache=True, nogil=True, inline="always")
+def _wake(
+    offsets: np.ndarray, others: np.ndarray, i: int, module: np.ndarray, group: Any, best: int,
+    waiting: np.ndarray, queue: np.ndarray, first: int, capacity: int, head: int, size: int,
+) -> int:  # fmt: skip
+    for e in range(offsets[i], offsets[i + 1]):
+        j = others[e]
+        if group is not None:  # noqa: SIM102 - as above
+            if group[j] != group[i]:
+                continue
+        if not waiting[j] and module[j] != best:
+            waiting[j] = 1
+            queue[first + (head + size) % capacity] = j
+            size += 1
+    return size
+
+
+@numba.njit(cache=True, nogil=True, _nrt=False)
+def _drain(
+    network: Any, module: np.ndarray, group: Any,
+    m_flow: np.ndarray, m_enter: np.ndarray, m_leave: np.ndarray, term: np.ndarray, members: np.ndarray,
+    to: np.ndarray, come: np.ndarray, seen: np.ndarray, touched: np.ndarray, waiting: np.ndarray, free: np.ndarray, spare: int,
+    queue: np.ndarray, first: int, capacity: int, size: int, total: float, rest: float, share: float,
+) -> int:  # fmt: skip
+    """Move units until none of the queue gains; returns the moves.
+
+    queue: `size` units from queue[first] on, a ring of `capacity`. group: None, or units only see others of their group.
+    total: flow into the modules at hand; rest: that into all others, which stays. free: numbers of empty modules, `spare` of
+    them. share: see FIRST_SHARE.
     """
-    n = len(flow)
-    m_flow, m_enter, m_leave = np.zeros(n), np.zeros(n), np.zeros(n)
-    members = np.zeros(n, np.int64)
-    for i in range(n):
-        m_flow[module[i]] += flow[i]
-        members[module[i]] += 1
-    for i in range(n):
-        a = module[i]
-        for e in range(out_offsets[i], out_offsets[i + 1]):
-            b = module[targets[e]]
-            if a != b:
-                m_leave[a] += out_flow[e]
-                m_enter[b] += out_flow[e]
-    term = np.zeros(n)
-    total = 0.0
-    free = np.empty(n + 1, np.int64)
-    spare = 0
-    for m in range(n):
-        total += m_enter[m]
-        term[m] = -plogp(m_enter[m]) - plogp(m_leave[m]) + plogp(m_leave[m] + m_flow[m])
-        if members[m] == 0:
-            free[spare] = m
-            spare += 1
-    to, come = np.zeros(n), np.zeros(n)
-    seen, touched = np.zeros(n, np.uint8), np.empty(n, np.int64)
-    queue, waiting = np.empty(n, np.int32), np.zeros(n, np.uint8)
-    head, size = 0, len(order)
-    for q in range(size):
-        queue[q] = order[q]
-        waiting[order[q]] = 1
-    moves = 0
-    while size > 0:
-        i = queue[head]
-        head = head + 1 if head + 1 < n else 0
+    out_offsets, targets, out_weights, out_scale, in_offsets, sources, in_weights, in_scale, flow, enter, leave = network
+    head = moves = 0
+    while size > 0 and moves < MOST_MOVES * capacity:
+        i = queue[first + head]
+        head = head + 1 if head + 1 < capacity else 0
         size -= 1
         waiting[i] = 0
         a = module[i]
-        found = 0
-        for e in range(out_offsets[i], out_offsets[i + 1]):
-            j = targets[e]
-            if j == i:
-                continue
-            m = module[j]
-            if not seen[m]:
-                seen[m] = 1
-                touched[found] = m
-                found += 1
-            to[m] += out_flow[e]
-        for e in range(in_offsets[i], in_offsets[i + 1]):
-            j = sources[e]
-            if j == i:
-                continue
-            m = module[j]
-            if not seen[m]:
-                seen[m] = 1
-                touched[found] = m
-                found += 1
-            come[m] += in_flow[e]
+        found = _collect(out_offsets, targets, out_weights, out_scale[i], i, module, group, to, seen, touched, first, 0)
+        found = _collect(in_offsets, sources, in_weights, in_scale[i], i, module, group, come, seen, touched, first, found)
         # Leaving a: what went out of i into a now leaves a's rest the other way round.
         enter_a = m_enter[a] - (enter[i] - come[a]) + to[a]
         leave_a = m_leave[a] - (leave[i] - to[a]) + come[a]
@@ -154,40 +183,34 @@ def _move(
         if members[a] == 1:
             enter_a = leave_a = flow_a = 0.0
         term_a = -plogp(enter_a) - plogp(leave_a) + plogp(leave_a + flow_a)
-        base = plogp(total)
-        best, best_gain = a, smallest_gain
-        best_enter = best_leave = best_term = best_total = 0.0
-        # A module of its own is a choice too, where it is not alone already.
-        alone = members[a] > 1 and spare > 0 and len(bound) == 0
+        base = plogp(total + rest)
+        best, best_gain = a, SMALLEST_GAIN
+        best_enter = best_leave = best_term = best_change = 0.0
         strongest = 0.0
-        for t in range(found):
-            m = touched[t]
-            if m != a:
-                strongest = max(strongest, to[m] + come[m])
-        for t in range(found + 1):
-            if t < found:
+        for t in range(first, first + found):
+            if touched[t] != a:
+                strongest = max(strongest, to[touched[t]] + come[touched[t]])
+        for t in range(first, first + found + 1):
+            if t < first + found:
                 b = touched[t]
-                if b == a or to[b] + come[b] < least_share * strongest:
+                if b == a or to[b] + come[b] < share * strongest:
                     continue
-            elif alone:
-                b = free[spare - 1]
+            elif spare > 0 and members[a] > 1:
+                b = free[spare - 1]  # a module of its own is a choice too, where it is not alone already
             else:
                 continue
             enter_b = m_enter[b] + (enter[i] - come[b]) - to[b]
             leave_b = m_leave[b] + (leave[i] - to[b]) - come[b]
-            new_total = total + (enter_a - m_enter[a]) + (enter_b - m_enter[b])
+            change = (enter_a - m_enter[a]) + (enter_b - m_enter[b])
             term_b = -plogp(enter_b) - plogp(leave_b) + plogp(leave_b + m_flow[b] + flow[i])
-            gain = base + term[a] + term[b] - plogp(new_total) - term_a - term_b
+            gain = base + term[a] + term[b] - plogp(total + rest + change) - term_a - term_b
             if gain > best_gain:
-                if len(bound) and t < found and bound[b] != bound[a]:
-                    continue
                 best, best_gain = b, gain
-                best_enter, best_leave, best_term, best_total = enter_b, leave_b, term_b, new_total
-        for t in range(found):
-            m = touched[t]
-            to[m] = 0.0
-            come[m] = 0.0
-            seen[m] = 0
+                best_enter, best_leave, best_term, best_change = enter_b, leave_b, term_b, change
+        for t in range(first, first + found):
+            to[touched[t]] = 0.0
+            come[touched[t]] = 0.0
+            seen[touched[t]] = 0
         if best == a:
             continue
         moves += 1
@@ -196,39 +219,186 @@ def _move(
         m_enter[a], m_leave[a], m_flow[a], term[a] = enter_a, leave_a, flow_a, term_a
         m_enter[best], m_leave[best], term[best] = best_enter, best_leave, best_term
         m_flow[best] += flow[i]
-        total = best_total
+        total += best_change
         members[a] -= 1
         members[best] += 1
-        if members[a] == 0:
-            free[spare] = a
-            spare += 1
+        if group is None:  # noqa: SIM102 - as above
+            if members[a] == 0:
+                free[spare] = a
+                spare += 1
         module[i] = best
-        for e in range(out_offsets[i], out_offsets[i + 1]):
-            j = targets[e]
-            if not waiting[j] and module[j] != best:
-                waiting[j] = 1
-                queue[(head + size) % n] = j
-                size += 1
-        for e in range(in_offsets[i], in_offsets[i + 1]):
-            j = sources[e]
-            if not waiting[j] and module[j] != best:
-                waiting[j] = 1
-                queue[(head + size) % n] = j
-                size += 1
+        size = _wake(out_offsets, targets, i, module, group, best, waiting, queue, first, capacity, head, size)
+        size = _wake(in_offsets, sources, i, module, group, best, waiting, queue, first, capacity, head, size)
     return moves
 
 
+@numba.njit(cache=True, nogil=True, _nrt=False)
+def _find_movers(
+    network: Any, module: np.ndarray, m_flow: np.ndarray, m_enter: np.ndarray, m_leave: np.ndarray, term: np.ndarray,
+    members: np.ndarray, to: np.ndarray, come: np.ndarray, seen: np.ndarray, touched: np.ndarray,
+    begin: int, end: int, total: float, movers: np.ndarray,
+) -> None:  # fmt: skip
+    # Marks the units of begin..end-1 that would gain by a move as things stand; a unit with all its flow inside its module
+    # cannot.
+    out_offsets, targets, out_weights, out_scale, in_offsets, sources, in_weights, in_scale, flow, enter, leave = network
+    base = plogp(total)
+    for i in range(begin, end):
+        a = module[i]
+        found = _collect(out_offsets, targets, out_weights, out_scale[i], i, module, None, to, seen, touched, 0, 0)
+        found = _collect(in_offsets, sources, in_weights, in_scale[i], i, module, None, come, seen, touched, 0, found)
+        movers[i] = 0
+        if found > 1 or (found == 1 and touched[0] != a):
+            enter_a = m_enter[a] - (enter[i] - come[a]) + to[a]
+            leave_a = m_leave[a] - (leave[i] - to[a]) + come[a]
+            flow_a = m_flow[a] - flow[i]
+            if members[a] == 1:
+                enter_a = leave_a = flow_a = 0.0
+            stay = base + term[a] + plogp(enter_a) + plogp(leave_a) - plogp(leave_a + flow_a) - SMALLEST_GAIN
+            for t in range(found + 1):
+                enter_b, leave_b, flow_b, term_b = 0.0, 0.0, 0.0, 0.0
+                to_b, come_b = 0.0, 0.0
+                if t < found:
+                    b = touched[t]
+                    if b == a:
+                        continue
+                    enter_b, leave_b, flow_b, term_b = m_enter[b], m_leave[b], m_flow[b], term[b]
+                    to_b, come_b = to[b], come[b]
+                elif members[a] == 1:
+                    continue
+                new_enter = enter_b + (enter[i] - come_b) - to_b
+                new_leave = leave_b + (leave[i] - to_b) - come_b
+                change = (enter_a - m_enter[a]) + (new_enter - enter_b)
+                new_term = -plogp(new_enter) - plogp(new_leave) + plogp(new_leave + flow_b + flow[i])
+                if stay + term_b - plogp(total + change) - new_term > 0.0:
+                    movers[i] = 1
+                    break
+        for t in range(found):
+            to[touched[t]] = 0.0
+            come[touched[t]] = 0.0
+            seen[touched[t]] = 0
+
+
+@numba.njit(cache=True, nogil=True, parallel=True)
+def _find_all_movers(
+    network: Any, module: np.ndarray, m_flow: np.ndarray, m_enter: np.ndarray, m_leave: np.ndarray, term: np.ndarray,
+    members: np.ndarray, to: np.ndarray, come: np.ndarray, seen: np.ndarray, touched: np.ndarray,
+    cuts: np.ndarray, total: float, movers: np.ndarray,
+) -> None:  # fmt: skip
+    for c in numba.prange(len(cuts) - 1):
+        _find_movers(
+            network, module, m_flow, m_enter, m_leave, term, members, to[c], come[c], seen[c], touched[c],
+            cuts[c], cuts[c + 1], total, movers,
+        )  # fmt: skip
+
+
+@numba.njit(cache=True, nogil=True, parallel=True)
+def _drain_blocks(
+    network: Any, module: np.ndarray, group: np.ndarray,
+    m_flow: np.ndarray, m_enter: np.ndarray, m_leave: np.ndarray, term: np.ndarray, members: np.ndarray,
+    to: np.ndarray, come: np.ndarray, seen: np.ndarray, touched: np.ndarray, waiting: np.ndarray, free: np.ndarray,
+    queue: np.ndarray, cuts: np.ndarray, totals: np.ndarray, rests: np.ndarray,
+) -> None:  # fmt: skip
+    # Blocks hold whole groups, and a unit sees only its group: no two blocks touch the same entry of any array.
+    for c in numba.prange(len(cuts) - 1):
+        _drain(
+            network, module, group, m_flow, m_enter, m_leave, term, members, to, come, seen, touched, waiting, free, 0,
+            queue, cuts[c], cuts[c + 1] - cuts[c], cuts[c + 1] - cuts[c], totals[c], rests[c], FIRST_SHARE,
+        )  # fmt: skip
+
+
+@numba.njit(cache=True, nogil=True, parallel=True)
+def _cut_flows(
+    offsets: np.ndarray, others: np.ndarray, weights: np.ndarray, scale: np.ndarray, module: np.ndarray
+) -> np.ndarray:
+    # Each unit's flow to or from other modules.
+    out = np.empty(len(offsets) - 1)
+    for i in numba.prange(len(out)):
+        total = 0.0
+        for e in range(offsets[i], offsets[i + 1]):
+            if module[others[e]] != module[i]:
+                total += weights.dtype.type(weights[e] * scale[i])
+        out[i] = total
+    return out
+
+
 @numba.njit(cache=True, nogil=True)
-def _aggregate_edges(
-    offsets: np.ndarray, targets: np.ndarray, out_flow: np.ndarray, module: np.ndarray,
-    begin: np.ndarray, units: np.ndarray, new_offsets: np.ndarray, new_targets: np.ndarray, new_flow: np.ndarray,
-) -> int:  # fmt: skip
-    count = len(begin) - 1
-    sums = np.zeros(count)
-    seen = np.zeros(count, np.uint8)
-    touched = np.empty(count, np.int32)
-    at = 0
-    for m in range(count):
+def _terms(m_enter: np.ndarray, m_leave: np.ndarray, m_flow: np.ndarray) -> np.ndarray:
+    term = np.empty(len(m_flow))
+    for m in range(len(m_flow)):
+        term[m] = -plogp(m_enter[m]) - plogp(m_leave[m]) + plogp(m_leave[m] + m_flow[m])
+    return term
+
+
+def first_modules(network: Network, order: np.ndarray, group: np.ndarray | None = None) -> np.ndarray:
+    """Modules (numbers of units, int64[n]) after every unit, alone at first, has moved within its group: int64[n].
+
+    order: a permutation of the units, the order of their first moves. group: int64[n]; default: blocks of consecutive units.
+    """
+    n = len(network)
+    blocks = int(np.clip(n // BLOCK_UNITS, 1, MOST_BLOCKS))
+    if group is None:
+        group = np.arange(n) * blocks // max(1, n)
+    by_group = order[np.argsort(group[order], kind="stable")].astype(np.int32)
+    ends = np.flatnonzero(np.diff(group[by_group], append=-1)) + 1  # blocks end where groups do
+    wanted = n * np.arange(1, blocks) // blocks
+    cuts = np.unique(np.concatenate([[0], ends[np.searchsorted(ends, wanted)], [n]]).astype(np.int64))
+    module = np.arange(n)
+    own = np.add.reduceat(network.enter[by_group], cuts[:-1]) if n else np.empty(0)
+    rests = REST_SHARE * (network.enter.sum() - own)
+    _drain_blocks(
+        network.arrays, module, group, network.flow.copy(), network.enter.copy(), network.leave.copy(),
+        _terms(network.enter, network.leave, network.flow), np.ones(n, np.int64),
+        np.zeros(n), np.zeros(n), np.zeros(n, np.uint8), np.empty(n, np.int64), np.ones(n, np.uint8), np.empty(0, np.int64),
+        by_group, cuts, own, rests,
+    )  # fmt: skip
+    return module
+
+
+def run_moves(network: Network, module: np.ndarray, order: np.ndarray, search: bool = False) -> int:
+    """Move units between modules (numbers below n, changed in place) until no active unit gains; returns the moves.
+
+    order: the units active at first. search: of these only such as would gain by a move as things stand.
+    """
+    n, arrays = len(network), network.arrays
+    enter = np.bincount(module, _cut_flows(*arrays[4:8], module), minlength=n)
+    leave = np.bincount(module, _cut_flows(*arrays[:4], module), minlength=n)
+    flow, members = np.bincount(module, network.flow, minlength=n), np.bincount(module, minlength=n)
+    term, total = _terms(enter, leave, flow), float(enter.sum())
+    if search:
+        threads, modules = numba.get_num_threads(), int(module.max()) + 1
+        edges = arrays[0] + arrays[4]
+        cuts = np.searchsorted(edges, edges[-1] * np.arange(threads + 1) // threads)
+        cuts[0], cuts[-1] = 0, n
+        movers, size = np.empty(n, np.uint8), (threads, modules)
+        _find_all_movers(
+            arrays, module, flow, enter, leave, term, members, np.zeros(size), np.zeros(size), np.zeros(size, np.uint8),
+            np.empty(size, np.int64), cuts, total, movers,
+        )  # fmt: skip
+        order = order[movers[order] == 1]
+    if len(order) == 0:
+        return 0
+    free = np.empty(n + 1, np.int64)
+    empty = np.flatnonzero(members == 0)
+    free[: len(empty)] = empty
+    queue, waiting = np.empty(n, np.int32), np.zeros(n, np.uint8)
+    queue[: len(order)] = order
+    waiting[order] = 1
+    return int(
+        _drain(
+            arrays, module, None, flow, enter, leave, term, members,
+            np.zeros(n), np.zeros(n), np.zeros(n, np.uint8), np.empty(n, np.int64), waiting, free, len(empty),
+            queue, 0, n, len(order), total, 0.0, 0.0,
+        )
+    )  # fmt: skip
+
+
+@numba.njit(cache=True, nogil=True, _nrt=False)
+def _sum_modules(
+    offsets: np.ndarray, targets: np.ndarray, weights: np.ndarray, scale: np.ndarray, module: np.ndarray,
+    begin: np.ndarray, units: np.ndarray, starts: np.ndarray, first: int, last: int,
+    sums: np.ndarray, seen: np.ndarray, touched: np.ndarray, new_targets: np.ndarray, new_flow: np.ndarray, used: np.ndarray,
+) -> None:  # fmt: skip
+    for m in range(first, last):
         found = 0
         for u in range(begin[m], begin[m + 1]):
             i = units[u]
@@ -240,68 +410,93 @@ def _aggregate_edges(
                     seen[b] = 1
                     touched[found] = b
                     found += 1
-                sums[b] += out_flow[e]
+                sums[b] += weights.dtype.type(weights[e] * scale[i])
         for t in range(found):
             b = touched[t]
-            new_targets[at] = b
-            new_flow[at] = sums[b]
-            at += 1
+            new_targets[starts[m] + t] = b
+            new_flow[starts[m] + t] = sums[b]
             sums[b] = 0.0
             seen[b] = 0
-        new_offsets[m + 1] = at
-    return at
+        used[m] = found
+
+
+@numba.njit(cache=True, nogil=True, parallel=True)
+def _sum_all_modules(
+    offsets: np.ndarray, targets: np.ndarray, weights: np.ndarray, scale: np.ndarray, module: np.ndarray,
+    begin: np.ndarray, units: np.ndarray, starts: np.ndarray, cuts: np.ndarray,
+    sums: np.ndarray, seen: np.ndarray, touched: np.ndarray, new_targets: np.ndarray, new_flow: np.ndarray, used: np.ndarray,
+) -> None:  # fmt: skip
+    for c in numba.prange(len(cuts) - 1):
+        _sum_modules(
+            offsets, targets, weights, scale, module, begin, units, starts, cuts[c], cuts[c + 1],
+            sums[c], seen[c], touched[c], new_targets, new_flow, used,
+        )  # fmt: skip
+
+
+@numba.njit(cache=True, nogil=True, parallel=True)
+def _count_crossing(offsets: np.ndarray, targets: np.ndarray, module: np.ndarray) -> np.ndarray:
+    out = np.empty(len(offsets) - 1, np.int64)
+    for i in numba.prange(len(out)):
+        count = 0
+        for e in range(offsets[i], offsets[i + 1]):
+            count += module[targets[e]] != module[i]
+        out[i] = count
+    return out
+
+
+@numba.njit(cache=True, nogil=True, parallel=True)
+def _close_gaps(
+    starts: np.ndarray,
+    old_targets: np.ndarray,
+    old_flow: np.ndarray,
+    offsets: np.ndarray,
+    targets: np.ndarray,
+    flow: np.ndarray,
+) -> None:
+    for m in numba.prange(len(offsets) - 1):
+        for t in range(offsets[m + 1] - offsets[m]):
+            targets[offsets[m] + t] = old_targets[starts[m] + t]
+            flow[offsets[m] + t] = old_flow[starts[m] + t]
 
 
 def aggregate(network: Network, module: np.ndarray, count: int) -> Network:
     """Modules 0..count-1 as units of a smaller network, in float64."""
-    units = np.argsort(module, kind="stable").astype(np.int32)
+    out = network.arrays[:4]
+    units = np.argsort(module, kind="stable")
     begin = np.searchsorted(module[units], np.arange(count + 1))
-    different = int(_count_between(network.out_offsets, network.targets, module))
-    targets, out_flow = np.empty(different, np.int32), np.empty(different)
-    offsets = np.zeros(count + 1, np.int64)
-    used = _aggregate_edges(
-        network.out_offsets, network.targets, network.out_flow, module, begin, units, offsets, targets, out_flow
-    )
-    targets, out_flow = targets[:used].copy(), out_flow[:used].copy()
-    in_offsets, sources, in_flow = transpose(offsets, targets, out_flow)
-    flow = np.bincount(module, weights=network.flow, minlength=count)
-    return Network(
-        offsets, targets, out_flow, in_offsets, sources, in_flow, flow,
-        _sum_others(in_offsets, sources, in_flow), _sum_others(offsets, targets, out_flow),
+    crossing = np.bincount(module, _count_crossing(*out[:2], module), minlength=count).astype(np.int64)
+    starts = np.concatenate([[0], np.cumsum(crossing)])
+    edges = np.concatenate([[0], np.cumsum(np.bincount(module, np.diff(out[0]), minlength=count))])
+    threads = numba.get_num_threads()
+    cuts = np.searchsorted(edges, edges[-1] * np.arange(threads + 1) / threads)
+    cuts[0], cuts[-1] = 0, count
+    targets, flow, used = np.empty(starts[-1], np.int32), np.empty(starts[-1]), np.empty(count, np.int64)
+    size = threads, count
+    _sum_all_modules(
+        *out, module, begin, units.astype(np.int32), starts, cuts,
+        np.zeros(size), np.zeros(size, np.uint8), np.empty(size, np.int32), targets, flow, used,
+    )  # fmt: skip
+    offsets = np.concatenate([[0], np.cumsum(used)])
+    new_targets, new_flow = np.empty(offsets[-1], np.int32), np.empty(offsets[-1])
+    _close_gaps(starts, targets, flow, offsets, new_targets, new_flow)
+    one = np.ones(count)
+    return _complete(
+        offsets, new_targets, new_flow, one, *transpose(offsets, new_targets, new_flow), one,
+        np.bincount(module, weights=network.flow, minlength=count),
     )  # fmt: skip
 
 
-@numba.njit(cache=True, nogil=True)
-def _count_between(offsets: np.ndarray, targets: np.ndarray, module: np.ndarray) -> int:
-    count = 0
-    for i in range(len(offsets) - 1):
-        for e in range(offsets[i], offsets[i + 1]):
-            count += module[targets[e]] != module[i]
-    return count
-
-
 def dense(module: np.ndarray) -> tuple[np.ndarray, int]:
+    """(the same partition numbered 0..count-1 in the order of the old numbers, count)."""
     used = np.zeros(int(module.max()) + 1, np.int64)
     used[module] = 1
     number = np.cumsum(used) - 1
     return number[module], int(number[-1]) + 1
 
 
-def run_moves(
-    network: Network, module: np.ndarray, order: np.ndarray, bound: np.ndarray | None = None, least_share: float = 0.0
-) -> int:
-    return int(
-        _move(
-            network.out_offsets, network.targets, network.out_flow, network.in_offsets, network.sources, network.in_flow,
-            network.flow, network.enter, network.leave, module,
-            np.empty(0, np.int64) if bound is None else bound, order, SMALLEST_GAIN, least_share,
-        )
-    )  # fmt: skip
-
-
-def settle(network: Network, module: np.ndarray, order: np.ndarray, least_share: float = 0.0) -> np.ndarray:
+def settle(network: Network, module: np.ndarray, order: np.ndarray, search: bool = False) -> np.ndarray:
     """Move units, then groups of units, until no group gains: dense modules, one per unit."""
-    run_moves(network, module, order, least_share=least_share)
+    run_moves(network, module, order, search)
     module, count = dense(module)
     level, of_level = network, module
     while True:

@@ -11,19 +11,29 @@ EXACT_WORK = 2e11
 """Floating-point operations up to which all pairs are compared in any case: about 2 s on two cores, and nothing missed."""
 
 CROWDED_CELL = 250.0
-"""Faces a cell from which the probes that a recall takes begin to rise, with the third power: cells that hold many people
-describe none of them. Measured on synthetic faces of 68 a person, recall 0.997: 226 faces a cell need 1.2 probes a face on
-average, 285: 1.3, 539: 9.2, 1054: 71."""
+"""Without a floor: faces a cell from which the probes that a recall takes begin to rise, with the third power, as cells that
+hold many people describe none of them. Measured on synthetic faces of 68 a person, recall 0.997, pairs that only meet in the
+home of one of them: 226 faces a cell need 1.2 probes a face on average, 285: 1.3, 539: 9.2, 1054: 71."""
 
+JOINED_CELL, JOINED_POWER, JOINED_GROWTH = 265.0, 1.3, 0.4
+"""With a floor (`joins`): probes beyond the first = (faces a cell / JOINED_CELL)^JOINED_POWER * (faces / 1M)^JOINED_GROWTH.
+Measured on the same faces, recall 0.998: 1M faces in cells of 250, 357, 500, 714, 1000, 1429: 1.6, 2.5, 3.4, 5.1, 8.1, 9.5
+probes a face; 100k in cells of 357, 714, 1429: 1.7, 2.6, 4.1."""
+
+TILE_OVERHEAD = 1.6
+"""What a tile takes beside its product: scan, pushes and gathers."""
 
 GPU_SMALL_TILES = 8.0
 """How much slower an operation of the cells plan is assumed to be than one of the exact plan on a GPU, where small tiles
 leave most of the chip idle. An assumption, not a measurement."""
 
 
-def expected_probes(faces_per_cell: np.ndarray) -> np.ndarray:
-    """Mean probes a face that a recall of 0.997 is expected to take."""
-    return 1.0 + (faces_per_cell / CROWDED_CELL) ** 3
+def expected_probes(faces: int, cells: np.ndarray, joined: bool) -> np.ndarray:
+    """Mean probes a face that the recall is expected to take, float64 as `cells`; joined: whether visitors meet."""
+    crowd = faces / cells
+    if not joined:
+        return np.minimum(cells, 1.0 + (crowd / CROWDED_CELL) ** 3)
+    return np.minimum(cells, 1.0 + (crowd / JOINED_CELL) ** JOINED_POWER * (faces / 1e6) ** JOINED_GROWTH)
 
 
 @dataclass(frozen=True)
@@ -44,26 +54,29 @@ class Plan:
         return f"{self.index}: all pairs would take about {exact:,.1f} s, cells {cells:,.1f} s"
 
 
-def cells_work(faces: int, dim: int, cells: np.ndarray, probes: int | None, iterations: int, sample: int) -> np.ndarray:
+def cells_work(
+    faces: int, dim: int, cells: np.ndarray, probes: int | None, iterations: int, sample: int, joined: bool
+) -> np.ndarray:
     """Operations of the cells plan, float64 as `cells`: training + assignment + tiles (own cell: each pair once)."""
-    mean = expected_probes(faces / cells) if probes is None else np.full(len(cells), float(probes))
-    mean = np.minimum(mean, cells)
-    similarities = iterations * sample * cells**2 + faces * cells + float(faces) ** 2 * (mean - 0.5) / cells
-    return 2.0 * dim * similarities
+    mean = expected_probes(faces, cells, joined) if probes is None else np.minimum(cells, probes)
+    tiles = TILE_OVERHEAD * float(faces) ** 2 * (mean - 0.5) / cells
+    return 2.0 * dim * (iterations * sample * cells**2 + faces * cells + tiles)
 
 
 def choose(
-    faces: int, dim: int, index: str, cells: int | None, probes: int | None, iterations: int, sample: int, on_gpu: bool = False
-) -> Plan:
+    faces: int, dim: int, index: str, cells: int | None, probes: int | None, iterations: int, sample: int, joined: bool,
+    on_gpu: bool = False,
+) -> Plan:  # fmt: skip
     """The plan for `faces` faces of dimension `dim`; `index`, `cells` and `probes` as the settings give them.
 
-    on_gpu: whether tiles run on GPUs; iterations, sample: Lloyd iterations and training faces a cell of the quantizer.
+    iterations, sample: Lloyd iterations and training faces a cell of the quantizer; joined: whether visitors of a cell meet,
+    as they do with a floor; on_gpu: whether tiles run on GPUs.
     """
     exact = float(dim) * faces * faces
     candidates = np.unique(np.geomspace(1, max(1, faces // 8), 2000).astype(np.int64)).astype(np.float64)
-    work = cells_work(faces, dim, candidates, probes, iterations, sample)
+    work = cells_work(faces, dim, candidates, probes, iterations, sample, joined)
     best = cells or int(candidates[np.argmin(work)])
-    cost = float(cells_work(faces, dim, np.array([float(best)]), probes, iterations, sample)[0])
+    cost = float(cells_work(faces, dim, np.array([float(best)]), probes, iterations, sample, joined)[0])
     if on_gpu:
         cost *= GPU_SMALL_TILES
     if index == "auto":

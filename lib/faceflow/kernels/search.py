@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
+from faceflow.kernels.joins import LINKS, join_visitors
 from faceflow.kernels.tiles import TileKernel
 from faceflow.kernels.topk import Buffers
 
@@ -14,10 +15,11 @@ Probes = tuple[np.ndarray, np.ndarray]
 
 
 def search_cells(vectors: np.ndarray, rows: np.ndarray, probes: Probes, cells: range, k: int, floor: float | None) -> Buffers:
-    """Search every cell of one shard: its members against each other and against the faces that probe it.
+    """Search every cell of one shard: its members against each other and against the faces that probe it; with a floor,
+    those visitors that resemble the same member against each other too (`kernels.joins`).
 
     vectors: float32[n, d], unit rows: every face that probes a cell of the shard; rows: int32[n], ascending; cells: the
-    shard's. Returns buffers with one slot per face: its candidates among the members it was compared with, in either
+    shard's. Returns buffers with one slot per face: its candidates among the faces it was compared with, in either
     direction.
     """
     buffers = Buffers.empty(len(rows), k, floor)
@@ -25,7 +27,10 @@ def search_cells(vectors: np.ndarray, rows: np.ndarray, probes: Probes, cells: r
     for members, visitors in by_cell(probes, cells):
         member_vectors = vectors[members]
         kernel.within(members, member_vectors)
-        kernel.between(visitors, members, member_vectors)
+        links = np.empty((len(visitors), 0 if floor is None else LINKS), np.uint64)
+        kernel.between(visitors, members, member_vectors, links, np.inf if floor is None else floor)
+        if floor is not None:
+            join_visitors(vectors, rows, buffers, probes, visitors, links, len(members))
     return buffers
 
 
