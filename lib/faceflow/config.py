@@ -66,6 +66,11 @@ class ClusterConfig:
         "community detection: native is our own map-equation engine, infomap the package",
         choices=("native", "infomap"),
     )
+    flow: str = _setting(
+        "directed",
+        "the random walk that is described: directed follows edges their way, undirected either way",
+        choices=("directed", "undirected"),
+    )
     trials: int = _setting(1, "community detection from this many seeds; the shortest codelength wins", metavar="N")
     verify_codelength: bool = _setting(False, "have the infomap package score the final modules, and fail if it disagrees")
     seed: int = _setting(0, "seed of everything random; same input, settings and seed: same labels", metavar="N")
@@ -108,7 +113,8 @@ class ClusterConfig:
         self._range("trials", 1, 1000)
         if self.min_similarity is not None and not -1 <= self.min_similarity <= 1:
             raise SettingsError(f"min_similarity is {self.min_similarity}: a cosine lies between -1 and 1; or 'none'")
-        for name, choices in (("index", ("auto", "exact", "cells")), ("engine", ("native", "infomap"))):
+        for name in ("index", "engine", "flow"):
+            choices = SETTINGS[name].metadata["choices"]
             if getattr(self, name) not in choices:
                 raise SettingsError(f"{name} is {getattr(self, name)!r}{did_you_mean(str(getattr(self, name)), choices)}")
         if self.run_id is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.run_id):

@@ -1,7 +1,11 @@
-"""Community detection: the native engine and the infomap package on the graph of the project's own search, in one run.
+"""Community detection: the native engine, the infomap package and NetworKit (`pip install networkit`) on the graph of the
+project's own search, in one run.
 
     python -m tests.benchmarks.mapequation --faces 100000
-    python -m tests.benchmarks.mapequation --run OUTPUT/_runs/RUN     # the edges of an earlier run
+    python -m tests.benchmarks.mapequation --run OUTPUT/_runs/RUN --truth FACES     # the edges of an earlier run
+
+NetworKit's LouvainMapEquation knows undirected graphs only and gets the symmetrised one; its codelength is that of its
+modules under our directed objective. native-1 is the native engine on one thread.
 
 Each engine gets a process of its own, for its memory. Seconds are what a user waits for: building the graph from the edge
 parts (or handing over the links), the run, and reading the modules; compiled kernels are loaded before. The codelength of
@@ -21,8 +25,9 @@ from typing import Any
 
 import numpy as np
 import psutil
+from pyarrow.dataset import dataset
 
-from faceflow.kernels import infomap_engine, mapequation
+from faceflow.kernels import infomap_engine, mapequation, metrics
 from faceflow.kernels.flow import directed_flow
 from faceflow.kernels.graphs import build_graph
 from faceflow.storage import layout
@@ -48,15 +53,33 @@ def one(engine: str, folder: str, threads: int, out: str) -> None:
     before, memory = psutil.Process().memory_info().rss, PeakMemory()
     memory.start()
     begun = time.perf_counter()
-    if engine == "native":
-        found = mapequation.detect([(e.offsets, e.rows, e.values) for e in parts], threads=threads)
+    figures: dict[str, Any] = {}
+    if engine.startswith("native"):
+        partition = mapequation.detect([(e.offsets, e.rows, e.values) for e in parts], threads=threads)
+        modules, figures["codelength"] = partition.modules, partition.codelength
+    elif engine == "infomap":
+        partition = infomap_engine.detect(parts, faces, seed=0)
+        modules, figures["codelength"] = partition.modules, partition.codelength
     else:
-        found = infomap_engine.detect(parts, faces, seed=0)
+        modules = networkit_modules(parts, faces, threads)
     seconds = time.perf_counter() - begun
     peak = memory.stop()
-    np.save(out, found.modules)
-    figures = {"seconds": round(seconds, 2), "codelength": found.codelength, "modules": int(found.modules.max()) + 1}
+    np.save(out, modules)
+    figures |= {"seconds": round(seconds, 2), "modules": len(np.unique(modules))}
     print(json.dumps(figures | {"peak_bytes": peak, "peak_bytes_over_start": peak - before}))
+
+
+def networkit_modules(parts: list[EdgeList], faces: int, threads: int) -> np.ndarray:
+    import networkit
+    from scipy import sparse
+
+    networkit.setNumberOfThreads(threads)
+    offsets = np.concatenate([[0], *(np.diff(e.offsets) for e in parts)]).cumsum()
+    rows, values = np.concatenate([e.rows for e in parts]), np.concatenate([e.values for e in parts])
+    directed = sparse.csr_matrix((values, rows, offsets), shape=(faces, faces))
+    upper = sparse.triu(directed + directed.T, format="coo")
+    graph = networkit.GraphFromCoo(upper, n=faces, weighted=True, directed=False)
+    return np.array(networkit.community.LouvainMapEquation(graph, hierarchical=True).run().getPartition().getVector())
 
 
 def main() -> None:
@@ -64,7 +87,8 @@ def main() -> None:
     parser.add_argument("--faces", type=int, default=100_000)
     parser.add_argument("--neighbors", type=int, default=50)
     parser.add_argument("--run", help="run directory with edges, in place of a new synthetic one")
-    parser.add_argument("--engines", default="native,infomap")
+    parser.add_argument("--engines", default="native,native-1,infomap,networkit")
+    parser.add_argument("--truth", help="Parquet with the faces' labels, in input order")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--verify", action="store_true", help="have the package score the native partition too")
     parser.add_argument("--one", nargs=2, metavar=("ENGINE", "OUT"), help=argparse.SUPPRESS)
@@ -74,6 +98,8 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = a.run or make_run(Path(temporary), a.faces, a.neighbors)
+        if not a.run:
+            a.truth = str(Path(temporary) / "in")
         print(json.dumps(compare(a, folder, Path(temporary))))
 
 
@@ -91,19 +117,37 @@ def compare(a: argparse.Namespace, folder: str, temporary: Path) -> dict[str, An
     parts, faces = read_edges(folder)
     graph = build_graph([(e.offsets, e.rows, e.values) for e in parts])
     flow = directed_flow(graph, a.threads)
+    del parts
     line: dict[str, Any] = {"faces": faces, "edges": len(graph.targets), "threads": a.threads}
+    labels = dataset(a.truth, format="parquet").to_table(columns=["label"])["label"].to_numpy() if a.truth else None
     for engine in a.engines.split(","):
         out = temporary / f"{engine}.npy"
-        command = [sys.executable, "-m", "tests.benchmarks.mapequation", "--run", folder, "--threads", str(a.threads)]
+        command = [
+            sys.executable,
+            "-m",
+            "tests.benchmarks.mapequation",
+            "--run",
+            folder,
+            "--threads",
+            "1" if engine == "native-1" else str(a.threads),
+        ]
         done = subprocess.run([*command, "--one", engine, str(out)], capture_output=True, text=True, check=False)
         if done.returncode:
             sys.exit(done.stderr)
         figures = json.loads(done.stdout.splitlines()[-1])
         modules = np.load(out)
         checked = mapequation.codelength(graph, flow, modules)
-        assert abs(checked - figures["codelength"]) < 1e-7, f"{engine}: {figures['codelength']} claimed, {checked} computed"
+        claimed = figures.setdefault("codelength", checked)
+        assert abs(checked - claimed) < 1e-7, f"{engine}: {claimed} claimed, {checked} computed"
+        if engine == "native":
+            native = modules
+        if engine == "native-1" and "native" in line:
+            np.testing.assert_array_equal(modules, native, "labels depend on the threads")
+        if labels is not None:
+            scores = metrics.score(np.unique(modules, return_inverse=True)[1], np.unique(labels, return_inverse=True)[1])
+            figures |= {"pairwise_f": round(scores.pairwise_f, 4), "bcubed_f": round(scores.bcubed_f, 4)}
         if a.verify and engine == "native":
-            figures["codelength_by_package"] = infomap_engine.score(parts, modules)
+            figures["codelength_by_package"] = infomap_engine.score(read_edges(folder)[0], modules)
             assert abs(figures["codelength_by_package"] - checked) < 1e-7
         figures["peak_bytes_an_edge"] = round(figures["peak_bytes_over_start"] / max(1, len(graph.targets)), 1)
         line[engine] = figures

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import sparse
 
 from faceflow.errors import InputError
 from faceflow.kernels import flow as flows
-from faceflow.kernels import graphs, infomap_engine, mapequation
+from faceflow.kernels import graphs, infomap_engine, mapequation, moves
 from faceflow.tables import EdgeList
 
 Links = list[tuple[int, int, float]]
@@ -75,9 +76,11 @@ out = {}
 for name, links in json.load(sys.stdin).items():
     network = infomap.Network()
     network.add_links(np.array(links, float))
-    result = infomap.run(network, two_level=True, directed=True, num_trials=1, seed=1)
-    flow = {node.node_id: node.flow for node in result.nodes()}
-    out[name] = {"codelength": result.codelength, "flow": flow, "modules": result.modules()}
+    for directed in (True, False):
+        result = infomap.run(network, two_level=True, directed=directed, num_trials=1, seed=1)
+        flow = {node.node_id: node.flow for node in result.nodes()}
+        found = {"codelength": result.codelength, "flow": flow, "modules": result.modules()}
+        out[name if directed else "undirected " + name] = found
 json.dump(out, sys.stdout)
 """
 
@@ -107,6 +110,44 @@ def test_flow_and_codelength_equal_the_package(name: str, package: dict[str, Any
     found = mapequation.detect([compressed(links, n)])
     assert found.codelength <= reference["codelength"] * 1.0001 + 1e-12
     assert infomap_engine.score([edge_list(links, n)], found.modules) == pytest.approx(found.codelength, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_undirected_flow_and_codelength_equal_the_package(name: str, package: dict[str, Any]) -> None:
+    (links, n), reference = GRAPHS[name], package["undirected " + name]
+    theirs = np.zeros(n)
+    for row, visits in reference["flow"].items():
+        theirs[int(row)] = visits
+    graph = graphs.symmetric(graphs.build_graph([compressed(links, n)]))
+    ours = flows.undirected_flow(graph)
+    np.testing.assert_allclose(ours.rows, theirs, atol=1e-9)
+    modules = n + np.arange(n)
+    for row, module in reference["modules"].items():
+        modules[int(row)] = module
+    assert mapequation.codelength(graph, ours, modules) == pytest.approx(reference["codelength"], abs=1e-9)
+    found = mapequation.detect([compressed(links, n)], directed=False)
+    assert found.codelength <= reference["codelength"] * 1.0001 + 1e-12
+    score = infomap_engine.score([edge_list(links, n)], found.modules, directed=False)
+    assert score == pytest.approx(found.codelength, abs=1e-9)
+
+
+def test_many_blocks_and_threads_make_the_same_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    links = planted(80, 15, 6)
+    parts = [compressed(links, 1200)]
+    reference = mapequation.detect(parts).codelength
+    monkeypatch.setattr(moves, "BLOCK_UNITS", 100)  # eleven blocks, whose borders cut through clusters
+    one, two = mapequation.detect(parts, threads=1), mapequation.detect(parts, threads=2)
+    np.testing.assert_array_equal(one.modules, two.modules)
+    assert one.codelength == two.codelength <= reference * 1.0001
+
+
+def test_transposed_twice_is_the_graph_itself() -> None:
+    offsets, targets, weights = compressed(random_links(200, 3000, 3), 200)
+    back = graphs.transpose(*graphs.transpose(offsets, targets, weights))
+    matrix = [sparse.csr_matrix((w, t, o), shape=(200, 200)) for o, t, w in ((offsets, targets, weights), back)]
+    assert (matrix[0] != matrix[1]).nnz == 0
+    in_offsets, sources, _ = graphs.transpose(offsets, targets, weights)
+    assert all((np.diff(sources[a:b]) >= 0).all() for a, b in zip(in_offsets[:-1], in_offsets[1:], strict=True))
 
 
 def partitions(n: int) -> list[list[int]]:
@@ -183,8 +224,6 @@ def test_bad_edges(link: tuple[int, int, float], message: str) -> None:
 
 
 def test_library_call_takes_matrices_and_arrays() -> None:
-    from scipy import sparse
-
     from faceflow import map_equation
 
     links = planted(12, 8, 4)

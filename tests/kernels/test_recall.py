@@ -53,7 +53,7 @@ def test_certificates_of_perfect_and_empty_samples() -> None:
 def test_plans() -> None:
     def choose(n: int, **settings: object) -> plans.Plan:
         wanted = {"index": "auto", "cells": None, "probes": None} | settings
-        return plans.choose(n, 256, iterations=5, sample=64, **wanted)  # type: ignore[arg-type]
+        return plans.choose(n, 256, iterations=5, sample=64, joined=True, **wanted)  # type: ignore[arg-type]
 
     assert choose(10_000).index == "exact"
     assert choose(200_000).index == "cells"

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from faceflow.kernels import probing, quantizer, search, tiles, topk
+from faceflow.kernels import joins, probing, quantizer, search, tiles, topk
 
 FLOORS = [None, 0.3, -0.2]
 
@@ -120,6 +120,53 @@ def test_cells_find_exactly_the_pairs_that_meet(n: int, cells: int, k: int, seed
             np.testing.assert_array_equal(a, b)
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.integers(2, 30), st.integers(2, 6), st.integers(0, 1000), st.floats(0, 0.5), st.floats(0.0, 0.6))
+def test_visitors_that_share_a_neighbor_at_home_meet(n: int, cells: int, seed: int, margin: float, floor: float) -> None:
+    """With a floor, two visitors of a cell are compared when one member is among the nearest of both; nobody twice."""
+    x = unit(n, 8, seed)
+    cells = min(cells, n)
+    centroids = quantizer.train(x, cells, seed=seed, threads=1)
+    offsets, flat = probes = probing.probe(x, centroids, probing.ProbeRule(margin, 4))
+    home = flat[offsets[:-1]]
+    visits = np.zeros((n, cells), bool)
+    for i in range(n):
+        visits[i, flat[offsets[i] : offsets[i + 1]]] = True
+    s = x.astype(np.float64) @ x.astype(np.float64).T
+    meet = visits[:, home] | visits[:, home].T
+    for cell in range(cells):
+        links: dict[int, set[int]] = {}
+        for v in np.flatnonzero(visits[:, cell] & (home != cell)):
+            near = [m for m in np.argsort(-s[v], kind="stable") if home[m] == cell and s[v, m] >= floor][: joins.LINKS]
+            for m in near:
+                links.setdefault(int(m), set()).add(int(v))
+        for introduced in links.values():
+            for v in introduced:
+                meet[v, list(introduced)] = True
+    np.fill_diagonal(meet, False)
+    meet &= s >= floor
+    offsets_found, rows, _ = cells_tables(x, probes, cells, 1, n, floor)
+    for i in range(n):
+        assert sorted(rows[offsets_found[i] : offsets_found[i + 1]]) == np.flatnonzero(meet[i]).tolist()
+
+
+def test_a_member_introduces_only_so_many() -> None:
+    n = 4 * joins.MOST_MET
+    x = np.zeros((n + 1, 4), np.float32)
+    x[0, 0] = 1  # at home in cell 0; everybody else visits it from a cell of their own
+    angles = np.linspace(0.2, 0.4, n)
+    x[1:, 0], x[1:, 1] = np.cos(angles), np.sin(angles)
+    cells = [np.array([0], np.int32)] + [np.array([i, 0], np.int32) for i in range(1, n + 1)]
+    probes = np.concatenate([[0], np.cumsum([len(c) for c in cells])]), np.concatenate(cells)
+    offsets, rows, _ = cells_tables(x, probes, n + 1, 3, n, 0.5)
+    counts = np.diff(offsets)
+    nearest = np.arange(1, joins.MOST_MET + 1)
+    for i in nearest:  # face 0 is like nobody more than these: they all meet
+        assert set(rows[offsets[i] : offsets[i + 1]]) >= set(nearest) - {i}
+    assert counts[0] == n
+    assert counts[1:].sum() < n * (n - 1) / 2
+
+
 def test_crowded_cell_crosses_every_block_boundary() -> None:
     n = tiles.MEMBER_BLOCK + tiles.QUERY_BLOCK + 37
     x = unit(n, 8, seed=5)
@@ -160,7 +207,7 @@ def test_margin_probing_against_a_direct_computation() -> None:
 
 
 def test_predicted_recall_is_what_the_rule_reaches() -> None:
-    x = unit(3000, 16, seed=8)
+    x = unit(3000, 32, seed=8)
     centroids = quantizer.train(x, 60, seed=0, threads=1)
     rule, mean_probes, predicted = probing.choose_rule(x, len(x), centroids, 50, 0.6, 60, 0.95)
     assert predicted is not None

@@ -24,7 +24,7 @@ def _network(edges: Iterable[EdgeList]) -> tuple[Any, int]:
     return network, count
 
 
-def score(edges: Iterable[EdgeList], modules: np.ndarray) -> float:
+def score(edges: Iterable[EdgeList], modules: np.ndarray, directed: bool = True) -> float:
     """The package's own codelength of a given partition of the rows, in bits: no search, its flow, its sums."""
     import infomap
 
@@ -32,12 +32,12 @@ def score(edges: Iterable[EdgeList], modules: np.ndarray) -> float:
     if count == 0:
         return 0.0
     given = dict(enumerate(modules.tolist()))
-    result = infomap.run(network, two_level=True, directed=True, initial_partition=given, no_infomap=True)
+    result = infomap.run(network, two_level=True, directed=directed, initial_partition=given, no_infomap=True)
     return float(result.codelength)
 
 
-def detect(edges: Iterable[EdgeList], faces: int, seed: int, trials: int = 1) -> Partition:
-    """Two-level map equation on directed flow, by `infomap.run`.
+def detect(edges: Iterable[EdgeList], faces: int, seed: int, trials: int = 1, directed: bool = True) -> Partition:
+    """Two-level map equation, by `infomap.run`.
 
     edges: parts of the edge list, fed as arrays one at a time; faces: N; seed >= 0; trials: the package keeps the best.
     Returns a Partition over all N rows; rows without any edge are modules of their own. Module numbers are arbitrary.
@@ -49,7 +49,7 @@ def detect(edges: Iterable[EdgeList], faces: int, seed: int, trials: int = 1) ->
     modules = np.full(faces, -1, np.int64)
     codelength = 0.0
     if count:
-        result = infomap.run(network, two_level=True, directed=True, num_trials=trials, seed=seed + 1)
+        result = infomap.run(network, two_level=True, directed=directed, num_trials=trials, seed=seed + 1)
         found = result.modules()
         modules[np.fromiter(found.keys(), np.int64, len(found))] = np.fromiter(found.values(), np.int64, len(found))
         codelength = float(result.codelength)

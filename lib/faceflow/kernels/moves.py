@@ -40,8 +40,8 @@ class Network:
 
     out_*/in_*: compressed rows as `flow.Graph`; edge e out of unit i carries out_weights[e] * out_scale[i], an edge into it
     in_weights[e] * in_scale[i], rounded to the weights' type: both ends of an edge must see the same flow, to the
-    bit, or the gains of moves contradict each other and go round in circles. flow, enter, leave: float64[n], visit rate, flow in
-    from and out to other units.
+    bit, or the gains of moves contradict each other and go round in circles. flow, enter, leave: float64[n], visit rate, flow
+    in from and out to other units.
     """
 
     out_offsets: np.ndarray

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,8 +22,8 @@ def run(context: Context) -> Outcome:
     native = config.engine == "native"
     threads = executor.largest_machine_cpus if native else 1
     counts, pieces = executor.call(
-        detect, context.stores.run, context.parts, config.engine, config.seed, config.trials, config.verify_codelength, threads,
-        label="detect", resources=Resources(cpus=0 if native else 1),
+        detect, context.stores.run, context.parts, config.engine, config.flow == "directed", config.seed, config.trials,
+        config.verify_codelength, threads, label="detect", resources=Resources(cpus=0 if native else 1),
     )  # fmt: skip
     return Outcome(counts, pieces)
 
@@ -31,15 +32,25 @@ STAGE = Stage(
     name="detect",
     reads=("edges",),
     writes=("modules",),
-    settings=("engine", "seed", "trials"),
+    settings=("engine", "flow", "seed", "trials"),
     after=("ingest", "link"),
     packages=("faceflow", "infomap"),
     run=run,
 )
 
 
+class _Again:
+    """Iterates anew each time: parts are read one at a time, and none is held, or stays mapped, for longer."""
+
+    def __init__(self, make: Callable[[], Iterator[Any]]) -> None:
+        self._make = make
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._make()
+
+
 def detect(
-    run: Store, parts: Parts, engine: str, seed: int, trials: int, verify: bool, threads: int
+    run: Store, parts: Parts, engine: str, directed: bool, seed: int, trials: int, verify: bool, threads: int
 ) -> tuple[dict[str, float], dict[str, int]]:
     """Run the engine over all edge parts and write one module per row, part by part.
 
@@ -47,16 +58,17 @@ def detect(
     """
     from faceflow.kernels import infomap_engine, mapequation
 
-    def edges() -> Iterator[EdgeList]:
-        return (EdgeList.from_batch(run.read_batch(layout.part("edges", p)), parts.starts[p]) for p in range(len(parts)))
-
+    edges = _Again(
+        lambda: (EdgeList.from_batch(run.read_batch(layout.part("edges", p)), parts.starts[p]) for p in range(len(parts)))
+    )
+    arrays = _Again(lambda: ((e.offsets, e.rows, e.values) for e in edges))
     if engine == "native":
-        partition = mapequation.detect([(e.offsets, e.rows, e.values) for e in edges()], seed, trials, threads)
+        partition = mapequation.detect(arrays, seed, trials, threads, directed)
     else:
-        partition = infomap_engine.detect(edges(), parts.faces, seed, trials)
+        partition = infomap_engine.detect(edges, parts.faces, seed, trials, directed)
     counts: dict[str, float] = {"codelength": partition.codelength, "modules": len(np.unique(partition.modules))}
     if verify:
-        theirs = infomap_engine.score(edges(), partition.modules)
+        theirs = infomap_engine.score(edges, partition.modules, directed)
         counts["verified_codelength"] = theirs
         if abs(theirs - partition.codelength) > 1e-6 * max(1.0, abs(theirs)):
             raise QualityError(
