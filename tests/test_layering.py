@@ -16,7 +16,7 @@ LAYERS = [
     {"tables", "config"},
     {"kernels", "storage", "cluster"},
     {"stages"},
-    {"pipeline", "report", "evaluation", "synthesis"},
+    {"pipeline", "report", "evaluation", "synthesis", "housekeeping"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -29,7 +29,7 @@ HOMES = {
     "s3fs": {"storage"},
     "fsspec": {"storage"},
 }
-STAGE_HELPERS = {"base", "reading"}
+STAGE_HELPERS = {"base", "reading", "checking"}
 
 
 def modules() -> list[Path]:

@@ -109,7 +109,27 @@ def build_parser() -> argparse.ArgumentParser:
         "--sizes", metavar="FILE", help="Parquet with cluster_size and clusters: a size distribution to follow"
     )
     synthesize.add_argument("--seed", type=int, default=0, metavar="N", help="seed; same arguments, same faces (default: 0)")
-    for command in (evaluate, synthesize):
+    runs = commands.add_parser(
+        "runs",
+        help="list the runs of an OUTPUT",
+        description="State, furthest stage, age and size of every run of OUTPUT, the newest first; * marks the one in force.",
+        epilog=EXIT_CODES,
+        allow_abbrev=False,
+    )
+    clean = commands.add_parser(
+        "clean",
+        help="remove old runs of an OUTPUT",
+        description="Remove all but the newest runs of OUTPUT with their labels; never the run in force, nor one that may be "
+        "at work (unfinished, and begun or continued within a day).",
+        epilog=EXIT_CODES,
+        allow_abbrev=False,
+    )
+    clean.add_argument("--keep", type=int, required=True, metavar="N", help="runs to keep beside the one in force")
+    clean.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+    for command in (runs, clean):
+        command.add_argument("output", metavar="OUTPUT", help="OUTPUT of cluster commands")
+        command.add_argument("--work-dir", metavar="DIR", help="where their run directories lie (default: OUTPUT/_runs)")
+    for command in (evaluate, synthesize, runs, clean):
         command.add_argument("--storage-options", metavar="JSON", help="options of the s3fs file system, as JSON")
         command.add_argument("--json", action="store_true", help="print one JSON object as the last line of stdout")
     for command in commands.choices.values():
@@ -128,6 +148,8 @@ def _cluster(arguments: argparse.Namespace) -> None:
         print(
             f"{result.faces:,} faces, {result.edges:,} edges -> {result.clusters:,} clusters, {result.singletons:,} of one face"
         )
+        if result.rejected:
+            print(f"{result.rejected:,} rows were set aside: rejected/run={result.run_id} under OUTPUT says which and why")
         print(f"run {result.run_id}, {result.seconds['total']:.1f} s; labels: {result.labels}")
 
 
@@ -165,7 +187,42 @@ def _synthesize(arguments: argparse.Namespace) -> None:
         print(f"{made['faces']:,} faces of {made['identities']:,} identities in {made['files']} file(s): {arguments.output}")
 
 
-_COMMANDS = {"cluster": _cluster, "evaluate": _evaluate, "synthesize": _synthesize}
+def _show_runs(found: Sequence[Any], as_json: bool) -> None:
+    import datetime
+
+    now = datetime.datetime.now(datetime.UTC)
+    if as_json:
+        print(json.dumps([asdict(run) | {"updated": run.updated.isoformat()} for run in found]))
+        return
+    width = max([6, *(len(run.run_id) for run in found)])
+    print(f"  {'run':{width}}  {'state':9}  {'stage':8}  {'age':>8}  {'run dir':>9}  {'labels':>9}")
+    for run in found:
+        print(
+            f"{'*' if run.current else ' '} {run.run_id:{width}}  {run.state:9}  {run.stage:8}  {run.age(now):>8}  "
+            f"{run.size / 1e6:6,.0f} MB  {run.label_size / 1e6:6,.0f} MB"
+        )
+
+
+def _runs(arguments: argparse.Namespace) -> None:
+    from faceflow.housekeeping import list_runs
+
+    options = parse_setting("storage_options", arguments.storage_options)
+    _show_runs(list_runs(arguments.output, arguments.work_dir, options), arguments.json)
+
+
+def _clean(arguments: argparse.Namespace) -> None:
+    from faceflow.housekeeping import clean
+
+    options = parse_setting("storage_options", arguments.storage_options)
+    removed = clean(arguments.output, arguments.keep, arguments.work_dir, options, arguments.dry_run)
+    if not arguments.json:
+        freed = sum(run.size + run.label_size for run in removed) / 1e6
+        print(f"{'would remove' if arguments.dry_run else 'removed'} {len(removed)} run(s), {freed:,.0f} MB")
+    if removed or arguments.json:
+        _show_runs(removed, arguments.json)
+
+
+_COMMANDS = {"cluster": _cluster, "evaluate": _evaluate, "synthesize": _synthesize, "runs": _runs, "clean": _clean}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

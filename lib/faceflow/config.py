@@ -30,6 +30,13 @@ class ClusterConfig:
     output: str
     id_column: str = _setting("id", "column with each face's id: a string or any integer type")
     embedding_column: str = _setting("embedding", "column with the embedding: a (large, fixed-size) list of floats")
+    bad_rows: str = _setting(
+        "fail",
+        "rows that cannot be used (null, NaN, zero or repeated id, …). fail: refuse the input; quarantine: set them aside "
+        "under OUTPUT/rejected, without a cluster",
+        choices=("fail", "quarantine"),
+    )
+    max_bad_fraction: float = _setting(0.01, "share of rows that may be set aside; more are refused", metavar="X")
     neighbors: int = _setting(80, "neighbors kept per face (k), at most", metavar="K")
     min_similarity: float | None = _setting(
         0.58,
@@ -80,6 +87,9 @@ class ClusterConfig:
     run_id: str | None = _setting(
         None, "name of the run (default: the unfinished run with these settings, else a new one from the time)", metavar="ID"
     )
+    restart: bool = _setting(
+        False, "throw away what the unfinished run with these settings, or RUN_ID, has done, and begin again"
+    )
     work_dir: str | None = _setting(
         None, "where run directories lie (default: OUTPUT/_runs): a fast shared disk, or another bucket", metavar="DIR"
     )
@@ -109,11 +119,12 @@ class ClusterConfig:
         self._range("gpus_per_worker", 0, 64)
         self._range("memory_limit", 512 * 2**20, 2**50)
         self._range("min_recall", 0, 1)
+        self._range("max_bad_fraction", 0, 1)
         self._range("recall_sample", 1, 100_000)
         self._range("trials", 1, 1000)
         if self.min_similarity is not None and not -1 <= self.min_similarity <= 1:
             raise SettingsError(f"min_similarity is {self.min_similarity}: a cosine lies between -1 and 1; or 'none'")
-        for name in ("index", "engine", "flow"):
+        for name in ("index", "engine", "flow", "bad_rows"):
             choices = SETTINGS[name].metadata["choices"]
             if getattr(self, name) not in choices:
                 raise SettingsError(f"{name} is {getattr(self, name)!r}{did_you_mean(str(getattr(self, name)), choices)}")

@@ -14,7 +14,7 @@ from typing import Any
 from faceflow import __version__
 from faceflow.cluster.executor import Executor, peak_memory
 from faceflow.config import ClusterConfig
-from faceflow.errors import QualityError, RunError
+from faceflow.errors import FingerprintError, InputError, PublishError, QualityError, RunError, SettingsError
 from faceflow.stages import detect, ingest, link, publish, quantize, search
 from faceflow.stages.base import Context, Stage
 from faceflow.storage import layout, manifests
@@ -36,6 +36,8 @@ NOT_IDENTITY = (
     "min_recall",
     "raise_probes",
     "verify_codelength",
+    "max_bad_fraction",
+    "restart",
 )
 """Settings that do not change the labels: a run may be continued with others."""
 
@@ -44,15 +46,16 @@ NOT_IDENTITY = (
 class RunResult:
     """What a finished run reports; the fields are those of `--json`.
 
-    labels: address of the label folder; recall: edge recall of the search, `estimate`, `low`, `high` (a 95 % interval),
-    from `faces` sampled faces with `edges` true neighbors; seconds: wall time of each stage and `total`;
-    peak_memory_bytes: largest resident memory of the driver; worker_peak_memory_bytes: of any one worker, mapped files
-    included (0: none ran).
+    labels: address of the label folder; faces: those with a cluster; rejected: rows set aside; recall: edge recall of the
+    search, `estimate`, `low`, `high` (a 95 % interval), from `faces` sampled faces with `edges` true neighbors; seconds: wall
+    time of each stage and `total`; peak_memory_bytes: largest resident memory of the driver; worker_peak_memory_bytes: of any
+    one worker, mapped files included (0: none ran).
     """
 
     run_id: str
     labels: str
     faces: int
+    rejected: int
     clusters: int
     singletons: int
     edges: int
@@ -90,8 +93,23 @@ def _run(config: ClusterConfig, output: Store, runs: Store, executor: Executor, 
     runs.check_writable()
     parent_version = output.version(layout.LATEST)
     parent = output.read_json(layout.LATEST) or {}
-    stores = RunStores.of(output, runs, _choose_run(config, runs))
+    stores = RunStores.of(output, runs, _choose_run(config, runs, parent.get("run_id")))
     log.info("run %s: %d input file(s)", stores.run_id, len(files["input_files"]))
+    try:
+        return _advance_all(config, stores, executor, begun, parent, parent_version)
+    except FingerprintError:
+        raise
+    except InputError:
+        # Not to be continued: once the input is mended, this run's pieces are of no use.
+        stores.run.write_json(layout.RUN_RECORD, _record(config, "refused"))
+        raise
+
+
+def _advance_all(
+    config: ClusterConfig, stores: RunStores, executor: Executor, begun: float,
+    parent: dict[str, Any], parent_version: str | None,
+) -> RunResult:  # fmt: skip
+    output = stores.output
     done: dict[str, Manifest] = {}
     effort = int((stores.run.read_json(layout.RUN_RECORD) or {}).get("effort", 0))
     for stage in STAGES:
@@ -107,6 +125,7 @@ def _run(config: ClusterConfig, output: Store, runs: Store, executor: Executor, 
         run_id=stores.run_id,
         labels=output.address(layout.label_folder(stores.run_id)),
         faces=done["ingest"].counts["faces"],
+        rejected=done["ingest"].counts["rejected"],
         clusters=done["publish"].counts["clusters"],
         singletons=done["publish"].counts["singletons"],
         edges=done["link"].counts["edges"],
@@ -121,6 +140,7 @@ def _run(config: ClusterConfig, output: Store, runs: Store, executor: Executor, 
             "run_id": result.run_id,
             "labels": layout.label_folder(stores.run_id),
             "faces": result.faces,
+            "rejected": result.rejected,
             "clusters": result.clusters,
             "singletons": result.singletons,
             "edges": result.edges,
@@ -131,13 +151,25 @@ def _run(config: ClusterConfig, output: Store, runs: Store, executor: Executor, 
             "recall_interval": [result.recall["low"], result.recall["high"]],
             "created": _now().isoformat(timespec="seconds"),
         }
-        output.replace_json(layout.LATEST, pointer, parent_version)
+        _publish(output, pointer, parent_version)
     stores.run.write_json(layout.RUN_RECORD, _record(config, "published"))
     log.info(
         "run %s: %d faces in %d clusters (%d singletons), %.1f s; labels in %s",
         result.run_id, result.faces, result.clusters, result.singletons, seconds["total"], result.labels,
     )  # fmt: skip
     return result
+
+
+def _publish(output: Store, pointer: dict[str, Any], parent_version: str | None) -> None:
+    """Set the pointer. Raises PublishError, naming the winner, when another run came first."""
+    try:
+        output.replace_json(layout.LATEST, pointer, parent_version)
+    except PublishError:
+        winner = (output.read_json(layout.LATEST) or {}).get("run_id")
+        raise PublishError(
+            f"run {winner} published to {output.root} while run {pointer['run_id']} was at work: its labels stay in force. "
+            f"The labels of {pointer['run_id']} are complete in {pointer['labels']}; the same command again puts them in force"
+        ) from None
 
 
 def _recall_holds(config: ClusterConfig, done: dict[str, Manifest]) -> bool:
@@ -215,10 +247,10 @@ def _version(package: str) -> str:
 
 
 def _record(config: ClusterConfig, state: str) -> dict[str, Any]:
-    return {"state": state, "settings": config.public(), "updated": _now().isoformat(timespec="seconds")}
+    return {"state": state, "settings": config.public(), "updated": _now().isoformat(timespec="milliseconds")}
 
 
-def _choose_run(config: ClusterConfig, runs: Store) -> str:
+def _choose_run(config: ClusterConfig, runs: Store, published: str | None) -> str:
     """The run to work on: the named one, the newest unfinished one with these settings, or a new one."""
     wanted = _identity(config.public())
     run_id = config.run_id
@@ -226,11 +258,17 @@ def _choose_run(config: ClusterConfig, runs: Store) -> str:
         for name in reversed(runs.names("")):
             record = runs.read_json(f"{name}/{layout.RUN_RECORD}")
             if record and record["state"] == "begun" and _identity(record["settings"]) == wanted:
-                log.info("run %s is unfinished and has the same settings: continuing it", name)
+                if not config.restart:
+                    log.info("run %s is unfinished and has the same settings: continuing it", name)
                 run_id = name
                 break
     if run_id is None:
         run_id = f"{_now().strftime('%Y%m%dT%H%M%SZ')}-{secrets.token_hex(2)}"
+    if config.restart and runs.names(run_id):
+        if run_id == published:
+            raise SettingsError(f"run {run_id} is published: it cannot be begun again; choose another --run-id")
+        log.info("run %s is begun again: what it had done is removed", run_id)
+        runs.delete(run_id)
     if runs.read_json(f"{run_id}/{layout.RUN_RECORD}") is None:
         runs.write_json(f"{run_id}/{layout.RUN_RECORD}", _record(config, "begun"))
     return run_id

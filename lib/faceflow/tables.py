@@ -34,6 +34,14 @@ CANDIDATES_SCHEMA = pa.schema(
 )
 """The candidate neighbors one shard found for rows of one part (row: within the part), as the keys of `kernels.topk`."""
 
+IDS_CHECKED_SCHEMA = pa.schema([pa.field("row", pa.int64(), nullable=False)])
+"""Input rows, counted over all files; `idcheck/ids-*` has the id before it."""
+
+REJECTED_SCHEMA = pa.schema(
+    [("position", pa.int32()), ("verdict", pa.uint8()), ("file", pa.string()), ("row", pa.int64()), ("reason", pa.string())]
+)
+"""Rows of one part that cannot be used: position among the part's input rows, verdict of `stages.checking`, and the place."""
+
 _LINK = pa.struct([pa.field("row", pa.int32(), nullable=False), pa.field("value", pa.float32(), nullable=False)])
 
 

@@ -105,8 +105,8 @@ def test_publishes_what_the_readme_promises(tmp_path: Path, blobs: Callable[...,
     assert (np.diff(sizes) <= 0).all()
     pointer = json.loads((tmp_path / "out" / "latest.json").read_text())
     assert set(pointer) == {
-        "run_id", "labels", "faces", "clusters", "singletons", "edges", "parent_run_id", "settings", "seconds", "recall",
-        "recall_interval", "created",
+        "run_id", "labels", "faces", "rejected", "clusters", "singletons", "edges", "parent_run_id", "settings", "seconds",
+        "recall", "recall_interval", "created",
     }  # fmt: skip
     assert (pointer["faces"], pointer["clusters"], pointer["parent_run_id"]) == (200, 20, None)
     assert set(pointer["seconds"]) == {"ingest", "quantize", "search", "link", "detect", "publish", "total"}
@@ -231,12 +231,15 @@ def test_refusals_before_anything_is_written(tmp_path: Path, capsys: pytest.Capt
     assert not (tmp_path / "out2").exists()
 
 
-def test_bad_row_reaches_the_user_as_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_row_reaches_the_user_without_a_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     x = np.ones((50, 4), np.float32)
     x[33, 2] = np.nan
     path = write_faces(tmp_path / "in" / "a.parquet", x)
     assert main(["cluster", str(path), str(tmp_path / "out"), "--quiet"]) == 2
-    assert capsys.readouterr().err == f"error: {path}, row 33: the embedding contains a NaN or an infinity\n"
+    assert capsys.readouterr().err == (
+        f"error: 1 of 50 rows cannot be used:\n  {path}, row 33: the embedding contains a NaN or an infinity\n"
+        "mend or remove them, or set them aside with --bad-rows quarantine; nothing was published\n"
+    )
     assert not (tmp_path / "out" / "latest.json").exists()
 
 
@@ -257,12 +260,14 @@ def test_json_and_synthesize_from_the_command_line(tmp_path: Path, capsys: pytes
     capsys.readouterr()
     assert main(["cluster", str(tmp_path / "in"), str(tmp_path / "out"), "--json", "--quiet", "--min-similarity", "0.7"]) == 0
     out = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert {"run_id", "labels", "faces", "clusters", "singletons", "edges", "seconds", "peak_memory_bytes"} <= set(out)
+    assert {"run_id", "labels", "faces", "rejected", "clusters", "singletons", "edges", "seconds", "peak_memory_bytes"} <= set(
+        out
+    )
     assert main(["evaluate", str(tmp_path / "out"), str(tmp_path / "in"), "--json"]) == 0
     scores = json.loads(capsys.readouterr().out)
     assert list(scores) == [
         "pairwise_precision", "pairwise_recall", "pairwise_f", "bcubed_precision", "bcubed_recall", "bcubed_f", "nmi", "ari",
-        "faces", "clusters", "singletons", "identities",
+        "faces", "rejected", "clusters", "singletons", "identities",
     ]  # fmt: skip
     assert scores["faces"] == out["faces"] == 3000
 

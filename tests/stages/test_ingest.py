@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from faceflow.errors import InputError
-from faceflow.stages import ingest
+from faceflow.stages import checking, ingest
 from faceflow.stages.ingest import Footer, plan_pieces
 from faceflow.stages.reading import read_ids, read_vectors
 from faceflow.storage.files import Store
@@ -32,8 +32,16 @@ def ingest_all(folder: Path, run: Path) -> tuple[np.ndarray, pa.Array]:
     )
     pieces = plan_pieces(footers, ingest.part_faces(10**9, dim))
     out = Store.at(str(run))
+    buckets = 3
+    for i, piece in enumerate(pieces):
+        ingest.gather_ids(i, piece, store, out, "id", buckets)
+    for bucket in range(buckets):
+        ingest.find_repeated(out, len(pieces), bucket)
+    tally = checking.Tally()
     for piece in pieces:
-        ingest.ingest_piece(piece, store, out, ("id", "embedding"), dim)
+        tally.include(ingest.ingest_piece(piece, store, out, ("id", "embedding"), dim, buckets)[2])
+    if tally.total:
+        raise InputError(tally.text())
     parts = range(sum(len(p.starts) - 1 for p in pieces))
     return np.concatenate([read_vectors(out, p, dim) for p in parts]), pa.concat_arrays([read_ids(out, p) for p in parts])
 
@@ -111,7 +119,8 @@ BAD = {
     "nan": (bad_list([[1, 2], [1, 2], [float("nan"), 1]]), "row 2: the embedding contains a NaN or an infinity"),
     "infinity": (bad_list([[1, 2], [float("inf"), 1]]), "row 1: the embedding contains a NaN or an infinity"),
     "zero": (bad_list([[0, 0], [1, 1]]), "row 0: the embedding contains only zeros: it has no direction"),
-    "null id": (columns(id=["a", None], embedding=[[1.0], [1.0]]), "row 1: the id in column 'id' is null"),
+    "repeated id": (columns(id=["a", "b", "a"], embedding=[[1.0], [1.0], [1.0]]), "row 2: the id occurred before: ids must be unique"),
+    "null id": (columns(id=["a", None], embedding=[[1.0], [1.0]]), "row 1: the id is null"),
 }  # fmt: skip
 
 

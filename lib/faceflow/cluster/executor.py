@@ -29,10 +29,12 @@ OBJECT_STORE_BYTES = 128 * 2**20
 
 @dataclass(frozen=True)
 class Resources:
-    """What one task asks Ray for. cpus 0 stands for all CPUs of the smallest machine that has the most of them."""
+    """What one task asks Ray for. cpus 0 stands for all CPUs of the smallest machine that has the most of them; apart: a
+    worker process that has run nothing else, for packages that do not bear each other's company."""
 
     cpus: float = 1
     gpus: float = 0
+    apart: bool = False
 
 
 @dataclass
@@ -170,10 +172,13 @@ class Executor:
         ray = self._ray
         cpus = resources.cpus or min(self.largest_machine_cpus, self.workers or sys.maxsize)
         # An I/O error may pass; any other exception of the function would only come again.
-        remote = ray.remote(_run_piece).options(
-            num_cpus=cpus, num_gpus=resources.gpus, max_retries=RETRIES, retry_exceptions=[OSError], name=label,
-            scheduling_strategy="SPREAD",
-        )  # fmt: skip
+        options: dict[str, Any] = {
+            "num_cpus": cpus, "num_gpus": resources.gpus, "max_retries": RETRIES, "retry_exceptions": [OSError], "name": label,
+            "scheduling_strategy": "SPREAD",
+        }  # fmt: skip
+        if resources.apart:
+            options["runtime_env"] = {"env_vars": {"FACEFLOW_TASK": label}}
+        remote = ray.remote(_run_piece).options(**options)
         results: list[Any] = [None] * len(pieces)
         queue = iter(range(len(pieces)))
         flying: dict[Any, int] = {}

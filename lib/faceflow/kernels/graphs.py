@@ -83,8 +83,10 @@ def locality_order(firsts: np.ndarray) -> np.ndarray:
 
 
 def symmetric(graph: Graph) -> Graph:
-    """Every edge in both directions; where both were there, they lie side by side. Both ways share one set of arrays."""
+    """Every edge in both directions; where both were there, both remain. A loop stays one, as Infomap counts it. Both ways
+    share one set of arrays."""
     offsets = graph.out_offsets + graph.in_offsets
+    offsets[1:] -= np.cumsum(_count_loops(graph.out_offsets, graph.targets))
     targets, weights = np.empty(offsets[-1], np.int32), np.empty(offsets[-1], np.float32)
     _interleave(
         graph.out_offsets, graph.targets, graph.out_weights, graph.in_offsets, graph.sources, graph.in_weights,
@@ -147,6 +149,15 @@ def _copy_rows(
 
 
 @numba.njit(cache=True, nogil=True, parallel=True)
+def _count_loops(offsets: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    out = np.zeros(len(offsets) - 1, np.int64)
+    for i in numba.prange(len(out)):
+        for e in range(offsets[i], offsets[i + 1]):
+            out[i] += targets[e] == i
+    return out
+
+
+@numba.njit(cache=True, nogil=True, parallel=True)
 def _interleave(
     out_offsets: np.ndarray, targets: np.ndarray, out_weights: np.ndarray,
     in_offsets: np.ndarray, sources: np.ndarray, in_weights: np.ndarray,
@@ -159,9 +170,10 @@ def _interleave(
             weights[at] = out_weights[e]
             at += 1
         for e in range(in_offsets[i], in_offsets[i + 1]):
-            others[at] = sources[e]
-            weights[at] = in_weights[e]
-            at += 1
+            if sources[e] != i:
+                others[at] = sources[e]
+                weights[at] = in_weights[e]
+                at += 1
 
 
 @numba.njit(cache=True, nogil=True, parallel=True)

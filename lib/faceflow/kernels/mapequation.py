@@ -10,7 +10,7 @@ import numba
 import numpy as np
 
 from faceflow.errors import InputError
-from faceflow.kernels.flow import Flow, Graph, directed_flow, undirected_flow
+from faceflow.kernels.flow import Flow, Graph, directed_flow, undirected_flow, use_threads
 from faceflow.kernels.graphs import Part, load, symmetric
 from faceflow.kernels.moves import Network, aggregate, dense, first_modules, network_of, plogp, settle
 from faceflow.tables import Partition
@@ -19,6 +19,9 @@ SMALLEST_ROUND = 1e-6
 """Relative gain of one round of tuning below which it is the last."""
 
 MAX_ROUNDS = 20
+
+PARALLEL_EDGES = 200_000
+"""Edges below which one thread is faster: waking others takes longer than the loops do, the more so on a busy machine."""
 
 SUM_CHUNKS = 16
 """Blocks of rows whose sums `codelength` takes side by side, at most."""
@@ -137,6 +140,8 @@ def detect(parts: Iterable[Part], seed: int = 0, trials: int = 1, threads: int =
     if not directed:
         graph = symmetric(graph)
     n = len(graph)
+    threads = threads if len(graph.targets) >= PARALLEL_EDGES else 1
+    use_threads(threads)
     linked = (np.diff(graph.out_offsets) > 0) | (np.diff(graph.in_offsets) > 0)
     flow = directed_flow(graph, threads) if directed else undirected_flow(graph, threads)
     best, length = np.arange(n), 0.0

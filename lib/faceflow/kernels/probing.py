@@ -13,6 +13,9 @@ from faceflow.kernels.topk import Buffers, decode, key_of, select_smallest
 UNTOLD_PROBES = 8
 """Probes where a sample holds no pair above the floor: there is next to nothing to find."""
 
+FEWEST_ALONE = 50
+"""Pairs without a common neighbor in the sample from which on they say something."""
+
 MARGIN_STEP = 1e-4
 """Margins are rounded up to a multiple: BLAS rounds differently in blocks of another shape, or on other machines, and must
 neither lose the pair that set the margin nor move it."""
@@ -106,14 +109,16 @@ def choose_rule(
     floor: float | None,
     most: int,
     target: float,
+    target_alone: float,
 ) -> tuple[ProbeRule, float, float | None]:
     """The smallest margin with a predicted edge recall of `target`, the mean probes it makes, and that prediction (None:
     no pair to tell by).
 
     vectors: float32[n, d], a uniform sample of the `faces` faces: pairs of it above the floor (with floor None: each
-    face's nearest in it) are a sample of the edges. With a floor, a pair is found when both faces probe one cell (either
-    at home there, or both visitors: `kernels.joins`), so the margin it takes is the least over the cells of the larger of the
-    two. Without one, a face must probe the other's home cell. A face with more neighbors than k keeps only k of them, so its
+    face's nearest in it) are a sample of the edges. A pair is found when one face probes the other's home cell. With a floor it
+    is also found when both visit a third cell and somebody at home there introduces them (`kernels.joins`), which people of
+    many photos can count on. Two photos that are all there is of a person cannot: of pairs without a common neighbor in the
+    sample, `target_alone` must be found without introduction. A face with more neighbors than k keeps only k of them, so its
     pairs weigh less: without that, the easy faces amid a large cluster would outvote the hard ones at its edge.
     """
     n = len(vectors)
@@ -128,37 +133,60 @@ def choose_rule(
     probed, probe_key = probe_keys(vectors, centroids, ProbeRule(None, most))
     similarities, cells = decode(probe_key)
     short = np.repeat(similarities[probed[:-1]], np.diff(probed)) - similarities
-    needed = np.empty(len(keys), np.float32)
-    _margins(offsets, decode(keys)[1], probed, cells, short, len(centroids), floor is not None, needed)
+    home, met = np.empty(len(keys), np.float32), np.empty(len(keys), np.float32)
+    alone = np.empty(len(keys), np.bool_)
+    _margins(offsets, decode(keys)[1], probed, cells, short, len(centroids), home, met, alone)
     owner = np.repeat(here, np.diff(offsets))
     weights = np.minimum(1.0, neighbors * n / (faces * np.diff(offsets)[owner]))
+    margin, recall = _quantile(home if floor is None else met, weights, target)
+    if floor is not None and alone.sum() >= FEWEST_ALONE:
+        margin = max(margin, _quantile(home[alone], weights[alone], target_alone)[0])
+        recall = float(weights[met <= margin].sum() / weights.sum())
+    if not np.isfinite(margin):
+        return ProbeRule(None, most), float(most), 0.0
+    margin = float(MARGIN_STEP * np.ceil(margin / MARGIN_STEP + 0.5))
+    return ProbeRule(margin, most), float((short <= margin).sum() / n), round(recall, 5)
+
+
+def _quantile(needed: np.ndarray, weights: np.ndarray, target: float) -> tuple[float, float]:
+    """The smallest margin that a share `target` of the pairs needs at most, and that share; the largest finite one where
+    `target` is out of reach, infinity where none is."""
     order = np.argsort(needed, kind="stable")
     needed, reached = needed[order], np.cumsum(weights[order]) / weights.sum()
-    within_reach = int(np.isfinite(needed).sum())
-    if within_reach == 0:
-        return ProbeRule(None, most), float(most), 0.0
-    at = min(within_reach - 1, int(np.searchsorted(reached, target)))
-    margin = MARGIN_STEP * np.ceil(needed[at] / MARGIN_STEP + 0.5)
-    mean_probes = float((short <= margin).sum() / n)
-    return ProbeRule(float(margin), most), mean_probes, round(float(reached[at]), 5)
+    finite = int(np.isfinite(needed).sum())
+    if finite == 0:
+        return np.inf, 0.0
+    at = min(finite - 1, int(np.searchsorted(reached, target)))
+    return float(needed[at]), float(reached[at])
 
 
 @numba.njit(cache=True, nogil=True)
 def _margins(
     offsets: np.ndarray, neighbors: np.ndarray, probed: np.ndarray, cells: np.ndarray, short: np.ndarray, count: int,
-    joined: bool, needed: np.ndarray,
+    home: np.ndarray, met: np.ndarray, alone: np.ndarray,
 ) -> None:  # fmt: skip
-    # The margin at which each pair (i, neighbor) meets; infinite where it does not within the cells listed.
+    # For each pair (i, neighbor) the margin at which one probes the other's home, and that at which both probe one cell;
+    # infinite where that is not within the cells listed. alone: whether the two have no common neighbor.
     mine = np.full(count, np.float32(np.inf))
+    known = np.full(len(offsets) - 1, -1, np.int64)
     for i in range(len(offsets) - 1):
         for p in range(probed[i], probed[i + 1]):
             mine[cells[p]] = short[p]
         for e in range(offsets[i], offsets[i + 1]):
+            known[neighbors[e]] = i
+        for e in range(offsets[i], offsets[i + 1]):
             j = neighbors[e]
             least = mine[cells[probed[j]]]
+            either = least
             for p in range(probed[j], probed[j + 1]):
-                if joined or cells[p] == cells[probed[i]]:
-                    least = min(least, max(mine[cells[p]], short[p]))
-            needed[e] = least
+                if cells[p] == cells[probed[i]]:
+                    least = min(least, short[p])
+                either = min(either, max(mine[cells[p]], short[p]))
+            home[e] = least
+            met[e] = either
+            shared = False
+            for t in range(offsets[j], offsets[j + 1]):
+                shared |= known[neighbors[t]] == i
+            alone[e] = not shared
         for p in range(probed[i], probed[i + 1]):
             mine[cells[p]] = np.float32(np.inf)

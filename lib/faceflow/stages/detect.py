@@ -23,7 +23,9 @@ def run(context: Context) -> Outcome:
     threads = executor.largest_machine_cpus if native else 1
     counts, pieces = executor.call(
         detect, context.stores.run, context.parts, config.engine, config.flow == "directed", config.seed, config.trials,
-        config.verify_codelength, threads, label="detect", resources=Resources(cpus=0 if native else 1),
+        config.verify_codelength, threads, label="detect",
+        # infomap crashes where faiss, which GPU search loads, was imported after it.
+        resources=Resources(cpus=0 if native else 1, apart=not native or config.verify_codelength),
     )  # fmt: skip
     return Outcome(counts, pieces)
 

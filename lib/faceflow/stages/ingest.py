@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,13 +14,16 @@ import pyarrow.parquet as pq
 
 from faceflow.cluster.executor import chunks
 from faceflow.errors import InputError, did_you_mean
-from faceflow.kernels.vectors import FINE, NOT_FINITE, normalize_rows
+from faceflow.kernels.identity import buckets_of_texts
+from faceflow.stages import checking
 from faceflow.stages.base import Context, Outcome, Stage, merge_pieces
 from faceflow.storage import layout
 from faceflow.storage.files import FileInfo, Store, explain
 from faceflow.storage.inputs import contains, list_parquet, open_input
 from faceflow.storage.manifests import is_whole
-from faceflow.tables import MAX_FACES, vectors_schema
+from faceflow.tables import IDS_CHECKED_SCHEMA, MAX_FACES, REJECTED_SCHEMA, vectors_schema
+
+log = logging.getLogger("faceflow")
 
 PART_FACES = 131_072
 SMALL_PART = 16_384
@@ -28,6 +32,9 @@ READ_BATCH = 8_192
 """Rows decoded at once: bounds memory whatever the size of a row group."""
 
 FOOTERS_PER_TASK = 16
+
+BUCKET_IDS = 2_000_000
+"""Ids that one task compares for repeats: some 200 MB."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,8 @@ class Footer:
 class Piece:
     """One ingest task: consecutive row groups that become one or more parts.
 
-    spans: (path, row groups, row in file of the first); starts: global first row of each part, and the end.
+    spans: (path, row groups, row in file of the first); starts: input row, counted over all files, at
+    which each part starts, and the end.
     """
 
     first_part: int
@@ -87,21 +95,51 @@ def run(context: Context) -> Outcome:
         first_dimension, store, tuple(f.path for f in footers if sum(f.group_rows)), *columns, label="probe"
     )
     pieces = plan_pieces(footers, part_faces(faces, dim))
+    buckets = max(1, -(-faces // BUCKET_IDS))
+    run_store = context.stores.run
+    executor.map(gather_ids, [(i, piece, store, run_store, config.id_column, buckets) for i, piece in enumerate(pieces)], "ids")
+    executor.map(find_repeated, [(run_store, len(pieces), bucket) for bucket in range(buckets)], "repeats")
     results = executor.map(
         ingest_piece,
-        [(piece, store, context.stores.run, columns, dim) for piece in pieces],
+        [(piece, store, run_store, columns, dim, buckets) for piece in pieces],
         "ingest",
         sizes=[piece.starts[-1] - piece.starts[0] for piece in pieces],
     )
-    starts = [0] + [end for piece in pieces for end in piece.starts[1:]]
-    return Outcome({"faces": faces, "dim": dim, "files": len(files), "starts": starts}, merge_pieces(results))
+    bad = checking.Tally()
+    for _, _, tally in results:
+        bad.include(tally)
+    _judge(context, bad, faces)
+    starts = np.concatenate([[0], np.cumsum([kept for _, counts, _ in results for kept in counts])]).tolist()
+    counts = {"faces": starts[-1], "rejected": bad.total, "dim": dim, "files": len(files), "starts": starts}
+    return Outcome(counts, merge_pieces([sizes for sizes, _, _ in results]))
+
+
+def _judge(context: Context, bad: checking.Tally, rows: int) -> None:
+    """Raise InputError where bad rows are not, or no longer, acceptable."""
+    config = context.config
+    if bad.total == 0:
+        return
+    said = f"{bad.total:,} of {rows:,} rows cannot be used:\n  {bad.text()}"
+    if config.bad_rows == "fail":
+        raise InputError(f"{said}\nmend or remove them, or set them aside with --bad-rows quarantine; nothing was published")
+    if bad.total == rows:
+        raise InputError(f"{said}\nno face is left; nothing was published")
+    if bad.total > config.max_bad_fraction * rows:
+        raise InputError(
+            f"{said}\nthat is {bad.total / rows:.2%}, more than --max-bad-fraction {config.max_bad_fraction:.2%}; "
+            "nothing was published"
+        )
+    log.warning(
+        "%s\n  they are set aside: no cluster, and a line each in %s", said, layout.rejected_folder(context.stores.run_id)
+    )
 
 
 STAGE = Stage(
     name="ingest",
     reads=(),
-    writes=("vectors", "ids"),
-    settings=("input", "id_column", "embedding_column"),
+    writes=("idcheck", "vectors", "ids", "rejected"),
+    scratch=("idcheck",),
+    settings=("input", "id_column", "embedding_column", "bad_rows"),
     packages=("faceflow",),
     inputs=inputs,
     run=run,
@@ -225,7 +263,7 @@ class _readable:  # noqa: N801 - reads as a with-statement
     def __enter__(self) -> pq.ParquetFile:
         try:
             self._source = open_input(self._store, self._path)
-            return pq.ParquetFile(self._source)
+            return pq.ParquetFile(self._source, page_checksum_verification=True)
         except (pa.ArrowException, OSError) as error:
             raise self._unreadable(error) from None
 
@@ -238,7 +276,7 @@ class _readable:  # noqa: N801 - reads as a with-statement
         return InputError(f"cannot read {self._path}: {explain(error)}")
 
 
-def _batches(piece: Piece, store: Store, columns: tuple[str, str]) -> Iterator[tuple[str, int, pa.RecordBatch]]:
+def _batches(piece: Piece, store: Store, columns: Sequence[str]) -> Iterator[tuple[str, int, pa.RecordBatch]]:
     for path, groups, row in piece.spans:
         with _readable(store, path) as parquet:
             for batch in parquet.iter_batches(batch_size=READ_BATCH, row_groups=list(groups), columns=list(columns)):
@@ -246,83 +284,158 @@ def _batches(piece: Piece, store: Store, columns: tuple[str, str]) -> Iterator[t
                 row += batch.num_rows
 
 
-def ingest_piece(piece: Piece, source: Store, run: Store, columns: tuple[str, str], dim: int) -> dict[str, int]:
-    """Write the vectors and ids of one piece's parts; returns the bytes of each file."""
+def gather_ids(index: int, piece: Piece, source: Store, run: Store, id_column: str, buckets: int) -> None:
+    """Write one piece's ids with their input rows, one record batch a bucket: equal ids meet in one bucket."""
+    name = layout.gathered_ids(index)
+    if is_whole(run, name):
+        return
+    ids = pa.concat_arrays([batch.column(0) for _, _, batch in _batches(piece, source, [id_column])])
+    rows = np.arange(piece.starts[0], piece.starts[0] + len(ids))
+    bucket = _buckets(ids, buckets)
+    schema = pa.schema([pa.field("id", ids.type), *IDS_CHECKED_SCHEMA])
+    batches = (
+        pa.record_batch([ids.take(pa.array(here)), pa.array(rows[here])], schema=schema)
+        for here in (np.flatnonzero(bucket == b) for b in range(buckets))
+    )
+    run.write_arrow(name, schema, batches)
+
+
+def _buckets(ids: pa.Array, buckets: int) -> np.ndarray:
+    if buckets == 1:
+        return np.zeros(len(ids), np.int64)
+    if pa.types.is_integer(ids.type):
+        return np.asarray(ids.fill_null(0).to_numpy(zero_copy_only=False)).astype(np.int64) % buckets
+    texts = ids.fill_null("").cast(pa.large_string())
+    data = np.frombuffer(texts.buffers()[2] or b"", np.uint8)
+    offsets = np.frombuffer(texts.buffers()[1], np.int64)[texts.offset : texts.offset + len(texts) + 1]
+    return buckets_of_texts(offsets, data, buckets)
+
+
+def find_repeated(run: Store, pieces: int, bucket: int) -> None:
+    """Write the input rows of one bucket whose id stands in an earlier row, ascending."""
+    name = layout.repeated_ids(bucket)
+    if is_whole(run, name):
+        return
+    batches = [run.read_batch(layout.gathered_ids(piece), bucket) for piece in range(pieces)]
+    ids = pa.concat_arrays([batch.column(0) for batch in batches])
+    rows = np.concatenate([batch.column(1).to_numpy() for batch in batches])
+    again = rows[checking.repeated(ids)]
+    run.write_arrow(name, IDS_CHECKED_SCHEMA, [pa.record_batch([pa.array(again)], schema=IDS_CHECKED_SCHEMA)])
+
+
+def _repeated_rows(run: Store, buckets: int, begin: int, end: int) -> np.ndarray:
+    found = [run.read_batch(layout.repeated_ids(bucket)).column(0).to_numpy() for bucket in range(buckets)]
+    return np.concatenate([rows[(rows >= begin) & (rows < end)] for rows in found])
+
+
+def ingest_piece(
+    piece: Piece, source: Store, run: Store, columns: tuple[str, str], dim: int, buckets: int
+) -> tuple[dict[str, int], list[int], checking.Tally]:
+    """Write the vectors, ids and rejected rows of one piece's parts.
+
+    Returns the bytes of each file, the faces kept of each part, and the tally of the others.
+    """
+    parts = [PartWriter(run, piece, i, dim) for i in range(len(piece.starts) - 1)]
+    if not all(part.is_whole for part in parts):
+        again = _repeated_rows(run, buckets, piece.starts[0], piece.starts[-1])
+        position, at = piece.starts[0], 0
+        for path, first, batch in _batches(piece, source, columns):
+            ids = batch.column(batch.schema.get_field_index(columns[0]))
+            verdict, lengths, x = checking.check_batch(ids, batch.column(batch.schema.get_field_index(columns[1])), dim)
+            here = again[(again >= position) & (again < position + len(ids))] - position
+            here = here[verdict[here] == checking.GOOD]
+            if len(here):
+                x = np.delete(x, np.searchsorted(np.flatnonzero(verdict == checking.GOOD), here), axis=0)
+                verdict[here] = checking.REPEATED
+            done, used = 0, 0
+            while done < len(ids):
+                if at == len(parts):
+                    raise InputError(f"{path} holds more rows than its footer says: it was changed while being read")
+                take = min(len(ids) - done, parts[at].room)
+                kept = int((verdict[done : done + take] == checking.GOOD).sum())
+                parts[at].add(
+                    ids.slice(done, take), verdict[done : done + take], lengths[done : done + take], x[used : used + kept],
+                    path, first + done,
+                )  # fmt: skip
+                done, used = done + take, used + kept
+                if parts[at].room == 0:
+                    parts[at].close()
+                    at += 1
+            position += len(ids)
+        if at != len(parts):
+            raise InputError(
+                f"{piece.spans[-1][0]} holds fewer rows than its footer says: it is damaged or was changed while being read"
+            )
+    tally = checking.Tally()
     sizes: dict[str, int] = {}
-    names = [
-        (layout.part("vectors", i), layout.part("ids", i))
-        for i in range(piece.first_part, piece.first_part + len(piece.starts) - 1)
-    ]
-    if all(is_whole(run, name) for pair in names for name in pair):
-        return {name: run.size(name) or 0 for pair in names for name in pair}
-    rows = np.diff(piece.starts)
-    part = filled = 0
-    vectors, ids = np.empty((rows[0], dim), np.float32), []
-    for path, first, batch in _batches(piece, source, columns):
-        block = _vectors_of(batch.column(columns[1]), path, first, dim)
-        id_column = batch.column(columns[0])
-        if id_column.null_count:
-            where = first + int(np.flatnonzero(id_column.is_null().to_numpy(zero_copy_only=False))[0])
-            raise InputError(f"{path}, row {where}: the id in column {columns[0]!r} is null; every face needs one")
-        done = 0
-        while done < len(block):
-            take = min(len(block) - done, rows[part] - filled)
-            vectors[filled : filled + take] = block[done : done + take]
-            ids.append(id_column.slice(done, take))
-            done, filled = done + take, filled + take
-            if filled == rows[part]:
-                sizes |= _write_part(run, names[part], vectors, ids)
-                part, filled, ids = part + 1, 0, []
-                if part < len(rows):
-                    vectors = np.empty((rows[part], dim), np.float32)
-    if part != len(rows):
-        raise InputError(
-            f"{piece.spans[-1][0]} holds fewer rows than its footer says: it is damaged or was changed while being read"
-        )
-    return sizes
+    for part in parts:
+        tally.include(part.tally())
+        sizes |= part.sizes()
+    return sizes, [part.kept for part in parts], tally
 
 
-def _write_part(run: Store, names: tuple[str, str], vectors: np.ndarray, ids: list[pa.Array]) -> dict[str, int]:
-    schema = vectors_schema(vectors.shape[1])
-    column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1])
-    batch = pa.record_batch([column.cast(schema.field(0).type)], schema=schema)
-    id_array = pa.concat_arrays(ids)
-    id_schema = pa.schema([pa.field("id", id_array.type, nullable=False)])
-    return {
-        names[0]: run.write_arrow(names[0], schema, [batch]),
-        names[1]: run.write_arrow(names[1], id_schema, [pa.record_batch([id_array], schema=id_schema)]),
-    }
+class PartWriter:
+    """One part in the making: collects its rows, then writes three files."""
 
+    def __init__(self, run: Store, piece: Piece, index: int, dim: int) -> None:
+        number = piece.first_part + index
+        self._run, self._dim = run, dim
+        self._names = [layout.part(kind, number) for kind in ("vectors", "ids", "rejected")]
+        self._rows = piece.starts[index + 1] - piece.starts[index]
+        self._filled = self._kept = 0
+        self._vectors: np.ndarray | None = None
+        self._ids: list[pa.Array] = []
+        self._rejected: list[tuple[int, int, str, int, str]] = []
 
-def _vectors_of(column: pa.Array, path: str, first: int, dim: int) -> np.ndarray:
-    """Unit float32 [n, dim] from a list column; raises InputError naming the first bad row and why."""
+    @property
+    def is_whole(self) -> bool:
+        return all(is_whole(self._run, name) for name in self._names)
 
-    def fail(row: int, why: str) -> InputError:
-        return InputError(f"{path}, row {first + row}: {why}")
+    @property
+    def room(self) -> int:
+        """Rows that are still to come."""
+        return self._rows - self._filled
 
-    if column.null_count:
-        raise fail(int(np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))[0]), "the embedding is null")
-    if pa.types.is_fixed_size_list(column.type):
-        lengths = np.full(len(column), column.type.list_size)
-    else:
-        lengths = np.diff(column.offsets.to_numpy())
-    wrong = np.flatnonzero(lengths != dim)
-    if len(wrong):
-        n = int(lengths[wrong[0]])
-        raise fail(
-            int(wrong[0]),
-            "the embedding is empty" if n == 0 else f"the embedding has dimension {n}, but the first one has {dim}",
-        )
-    values = column.flatten()
-    if values.null_count:
-        where = int(np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False))[0])
-        raise fail(where // dim, "the embedding contains a null")
-    raw = values.to_numpy(zero_copy_only=False).reshape(-1, dim)
-    # float64 is normalised before it is rounded, so that no value over- or underflows on the way.
-    x = np.array(raw, dtype=np.float64 if raw.dtype == np.float64 else np.float32, order="C")
-    verdict = normalize_rows(x)
-    bad = np.flatnonzero(verdict != FINE)
-    if len(bad):
-        reason = "a NaN or an infinity" if verdict[bad[0]] == NOT_FINITE else "only zeros: it has no direction"
-        raise fail(int(bad[0]), f"the embedding contains {reason}")
-    return x.astype(np.float32, copy=False)
+    @property
+    def kept(self) -> int:
+        """Faces of the written part."""
+        return self._rows - int(self._run.read_batch(self._names[2]).num_rows)
+
+    def add(self, ids: pa.Array, verdict: np.ndarray, lengths: np.ndarray, x: np.ndarray, path: str, first: int) -> None:
+        """Take consecutive rows; x holds the unit vectors of the good ones, first is the row in the file."""
+        if self._vectors is None:
+            self._vectors = np.empty((self._rows, self._dim), np.float32)
+        self._vectors[self._kept : self._kept + len(x)] = x
+        self._ids.append(ids)
+        for i in np.flatnonzero(verdict != checking.GOOD).tolist():
+            reason = checking.REASONS[int(verdict[i])].format(length=int(lengths[i]), dim=self._dim)
+            self._rejected.append((self._filled + i, int(verdict[i]), path, first + i, reason))
+        self._filled, self._kept = self._filled + len(ids), self._kept + len(x)
+
+    def close(self) -> None:
+        """Write the files and let the memory go."""
+        assert self._vectors is not None
+        schema = vectors_schema(self._dim)
+        column = pa.FixedSizeListArray.from_arrays(pa.array(self._vectors[: self._kept].ravel()), self._dim)
+        self._run.write_arrow(self._names[0], schema, [pa.record_batch([column.cast(schema.field(0).type)], schema=schema)])
+        ids = pa.concat_arrays(self._ids)
+        id_schema = pa.schema([pa.field("id", ids.type)])
+        self._run.write_arrow(self._names[1], id_schema, [pa.record_batch([ids], schema=id_schema)])
+        columns = zip(*self._rejected, strict=True) if self._rejected else [[] for _ in REJECTED_SCHEMA]
+        arrays = [pa.array(list(values), field.type) for values, field in zip(columns, REJECTED_SCHEMA, strict=True)]
+        self._run.write_arrow(self._names[2], REJECTED_SCHEMA, [pa.record_batch(arrays, schema=REJECTED_SCHEMA)])
+        self._vectors, self._ids, self._rejected = None, [], []
+
+    def sizes(self) -> dict[str, int]:
+        return {name: self._run.size(name) or 0 for name in self._names}
+
+    def tally(self) -> checking.Tally:
+        """The rejected rows of the written part by reason."""
+        tally = checking.Tally()
+        batch = self._run.read_batch(self._names[2])
+        verdicts = batch.column("verdict").to_numpy()
+        for verdict in np.unique(verdicts).tolist():
+            first = np.flatnonzero(verdicts == verdict)
+            shown = batch.take(pa.array(first[: checking.SHOWN])).to_pylist()
+            tally.add(verdict, len(first), [f"{r['file']}, row {r['row']}: {r['reason']}" for r in shown])
+        return tally

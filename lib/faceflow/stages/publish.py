@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 
 from faceflow.kernels.identity import canonical_order
 from faceflow.stages.base import Context, Outcome, Stage
-from faceflow.stages.reading import read_ids
+from faceflow.stages.reading import read_ids, read_rejected
 from faceflow.storage import layout
 from faceflow.storage.files import Store
 from faceflow.tables import Parts
@@ -57,12 +57,21 @@ def name_clusters(run: Store, parts: Parts) -> tuple[dict[str, int], dict[str, i
 
 
 def publish_part(run: Store, output: Store, run_id: str, part: int) -> int:
-    """Write one part's labels, `id` and `cluster` in input order; returns the file's bytes."""
-    ids = read_ids(run, part)
+    """Write one part's labels, `id` and `cluster` in input order, null for a row set aside; returns the file's bytes.
+
+    Rows set aside are also listed, with file, row and reason, under `rejected/`.
+    """
+    ids, rejected = read_ids(run, part), read_rejected(run, part)
     modules = run.read_batch(layout.part("modules", part)).column(0).to_numpy()
-    clusters = run.read_batch(layout.CLUSTERS).column(0).to_numpy()[modules]
+    aside = np.zeros(len(ids), bool)
+    aside[rejected.column("position").to_numpy()] = True
+    clusters = np.zeros(len(ids), np.int64)
+    clusters[~aside] = run.read_batch(layout.CLUSTERS).column(0).to_numpy()[modules]
     schema = pa.schema([pa.field("id", ids.type), pa.field("cluster", pa.int64())])
-    table = pa.table([ids, pa.array(clusters)], schema=schema)
+    if rejected.num_rows:
+        lines = {"id": ids.take(rejected.column("position"))} | {n: rejected.column(n) for n in ("file", "row", "reason")}
+        with output.open_write(layout.rejected_part(run_id, part), durable=True) as file:
+            pq.write_table(pa.table(lines), file, compression="zstd")
     with output.open_write(layout.label_part(run_id, part), durable=True) as file:
-        pq.write_table(table, file, compression="zstd")
+        pq.write_table(pa.table([ids, pa.array(clusters, mask=aside)], schema=schema), file, compression="zstd")
         return int(file.tell())

@@ -23,7 +23,13 @@ def read_vectors(run: Store, part: int, dim: int) -> np.ndarray:
 
 
 def read_ids(run: Store, part: int) -> pa.Array:
+    """Ids of all input rows of one part, those that were set aside (`read_rejected`) included."""
     return run.read_batch(layout.part("ids", part)).column(0)
+
+
+def read_rejected(run: Store, part: int) -> pa.RecordBatch:
+    """The rows of one part that were set aside: `tables.REJECTED_SCHEMA`."""
+    return run.read_batch(layout.part("rejected", part))
 
 
 def read_quantizer(run: Store, dim: int) -> tuple[np.ndarray, np.ndarray]:

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from faceflow.cluster.executor import Resources
-from faceflow.kernels import probing, recall, topk
+from faceflow.kernels import probing, quantizer, recall, topk
 from faceflow.kernels import search as cpu
 from faceflow.stages.base import Context, Outcome, Stage, merge_pieces
 from faceflow.stages.reading import matrix, read_quantizer, read_vectors
@@ -91,6 +91,8 @@ STAGE = Stage(
 def warm_up() -> None:
     """Load a worker's compiled kernels by one tiny search, with arrays as they come from files (read-only)."""
     vectors = np.eye(16, dtype=np.float32)
+    quantizer.train(vectors, 2, 0, 1)
+    probing.choose_rule(vectors, 16, vectors[:2].copy(), 2, 0.0, 2, 0.9, 0.9)
     rows = np.arange(16, dtype=np.int32)
     offsets, cells = probing.probe(vectors, vectors[:2].copy(), probing.ProbeRule(1.0, 2))
     buffers = cpu.search_cells(vectors, rows, (offsets, cells), range(2), 2, 0.0)

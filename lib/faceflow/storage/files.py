@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import hashlib
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -109,6 +111,15 @@ class Store:
                 return []
         return sorted(name for name in (p.rstrip("/").rsplit("/", 1)[-1] for p in found) if _TEMPORARY not in name)
 
+    def total_size(self, relative: str) -> int:
+        """Bytes of all files below a folder; 0 where there is none."""
+        with self._explained(relative):
+            try:
+                self.fs.invalidate_cache()
+                return int(self.fs.du(self.address(relative)))
+            except FileNotFoundError:
+                return 0
+
     @contextlib.contextmanager
     def open_arrow(self, relative: str) -> Iterator[pa.RecordBatchFileReader]:
         """An Arrow IPC file: memory-mapped on a disk, read by range on S3, so that one batch costs that batch alone."""
@@ -160,9 +171,16 @@ class Store:
                     if durable:
                         os.fsync(file.fileno())
                 os.replace(temporary, path)
-            except BaseException:
+            except BaseException as error:
+                reached = os.path.getsize(temporary) if os.path.exists(temporary) else 0
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(temporary)
+                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    free = shutil.disk_usage(folder).free
+                    raise RunError(
+                        f"the disk is full: {path} needs more than {reached + free:,} bytes, and {free:,} are free there; make "
+                        "room or give another --work-dir; what is finished is kept, and the same command continues"
+                    ) from None
                 raise
             if durable:
                 _sync_folder(folder)

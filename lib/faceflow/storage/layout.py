@@ -15,6 +15,16 @@ def part(kind: str, index: int) -> str:
     return f"{kind}/part-{index:05d}.arrow"
 
 
+def gathered_ids(piece: int) -> str:
+    """The ids of one ingest task, by bucket."""
+    return f"idcheck/ids-{piece:05d}.arrow"
+
+
+def repeated_ids(bucket: int) -> str:
+    """Input rows of one bucket whose id occurred before."""
+    return f"idcheck/repeated-{bucket:05d}.arrow"
+
+
 def candidates(shard: int) -> str:
     return f"candidates/shard-{shard:05d}.arrow"
 
@@ -48,6 +58,15 @@ def label_folder(run_id: str) -> str:
 
 def label_part(run_id: str, index: int) -> str:
     return f"{label_folder(run_id)}/part-{index:05d}.parquet"
+
+
+def rejected_folder(run_id: str) -> str:
+    return f"rejected/run={run_id}"
+
+
+def rejected_part(run_id: str, index: int) -> str:
+    """Rows that were set aside; only parts with such rows have one."""
+    return f"{rejected_folder(run_id)}/part-{index:05d}.parquet"
 
 
 @dataclass(frozen=True)

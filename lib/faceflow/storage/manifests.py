@@ -76,7 +76,7 @@ def _compare(run: Store, stage: str, before: Mapping[str, Any], now: Mapping[str
     if differences:
         raise FingerprintError(
             f"run {run.root} holds a {stage} stage made from something else ({' | '.join(differences)}): "
-            "use another --run-id, or the settings and input that it was begun with"
+            "use another --run-id, --restart to begin it again, or the settings and input that it was begun with"
         )
 
 

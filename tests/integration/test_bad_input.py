@@ -1,0 +1,219 @@
+"""Bad rows refused or set aside, runs listed, begun again and removed: through the command line, on a real Ray."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from faceflow import ClusterConfig, housekeeping, run_clustering
+from faceflow.cli import main
+from faceflow.errors import FingerprintError, InputError, PublishError
+from faceflow.storage import layout
+from faceflow.storage.files import Store
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+Blobs = Callable[..., tuple[np.ndarray, np.ndarray]]
+
+
+def dirty(path: Path, x: np.ndarray) -> dict[str, str]:
+    """Good faces with bad rows among them; returns the reason for each bad row's id."""
+    rows: list[tuple[Any, Any]] = [(f"face-{i}", v.tolist()) for i, v in enumerate(x)]
+    bad: list[tuple[Any, Any, str]] = [
+        ("null-1", None, "the embedding is null"),
+        ("nan-1", [float("nan"), *x[0, 1:].tolist()], "the embedding contains a NaN or an infinity"),
+        ("inf-1", [float("-inf"), *x[0, 1:].tolist()], "the embedding contains a NaN or an infinity"),
+        ("zero-1", [0.0] * x.shape[1], "the embedding contains only zeros: it has no direction"),
+        ("empty-1", [], "the embedding is empty"),
+        ("short-1", [1.0, 2.0], f"the embedding has dimension 2, but the first one has {x.shape[1]}"),
+        ("hole-1", [None, *x[0, 1:].tolist()], "the embedding contains a null"),
+        (None, x[3].tolist(), "the id is null: every face needs one"),
+        ("face-5", x[5].tolist(), "the id occurred before: ids must be unique"),
+    ]
+    for i, (face, embedding, _) in enumerate(bad):
+        rows.insert(17 + 11 * i, (face, embedding))
+    path.parent.mkdir(parents=True)
+    half = len(rows) // 2
+    for name, part in (("a", rows[:half]), ("b", rows[half:])):
+        table = {"id": pa.array([r[0] for r in part], pa.string())}
+        table["embedding"] = pa.array([r[1] for r in part], pa.list_(pa.float32()))
+        pq.write_table(pa.table(table), path.parent / f"{name}.parquet", row_group_size=50)
+    return {str(face): reason for face, _, reason in bad}
+
+
+def read(folder: Path) -> pa.Table:
+    return pa.concat_tables([pq.read_table(f, partitioning=None) for f in sorted(folder.glob("part-*.parquet"))])
+
+
+@pytest.mark.parametrize("buckets", [1, 4])
+def test_bad_rows_are_set_aside_and_the_others_are_clustered_as_if_they_were_not_there(
+    tmp_path: Path, blobs: Blobs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], buckets: int
+) -> None:
+    from faceflow.stages import ingest
+
+    monkeypatch.setattr(ingest, "BUCKET_IDS", -(-209 // buckets))
+    x, _ = blobs()
+    reasons = dirty(tmp_path / "in" / "x", x)
+    arguments = ["cluster", str(tmp_path / "in"), str(tmp_path / "out"), "--min-similarity", "0.5", "--quiet", "--json"]
+    assert main([*arguments, "--bad-rows", "quarantine", "--max-bad-fraction", "0.1"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    latest = json.loads((tmp_path / "out" / "latest.json").read_text())
+    assert (result["faces"], result["rejected"]) == (latest["faces"], latest["rejected"]) == (200, 9)
+    labels = read(tmp_path / "out" / latest["labels"])
+    ids = [i for name in ("a", "b") for i in pq.read_table(tmp_path / "in" / f"{name}.parquet")["id"].to_pylist()]
+    assert labels["id"].to_pylist() == ids  # every row, in input order
+    lines = read(tmp_path / "out" / "rejected" / f"run={latest['run_id']}").to_pylist()
+    assert {str(line["id"]): line["reason"] for line in lines} == reasons
+    for line in lines:
+        source = pq.read_table(line["file"])["id"].to_pylist()
+        assert source[line["row"]] == line["id"]
+    again = ids.index("face-5", ids.index("face-5") + 1)
+    aside = [i for i, c in enumerate(labels["cluster"].to_pylist()) if c is None]
+    assert aside == sorted([*(i for i, face in enumerate(ids) if str(face) in reasons and face != "face-5"), again])
+
+    pq.write_table(pa.table({"id": [f"face-{i}" for i in range(200)], "embedding": x.tolist()}), tmp_path / "clean.parquet")
+    assert main(["cluster", str(tmp_path / "clean.parquet"), str(tmp_path / "clean"), *arguments[3:]]) == 0
+    clean = read(tmp_path / "clean" / json.loads((tmp_path / "clean" / "latest.json").read_text())["labels"])
+    kept = labels.filter(pa.compute.is_valid(labels["cluster"]))
+    assert kept.to_pydict() == clean.to_pydict()
+
+
+def test_bad_rows_are_counted_and_shown(tmp_path: Path, blobs: Blobs, capsys: pytest.CaptureFixture[str]) -> None:
+    dirty(tmp_path / "in" / "x", blobs()[0])
+    arguments = ["cluster", str(tmp_path / "in"), str(tmp_path / "out"), "--min-similarity", "0.5", "--quiet"]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: 9 of 209 rows cannot be used:\n")
+    assert "a.parquet, row 28: the embedding contains a NaN or an infinity; " in error
+    assert "b.parquet, row 1: the id occurred before: ids must be unique" in error
+    assert "--bad-rows quarantine; nothing was published" in error
+    assert main([*arguments, "--bad-rows", "quarantine", "--max-bad-fraction", "0.04"]) == 2
+    assert "that is 4.31%, more than --max-bad-fraction 4.00%; nothing was published" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "latest.json").exists()
+    assert not (tmp_path / "out" / "labels").exists()
+
+
+def test_no_good_row(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"id": ["a", "b"], "embedding": [[0.0, 0.0], [float("nan"), 1.0]]}), tmp_path / "in.parquet")
+    config = ClusterConfig(str(tmp_path / "in.parquet"), str(tmp_path / "out"), bad_rows="quarantine", max_bad_fraction=1.0)
+    with pytest.raises(InputError, match="no face is left; nothing was published"):
+        run_clustering(config, progress=False)
+
+
+def test_a_part_without_any_good_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blobs: Blobs) -> None:
+    from faceflow.stages import ingest
+
+    monkeypatch.setattr(ingest, "part_faces", lambda faces, dim: 50)
+    x = blobs()[0]
+    x[50:100] = 0
+    pq.write_table(pa.table({"id": np.arange(200), "embedding": x.tolist()}), tmp_path / "in.parquet", row_group_size=50)
+    for index in ("exact", "cells"):
+        config = ClusterConfig(
+            str(tmp_path / "in.parquet"), str(tmp_path / index), index=index, min_similarity=0.5, bad_rows="quarantine",
+            max_bad_fraction=0.5,
+        )  # fmt: skip
+        result = run_clustering(config, progress=False)
+        assert (result.faces, result.rejected) == (150, 50)
+        labels = read(Path(result.labels))
+        assert labels["cluster"].null_count == 50
+
+
+def test_mended_input_begins_a_new_run(tmp_path: Path, blobs: Blobs, capsys: pytest.CaptureFixture[str]) -> None:
+    x = blobs()[0]
+    x[3, 0] = np.nan
+    arguments = ["cluster", str(tmp_path / "in.parquet"), str(tmp_path / "out"), "--min-similarity", "0.5", "--quiet"]
+    for bad, code in ((True, 2), (False, 0)):
+        x[3, 0] = np.nan if bad else 1.0
+        pq.write_table(pa.table({"id": np.arange(200), "embedding": x.tolist()}), tmp_path / "in.parquet")
+        assert main(arguments) == code
+    runs = housekeeping.list_runs(str(tmp_path / "out"))
+    assert [(run.state, run.stage, run.current) for run in runs] == [
+        ("published", "publish", True),
+        ("refused", "ingest", False),
+    ]
+    capsys.readouterr()
+    assert main(["runs", str(tmp_path / "out")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert lines[1].startswith(f"* {runs[0].run_id}  published  publish ")
+    assert lines[2].startswith(f"  {runs[1].run_id}  refused    ingest ")
+
+
+def test_clean_keeps_what_is_in_force_and_what_may_be_at_work(
+    tmp_path: Path, blobs: Blobs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pq.write_table(pa.table({"id": np.arange(200), "embedding": blobs()[0].tolist()}), tmp_path / "in.parquet")
+    out = tmp_path / "out"
+    for run_id in ("one", "two", "three", "four"):
+        run_clustering(ClusterConfig(str(tmp_path / "in.parquet"), str(out), run_id=run_id, min_similarity=0.5), progress=False)
+    pointer = json.loads((out / "latest.json").read_text())
+    (out / "latest.json").write_text(
+        json.dumps(pointer | {"run_id": "two", "labels": "labels/run=two"})
+    )  # an older one in force
+    for run_id, hours in (("working", 1), ("forgotten", 48)):
+        when = datetime.datetime.now(datetime.UTC) - datetime.timedelta(hours=hours)
+        record = {"state": "begun", "settings": {}, "updated": when.isoformat()}
+        Store.at(str(out)).write_json(f"_runs/{run_id}/{layout.RUN_RECORD}", record)
+    assert main(["clean", str(out), "--keep", "1", "--dry-run"]) == 0
+    assert "would remove 3 run(s)" in capsys.readouterr().out
+    assert main(["clean", str(out), "--keep", "1"]) == 0
+    assert {p.name for p in (out / "_runs").iterdir()} == {"two", "four", "working"}
+    assert {p.name for p in (out / "labels").iterdir()} == {"run=two", "run=four"}
+    assert main(["clean", str(out), "--keep", "0"]) == 0
+    assert {run.run_id for run in housekeeping.list_runs(str(out))} == {"two", "working"}
+    assert main(["clean", str(tmp_path / "nothing"), "--keep", "0"]) == 2
+    assert main(["clean", str(out), "--keep", "-1"]) == 2
+
+
+def test_restart_throws_away_and_begins_again(tmp_path: Path, blobs: Blobs) -> None:
+    x = blobs()[0]
+    pq.write_table(pa.table({"id": np.arange(200), "embedding": x.tolist()}), tmp_path / "in.parquet")
+
+    def again(**settings: Any) -> Any:
+        config = ClusterConfig(
+            str(tmp_path / "in.parquet"), str(tmp_path / "out"), run_id="night", min_similarity=0.5, **settings
+        )
+        return run_clustering(config, progress=False)
+
+    pq.write_table(pa.table({"id": np.zeros(200, int), "embedding": x.tolist()}), tmp_path / "in.parquet")
+    with pytest.raises(InputError):
+        again()
+    pq.write_table(pa.table({"id": np.arange(200), "embedding": x.tolist()}), tmp_path / "in.parquet")
+    with pytest.raises(FingerprintError, match="--restart to begin it again"):
+        again()
+    assert again(restart=True).faces == 200
+    with pytest.raises(Exception, match="run night is published: it cannot be begun again"):
+        again(restart=True)
+
+
+def test_the_loser_of_a_race_names_the_winner(tmp_path: Path, blobs: Blobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    from faceflow import pipeline
+
+    pq.write_table(pa.table({"id": np.arange(200), "embedding": blobs()[0].tolist()}), tmp_path / "in.parquet")
+    real = pipeline._publish
+
+    def config(run_id: str) -> ClusterConfig:
+        return ClusterConfig(str(tmp_path / "in.parquet"), str(tmp_path / "out"), run_id=run_id, min_similarity=0.5)
+
+    def beaten(*arguments: Any) -> None:
+        monkeypatch.setattr(pipeline, "_publish", real)
+        run_clustering(config("winner"), progress=False)
+        real(*arguments)
+
+    monkeypatch.setattr(pipeline, "_publish", beaten)
+    with pytest.raises(
+        PublishError, match=r"run winner published to .*out while run loser was at work: its labels stay in force"
+    ):
+        run_clustering(config("loser"), progress=False)
+    assert json.loads((tmp_path / "out" / "latest.json").read_text())["run_id"] == "winner"
+    run_clustering(config("loser"), progress=False)  # the same command again
+    latest = json.loads((tmp_path / "out" / "latest.json").read_text())
+    assert (latest["run_id"], latest["parent_run_id"]) == ("loser", "winner")
