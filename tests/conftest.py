@@ -86,6 +86,24 @@ class S3:
         }
 
 
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """A real file system of so many KiB; called again, it changes its size."""
+    folder = tmp_path / "small-disk"
+
+    def resize(kib: int) -> Path:
+        options = f"size={kib}k" if not folder.exists() else f"remount,size={kib}k"
+        folder.mkdir(exist_ok=True)
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+        if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode:
+            pytest.skip("a small tmpfs cannot be mounted here (it takes root)")
+        return folder
+
+    yield resize
+    if folder.exists():
+        subprocess.run(["umount", "-l", str(folder)], capture_output=True, check=False)
+
+
 def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

@@ -28,7 +28,8 @@ def evaluate(
     """Scores of published labels against true identities.
 
     labels: an OUTPUT folder (its latest.json is followed) or label Parquet with `id` and `cluster`; truth: Parquet with
-    id_column and label_column. A face whose cluster is null (a rejected row) counts as a cluster of its own.
+    id_column and label_column. A face whose cluster is null (a row set aside) counts as a cluster of its own;
+    one that was set aside for a null or repeated id does not count.
     Raises InputError for missing columns, repeated ids, a null label, or ids that only one side has (how many, and a few).
     """
     store = Store.at(labels, storage_options)
@@ -36,7 +37,7 @@ def evaluate(
         pointer = store.read_json(layout.LATEST)
         if pointer is not None:
             labels = store.address(pointer["labels"])
-    ours = _read(labels, "id", "cluster", storage_options)
+    ours = _without_unusable(_read(labels, "id", "cluster", storage_options))
     real = _read(truth, id_column, label_column, storage_options)
     if real["value"].null_count:
         raise InputError(f"{truth}: column {label_column!r} holds {real['value'].null_count} null(s); every face needs a label")
@@ -90,6 +91,15 @@ def _same_id_type(a: pa.Table, b: pa.Table, a_name: str, b_name: str) -> tuple[p
     except pa.ArrowException as error:
         raise InputError(f"ids of {a_name} and {b_name} cannot be matched: {explain(error)}") from None
     return a, b
+
+
+def _without_unusable(table: pa.Table) -> pa.Table:
+    """Leave out rows without a cluster whose id is null, or stands in a row that has one."""
+    if table["value"].null_count == 0:
+        return table
+    clustered = pc.is_valid(table["value"])
+    taken = pc.is_in(table["id"], value_set=table.filter(clustered)["id"])
+    return table.filter(pc.or_(clustered, pc.and_(pc.is_valid(table["id"]), pc.invert(taken))))
 
 
 def _refuse_repeats(table: pa.Table, name: str) -> None:

@@ -16,6 +16,7 @@ import pytest
 from faceflow import ClusterConfig, housekeeping, run_clustering
 from faceflow.cli import main
 from faceflow.errors import FingerprintError, InputError, PublishError
+from faceflow.evaluation import evaluate
 from faceflow.storage import layout
 from faceflow.storage.files import Store
 
@@ -60,7 +61,7 @@ def test_bad_rows_are_set_aside_and_the_others_are_clustered_as_if_they_were_not
     from faceflow.stages import ingest
 
     monkeypatch.setattr(ingest, "BUCKET_IDS", -(-209 // buckets))
-    x, _ = blobs()
+    x, identities = blobs()
     reasons = dirty(tmp_path / "in" / "x", x)
     arguments = ["cluster", str(tmp_path / "in"), str(tmp_path / "out"), "--min-similarity", "0.5", "--quiet", "--json"]
     assert main([*arguments, "--bad-rows", "quarantine", "--max-bad-fraction", "0.1"]) == 0
@@ -78,6 +79,12 @@ def test_bad_rows_are_set_aside_and_the_others_are_clustered_as_if_they_were_not
     again = ids.index("face-5", ids.index("face-5") + 1)
     aside = [i for i, c in enumerate(labels["cluster"].to_pylist()) if c is None]
     assert aside == sorted([*(i for i, face in enumerate(ids) if str(face) in reasons and face != "face-5"), again])
+
+    truth = {"id": [*(f"face-{i}" for i in range(200)), *(i for i in reasons if i.endswith("-1"))]}
+    truth["label"] = [*identities.tolist(), *range(1000, 1007)]
+    pq.write_table(pa.table(truth), tmp_path / "truth.parquet")
+    scores = evaluate(str(tmp_path / "out"), str(tmp_path / "truth.parquet"))
+    assert (scores.pairwise_f, scores.faces, scores.singletons) == (1.0, 207, 7)
 
     pq.write_table(pa.table({"id": [f"face-{i}" for i in range(200)], "embedding": x.tolist()}), tmp_path / "clean.parquet")
     assert main(["cluster", str(tmp_path / "clean.parquet"), str(tmp_path / "clean"), *arguments[3:]]) == 0
@@ -217,3 +224,31 @@ def test_the_loser_of_a_race_names_the_winner(tmp_path: Path, blobs: Blobs, monk
     run_clustering(config("loser"), progress=False)  # the same command again
     latest = json.loads((tmp_path / "out" / "latest.json").read_text())
     assert (latest["run_id"], latest["parent_run_id"]) == ("loser", "winner")
+
+
+def test_a_full_disk_stops_the_run_and_room_lets_it_continue(
+    tmp_path: Path, blobs: Blobs, small_disk: Callable[[int], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    x = blobs(identities=50, size=40)[0]
+    pq.write_table(pa.table({"id": np.arange(2000), "embedding": x.tolist()}), tmp_path / "in.parquet")
+    work = small_disk(300)  # the vectors fit, what follows does not
+    arguments = [
+        "cluster",
+        str(tmp_path / "in.parquet"),
+        str(tmp_path / "out"),
+        "--work-dir",
+        str(work),
+        "--min-similarity",
+        "0.5",
+    ]
+    assert main([*arguments, "--quiet"]) == 3
+    error = capsys.readouterr().err
+    assert f"the disk is full: {work}/" in error
+    assert "the same command continues" in error
+    assert not (tmp_path / "out" / "latest.json").exists()
+    small_disk(30_000)
+    assert main([*arguments, "--quiet"]) == 0
+    assert len(list(work.iterdir())) == 1  # the same run, continued
+    assert main(["cluster", *arguments[1:2], str(tmp_path / "other"), "--min-similarity", "0.5", "--quiet"]) == 0
+    tables = [read(tmp_path / o / json.loads((tmp_path / o / "latest.json").read_text())["labels"]) for o in ("out", "other")]
+    assert tables[0].equals(tables[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from faceflow.errors import FingerprintError, InputError, PublishError, SettingsError
+from faceflow.errors import FingerprintError, InputError, PublishError, RunError, SettingsError
 from faceflow.storage import manifests
 from faceflow.storage.files import Store
 from faceflow.storage.inputs import contains, list_parquet
@@ -23,6 +24,17 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
         return Store.at(str(tmp_path / "out"))
     s3 = request.getfixturevalue("s3")
     return Store.at(f"s3://faces/{tmp_path.name}", s3.options)
+
+
+def test_a_full_disk_is_named_and_nothing_is_left(small_disk: Callable[[int], Path]) -> None:
+    store = Store.at(str(small_disk(64)))
+    store.write_bytes("a", b"x" * 20_000)
+    with pytest.raises(
+        RunError, match=r"the disk is full: .*small-disk/b needs more than [0-9,]+ bytes, and [0-9,]+ are free there"
+    ):
+        store.write_bytes("b", b"x" * 100_000)
+    assert store.names("") == ["a"]
+    assert not [p for p in Path(store.root).iterdir() if p.name != "a"]
 
 
 def test_whole_or_not_at_all(store: Store) -> None:

@@ -20,7 +20,7 @@ SMALLEST_ROUND = 1e-6
 
 MAX_ROUNDS = 20
 
-PARALLEL_EDGES = 200_000
+PARALLEL_EDGES = 1_000_000
 """Edges below which one thread is faster: waking others takes longer than the loops do, the more so on a busy machine."""
 
 SUM_CHUNKS = 16
