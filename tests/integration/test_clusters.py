@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -49,6 +51,16 @@ def labels(output: Path) -> pa.Table:
     return pa.concat_tables([pq.read_table(f, partitioning=None) for f in sorted((output / "labels" / "run=r").iterdir())])
 
 
+def stop_cluster(port: int) -> None:
+    """Kill what belongs to the cluster at this port. `ray stop` would also end the Ray that other tests share."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            line = " ".join(process.cmdline())
+            if f":{port} " in f"{line} " or f"gcs_server_port={port}" in line:
+                for child in [*process.children(recursive=True), process]:
+                    child.kill()
+
+
 @pytest.fixture(scope="module")
 def two_machines() -> Iterator[tuple[str, str]]:
     """(address, dashboard address) of a head and a second raylet, one CPU each."""
@@ -65,7 +77,7 @@ def two_machines() -> Iterator[tuple[str, str]]:
         )  # fmt: skip
         yield f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}"
     finally:
-        subprocess.run([str(Path(sys.executable).with_name("ray")), "stop", "--force"], capture_output=True, check=False)
+        stop_cluster(port)
 
 
 def test_same_labels_from_two_machines_and_from_a_submitted_job(
