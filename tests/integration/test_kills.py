@@ -108,7 +108,10 @@ def test_labels_survive_kills(tmp_path: Path) -> None:
         runs_before = set((output / "_runs").iterdir()) if (output / "_runs").exists() else set()
         if wait_for_stage(process, output, runs_before, stage):
             time.sleep(float(rng.uniform(0, 0.4)))
-            found = victims(psutil.Process(process.pid), kind) if process.poll() is None else []
+            found: list[psutil.Process] = []
+            deadline = time.monotonic() + 10  # at first the workers are not there yet
+            while not found and process.poll() is None and time.monotonic() < deadline:
+                found = victims(psutil.Process(process.pid), kind)
             if found:
                 found[int(rng.integers(len(found)))].send_signal(signal.SIGKILL)
                 killed[stage, kind] = killed.get((stage, kind), 0) + 1
