@@ -29,7 +29,7 @@ HOMES = {
     "s3fs": {"storage"},
     "fsspec": {"storage"},
 }
-STAGE_HELPERS = {"base", "reading", "checking"}
+STAGE_HELPERS = {"base", "reading", "checking", "pieces"}
 
 
 def modules() -> list[Path]:

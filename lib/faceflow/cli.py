@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import logging
 import sys
@@ -33,11 +34,15 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
+def _add_command(commands: Any, name: str, help: str, description: str, **options: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=help, description=description, epilog=EXIT_CODES, allow_abbrev=False, **options
+    )
+    return parser
+
+
 def _settings_parser(commands: Any, name: str, help: str, description: str) -> argparse.ArgumentParser:
-    parser = commands.add_parser(
-        name, help=help, description=description, epilog=EXIT_CODES, formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )  # fmt: skip
+    parser = _add_command(commands, name, help, description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "input", metavar="INPUT", nargs="?", default=_UNSET, help="Parquet file, folder (nested) or glob; local or s3://"
     )
@@ -83,23 +88,21 @@ def build_parser() -> argparse.ArgumentParser:
         "  OUTPUT/latest.json                          points to the labels in force; replaced atomically\n"
         "Run the same command again after an interruption: it continues from what is finished.",
     )
-    evaluate = commands.add_parser(
+    evaluate = _add_command(
+        commands,
         "evaluate",
-        help="score labels against known identities",
-        description="Pairwise and BCubed precision, recall and F, NMI and ARI of LABELS against TRUTH.",
-        epilog=EXIT_CODES,
-        allow_abbrev=False,
+        "score labels against known identities",
+        "Pairwise and BCubed precision, recall and F, NMI and ARI of LABELS against TRUTH.",
     )
     evaluate.add_argument("labels", metavar="LABELS", help="an OUTPUT folder (follows latest.json) or label Parquet")
     evaluate.add_argument("truth", metavar="TRUTH", help="Parquet with an id and a label column; a file, folder or glob")
     evaluate.add_argument("--label-column", default="label", metavar="TEXT", help="identity column of TRUTH (default: label)")
     evaluate.add_argument("--id-column", default="id", metavar="TEXT", help="id column of TRUTH (default: id)")
-    synthesize = commands.add_parser(
+    synthesize = _add_command(
+        commands,
         "synthesize",
-        help="write a synthetic data set of faces with known identities",
-        description="Write synthetic faces (id, embedding, label) as Parquet files into the folder OUTPUT.",
-        epilog=EXIT_CODES,
-        allow_abbrev=False,
+        "write a synthetic data set of faces with known identities",
+        "Write synthetic faces (id, embedding, label) as Parquet files into the folder OUTPUT.",
     )
     synthesize.add_argument("output", metavar="OUTPUT", help="an empty or new folder, or an s3:// prefix")
     synthesize.add_argument("--faces", type=int, required=True, metavar="N", help="number of faces")
@@ -109,20 +112,18 @@ def build_parser() -> argparse.ArgumentParser:
         "--sizes", metavar="FILE", help="Parquet with cluster_size and clusters: a size distribution to follow"
     )
     synthesize.add_argument("--seed", type=int, default=0, metavar="N", help="seed; same arguments, same faces (default: 0)")
-    runs = commands.add_parser(
+    runs = _add_command(
+        commands,
         "runs",
-        help="list the runs of an OUTPUT",
-        description="State, furthest stage, age and size of every run of OUTPUT, the newest first; * marks the one in force.",
-        epilog=EXIT_CODES,
-        allow_abbrev=False,
+        "list the runs of an OUTPUT",
+        "State, furthest stage, age and size of every run of OUTPUT, the newest first; * marks the one in force.",
     )
-    clean = commands.add_parser(
+    clean = _add_command(
+        commands,
         "clean",
-        help="remove old runs of an OUTPUT",
-        description="Remove all but the newest runs of OUTPUT with their labels; never the run in force, nor one that may be "
+        "remove old runs of an OUTPUT",
+        "Remove all but the newest runs of OUTPUT with their labels; never the run in force, nor one that may be "
         "at work (unfinished, and begun or continued within a day).",
-        epilog=EXIT_CODES,
-        allow_abbrev=False,
     )
     clean.add_argument("--keep", type=int, required=True, metavar="N", help="runs to keep beside the one in force")
     clean.add_argument("--dry-run", action="store_true", help="only say what would be removed")
@@ -188,8 +189,6 @@ def _synthesize(arguments: argparse.Namespace) -> None:
 
 
 def _show_runs(found: Sequence[Any], as_json: bool) -> None:
-    import datetime
-
     now = datetime.datetime.now(datetime.UTC)
     if as_json:
         print(json.dumps([asdict(run) | {"updated": run.updated.isoformat()} for run in found]))

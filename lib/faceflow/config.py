@@ -55,7 +55,7 @@ class ClusterConfig:
     )
     probes: int | None = _setting(
         None,
-        "nearest cells that each face is compared with (default: per face, what a predicted recall of 0.997 takes)",
+        "nearest cells that each face is compared with (default: per face, what a predicted recall of 0.998 takes)",
         metavar="N",
     )
     memory_limit: int | None = _setting(
@@ -124,9 +124,9 @@ class ClusterConfig:
         self._range("trials", 1, 1000)
         if self.min_similarity is not None and not -1 <= self.min_similarity <= 1:
             raise SettingsError(f"min_similarity is {self.min_similarity}: a cosine lies between -1 and 1; or 'none'")
-        for name in ("index", "engine", "flow", "bad_rows"):
-            choices = SETTINGS[name].metadata["choices"]
-            if getattr(self, name) not in choices:
+        for name, setting in SETTINGS.items():
+            choices = setting.metadata.get("choices")
+            if choices and getattr(self, name) not in choices:
                 raise SettingsError(f"{name} is {getattr(self, name)!r}{did_you_mean(str(getattr(self, name)), choices)}")
         if self.run_id is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.run_id):
             raise SettingsError(

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from faceflow.errors import InputError, SettingsError
+from faceflow.pipeline import STAGES
 from faceflow.storage import layout
 from faceflow.storage.files import Store
-
-STAGES = ("ingest", "quantize", "search", "link", "detect", "publish")
 
 AT_WORK_HOURS = 24
 """An unfinished run that was begun or continued within this time may be at work, and is never removed."""
@@ -54,7 +53,7 @@ def list_runs(output: str, work_dir: str | None = None, options: Mapping[str, An
         found.append(
             RunInfo(
                 name, record["state"], latest is not None and latest["run_id"] == name,
-                next((stage for stage in reversed(STAGES) if stage in begun), "none"),
+                next((stage.name for stage in reversed(STAGES) if stage.name in begun), "none"),
                 datetime.datetime.fromisoformat(record["updated"]), runs.total_size(name), labels,
             )
         )  # fmt: skip

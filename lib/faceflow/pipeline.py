@@ -14,7 +14,7 @@ from typing import Any
 from faceflow import __version__
 from faceflow.cluster.executor import Executor, peak_memory
 from faceflow.config import ClusterConfig
-from faceflow.errors import FingerprintError, InputError, PublishError, QualityError, RunError, SettingsError
+from faceflow.errors import InputError, PublishError, QualityError, RunError, SettingsError
 from faceflow.stages import detect, ingest, link, publish, quantize, search
 from faceflow.stages.base import Context, Stage
 from faceflow.storage import layout, manifests
@@ -97,8 +97,6 @@ def _run(config: ClusterConfig, output: Store, runs: Store, executor: Executor, 
     log.info("run %s: %d input file(s)", stores.run_id, len(files["input_files"]))
     try:
         return _advance_all(config, stores, executor, begun, parent, parent_version)
-    except FingerprintError:
-        raise
     except InputError:
         # Not to be continued: once the input is mended, this run's pieces are of no use.
         stores.run.write_json(layout.RUN_RECORD, _record(config, "refused"))

@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from faceflow.housekeeping import STAGES
+from faceflow.pipeline import STAGES
 from faceflow.synthesis import synthesize
 from tests.conftest import ROOT
 
@@ -102,7 +102,7 @@ def test_labels_survive_kills(tmp_path: Path) -> None:
     rng = np.random.default_rng(20261122)
     killed: dict[tuple[str, str], int] = {}
     for attempt in range(KILLS):
-        stage, kind = STAGES[attempt % len(STAGES)], VICTIMS[(attempt // len(STAGES)) % len(VICTIMS)]
+        stage, kind = STAGES[attempt % len(STAGES)].name, VICTIMS[(attempt // len(STAGES)) % len(VICTIMS)]
         arguments = command(tmp_path / "in", output, attempt % 2)
         process = start(arguments, tmp_path / "log")
         runs_before = set((output / "_runs").iterdir()) if (output / "_runs").exists() else set()

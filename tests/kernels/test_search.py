@@ -97,19 +97,23 @@ def test_probing_every_cell_is_exact(floor: float | None) -> None:
     check_table(x, cells_tables(x, probes, 12, 3, 9, floor), 9, floor)
 
 
+def probed(n: int, cells: int, seed: int, margin: float, most: int) -> tuple[np.ndarray, search.Probes, np.ndarray, np.ndarray]:
+    """(faces, probes, home cell of each, whether face i probes cell c) of a small random set."""
+    x = unit(n, 8, seed)
+    centroids = quantizer.train(x, cells, seed=seed, threads=1)
+    offsets, flat = probing.probe(x, centroids, probing.ProbeRule(margin, most))
+    visits = np.zeros((n, cells), bool)
+    visits[np.repeat(np.arange(n), np.diff(offsets)), flat] = True
+    return x, (offsets, flat), flat[offsets[:-1]], visits
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.integers(2, 120), st.integers(1, 8), st.integers(1, 4), st.integers(0, 1000), st.floats(0, 0.5))
 def test_cells_find_exactly_the_pairs_that_meet(n: int, cells: int, k: int, seed: int, margin: float) -> None:
     """A pair is found, once, exactly when one face probes the other's home cell; shards do not matter."""
-    x = unit(n, 8, seed)
     cells = min(cells, n)
-    centroids = quantizer.train(x, cells, seed=seed, threads=1)
-    offsets, flat = probes = probing.probe(x, centroids, probing.ProbeRule(margin, 3))
-    home = flat[offsets[:-1]]
-    meet = np.zeros((n, n), bool)
-    for i in range(n):
-        meet[i] = np.isin(home, flat[offsets[i] : offsets[i + 1]])
-    meet |= meet.T
+    x, probes, home, visits = probed(n, cells, seed, margin, 3)
+    meet = visits[:, home] | visits[:, home].T
     np.fill_diagonal(meet, False)
     one = cells_tables(x, probes, cells, 1, n, None)
     for i in range(n):
@@ -124,14 +128,8 @@ def test_cells_find_exactly_the_pairs_that_meet(n: int, cells: int, k: int, seed
 @given(st.integers(2, 30), st.integers(2, 6), st.integers(0, 1000), st.floats(0, 0.5), st.floats(0.0, 0.6))
 def test_visitors_that_share_a_neighbor_at_home_meet(n: int, cells: int, seed: int, margin: float, floor: float) -> None:
     """With a floor, two visitors of a cell are compared when one member is among the nearest of both; nobody twice."""
-    x = unit(n, 8, seed)
     cells = min(cells, n)
-    centroids = quantizer.train(x, cells, seed=seed, threads=1)
-    offsets, flat = probes = probing.probe(x, centroids, probing.ProbeRule(margin, 4))
-    home = flat[offsets[:-1]]
-    visits = np.zeros((n, cells), bool)
-    for i in range(n):
-        visits[i, flat[offsets[i] : offsets[i + 1]]] = True
+    x, probes, home, visits = probed(n, cells, seed, margin, 4)
     s = x.astype(np.float64) @ x.astype(np.float64).T
     meet = visits[:, home] | visits[:, home].T
     for cell in range(cells):

@@ -13,7 +13,8 @@ import pytest
 
 from faceflow.errors import InputError
 from faceflow.stages import checking, ingest
-from faceflow.stages.ingest import Footer, plan_pieces
+from faceflow.stages import pieces as cutting
+from faceflow.stages.pieces import Footer, plan_pieces
 from faceflow.stages.reading import read_ids, read_vectors
 from faceflow.storage.files import Store
 from faceflow.storage.inputs import list_parquet
@@ -25,12 +26,12 @@ X = np.array([[3, 4], [1, 0], [0, -2], [5, 12]], np.float32)
 def ingest_all(folder: Path, run: Path) -> tuple[np.ndarray, pa.Array]:
     """The whole stage, task by task, without Ray."""
     store, files = list_parquet(str(folder), None)
-    footers = ingest.read_footers(store, [f.path for f in files], "id", "embedding")
-    ingest._check_types(footers)
-    dim = next((f.dim for f in footers if f.dim), None) or ingest.first_dimension(
+    footers = cutting.read_footers(store, [f.path for f in files], "id", "embedding")
+    cutting.check_types(footers)
+    dim = next((f.dim for f in footers if f.dim), None) or cutting.first_dimension(
         store, [f.path for f in files], "id", "embedding"
     )
-    pieces = plan_pieces(footers, ingest.part_faces(10**9, dim))
+    pieces = plan_pieces(footers, cutting.part_faces(10**9, dim))
     out = Store.at(str(run))
     buckets = 3
     for i, piece in enumerate(pieces):
@@ -65,8 +66,8 @@ def test_ids_keep_their_type(tmp_path: Path, kind: pa.DataType) -> None:
 
 
 def test_rows_follow_sorted_path_then_row_whatever_the_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ingest, "PART_FACES", 100)
-    monkeypatch.setattr(ingest, "READ_BATCH", 17)
+    monkeypatch.setattr(cutting, "PART_FACES", 100)
+    monkeypatch.setattr(cutting, "READ_BATCH", 17)
     rng = np.random.default_rng(0)
     every, first = [], 0
     for name, rows, group in (("b/x", 330, 1000), ("a", 45, 10), ("c", 160, 70), ("b/y", 1, 1), ("d", 0, 1)):
@@ -86,12 +87,12 @@ def test_parts_are_of_about_equal_size_and_cover_all_rows() -> None:
     footers = [
         Footer(f"f{i}", tuple(int(n) for n in rng.choice([0, 1, 900, 70_000, 1_048_576], 4)), "int64", 2) for i in range(40)
     ]
-    pieces = plan_pieces(footers, ingest.PART_FACES)
+    pieces = plan_pieces(footers, cutting.PART_FACES)
     starts = [0, *[s for p in pieces for s in p.starts[1:]]]
     assert starts[-1] == sum(sum(f.group_rows) for f in footers)
     sizes = np.diff(starts)
-    assert sizes.max() <= 1.5 * ingest.PART_FACES
-    assert sizes[:-1].min() >= ingest.PART_FACES // 2
+    assert sizes.max() <= 1.5 * cutting.PART_FACES
+    assert sizes[:-1].min() >= cutting.PART_FACES // 2
     read = [(path, g) for p in pieces for path, groups, _ in p.spans for g in groups]
     assert read == [(f.path, g) for f in footers for g, n in enumerate(f.group_rows) if n]
 

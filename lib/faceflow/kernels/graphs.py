@@ -95,11 +95,17 @@ def symmetric(graph: Graph) -> Graph:
     return Graph(offsets, targets, weights, offsets, targets, weights)
 
 
+def cut_by_edges(offsets: np.ndarray, chunks: int) -> np.ndarray:
+    """int64[chunks + 1]: where to cut compressed rows into chunks of about equally many edges."""
+    cuts = np.searchsorted(offsets, offsets[-1] * np.arange(chunks + 1) // chunks)
+    cuts[0], cuts[-1] = 0, len(offsets) - 1
+    return cuts
+
+
 def transpose(offsets: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The same edges by target: (in_offsets, sources, weights); sources rise within a row."""
     n = len(offsets) - 1
-    cuts = np.searchsorted(offsets, offsets[-1] * np.arange(CHUNKS + 1) // CHUNKS) if n else np.zeros(CHUNKS + 1, np.int64)
-    cuts[0], cuts[-1] = 0, n
+    cuts = cut_by_edges(offsets, CHUNKS)
     before = np.zeros((CHUNKS, n), np.int32)
     in_offsets = np.zeros(n + 1, np.int64)
     sources, moved = np.empty(len(targets), np.int32), np.empty(len(targets), weights.dtype)

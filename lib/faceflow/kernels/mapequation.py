@@ -10,9 +10,10 @@ import numba
 import numpy as np
 
 from faceflow.errors import InputError
-from faceflow.kernels.flow import Flow, Graph, directed_flow, undirected_flow, use_threads
-from faceflow.kernels.graphs import Part, load, symmetric
-from faceflow.kernels.moves import Network, aggregate, dense, first_modules, network_of, plogp, settle
+from faceflow.kernels.flow import Flow, Graph, directed_flow, undirected_flow
+from faceflow.kernels.graphs import Part, cut_by_edges, load, symmetric
+from faceflow.kernels.moves import first_modules, settle
+from faceflow.kernels.networks import Network, aggregate, dense, network_of, plogp
 from faceflow.tables import Partition
 
 SMALLEST_ROUND = 1e-6
@@ -61,13 +62,11 @@ def codelength(graph: Graph, flow: Flow, module: np.ndarray) -> float:
     module: int64[n], any labels. Summed in float64 from the edges: nothing is carried over from the optimisation.
     """
     numbered, count = dense(module)
-    offsets, n = graph.out_offsets, len(graph)
     # Each chunk of rows sums for itself; how many there are depends on the graph alone, so the result does not on the threads.
     chunks = int(np.clip(len(graph.targets) // (4 * count), 1, SUM_CHUNKS))
-    cuts = np.searchsorted(offsets, offsets[-1] * np.arange(chunks + 1) // chunks)
-    cuts[0], cuts[-1] = 0, n
+    cuts = cut_by_edges(graph.out_offsets, chunks)
     enter, leave = np.zeros((chunks, count)), np.zeros((chunks, count))
-    _module_flows(offsets, graph.targets, graph.out_weights, flow.per_weight, numbered, cuts, enter, leave)
+    _module_flows(graph.out_offsets, graph.targets, graph.out_weights, flow.per_weight, numbered, cuts, enter, leave)
     enter, leave = enter.sum(axis=0), leave.sum(axis=0)
     inside = np.bincount(numbered, weights=flow.rows, minlength=count)
     total = np.array([enter.sum()])
@@ -140,8 +139,7 @@ def detect(parts: Iterable[Part], seed: int = 0, trials: int = 1, threads: int =
     if not directed:
         graph = symmetric(graph)
     n = len(graph)
-    threads = threads if len(graph.targets) >= PARALLEL_EDGES else 1
-    use_threads(threads)
+    threads = threads if len(graph.targets) >= PARALLEL_EDGES else 1  # the flow sets it for all that follows
     linked = (np.diff(graph.out_offsets) > 0) | (np.diff(graph.in_offsets) > 0)
     flow = directed_flow(graph, threads) if directed else undirected_flow(graph, threads)
     best, length = np.arange(n), 0.0

@@ -3,61 +3,39 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from faceflow.cluster.executor import chunks
-from faceflow.errors import InputError, did_you_mean
+from faceflow.errors import InputError
 from faceflow.kernels.identity import buckets_of_texts
 from faceflow.stages import checking
 from faceflow.stages.base import Context, Outcome, Stage, merge_pieces
+from faceflow.stages.pieces import (
+    Piece,
+    check_types,
+    first_dimension,
+    part_faces,
+    plan_pieces,
+    read_batches,
+    read_footers,
+)
 from faceflow.storage import layout
-from faceflow.storage.files import FileInfo, Store, explain
-from faceflow.storage.inputs import contains, list_parquet, open_input
+from faceflow.storage.files import FileInfo, Store
+from faceflow.storage.inputs import contains, list_parquet
 from faceflow.storage.manifests import is_whole
 from faceflow.tables import IDS_CHECKED_SCHEMA, MAX_FACES, REJECTED_SCHEMA, vectors_schema
 
 log = logging.getLogger("faceflow")
 
-PART_FACES = 131_072
-SMALL_PART = 16_384
-PART_BYTES = 512 * 2**20
-READ_BATCH = 8_192
-"""Rows decoded at once: bounds memory whatever the size of a row group."""
 
 FOOTERS_PER_TASK = 16
 
 BUCKET_IDS = 2_000_000
 """Ids that one task compares for repeats: some 200 MB."""
-
-
-@dataclass(frozen=True)
-class Footer:
-    """What planning needs of one file: rows of each row group, the id's type, the dimension if the type fixes it."""
-
-    path: str
-    group_rows: tuple[int, ...]
-    id_type: str
-    dim: int | None
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One ingest task: consecutive row groups that become one or more parts.
-
-    spans: (path, row groups, row in file of the first); starts: input row, counted over all files, at
-    which each part starts, and the end.
-    """
-
-    first_part: int
-    spans: tuple[tuple[str, tuple[int, ...], int], ...]
-    starts: tuple[int, ...]
 
 
 def _files(context: Context) -> list[FileInfo]:
@@ -85,7 +63,7 @@ def run(context: Context) -> Outcome:
         for found in executor.map(read_footers, [(store, tuple(group), *columns) for group in groups], "footers")
         for footer in found
     ]
-    _check_types(footers)
+    check_types(footers)
     faces = sum(sum(footer.group_rows) for footer in footers)
     if faces == 0:
         raise InputError(f"input {config.input} has no rows in its {len(files)} Parquet file(s)")
@@ -149,139 +127,7 @@ STAGE = Stage(
 # -- planning -----------------------------------------------------------------------------------------------------------
 
 
-def _value_type(field: pa.Field) -> pa.DataType | None:
-    kind = field.type
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
-        return kind.value_type
-    return None
-
-
-def read_footers(store: Store, paths: Sequence[str], id_column: str, embedding_column: str) -> list[Footer]:
-    """Check each file's columns and note its row groups. Raises InputError naming the file and what is wrong."""
-    found = []
-    for path in paths:
-        with _readable(store, path) as parquet:
-            schema = parquet.schema_arrow
-            for column, flag in ((id_column, "--id-column"), (embedding_column, "--embedding-column")):
-                if schema.names.count(column) != 1:
-                    count = schema.names.count(column)
-                    detail = f"{did_you_mean(column, schema.names)} (set {flag})" if count == 0 else f" {count} times"
-                    raise InputError(f"{path} has {'no' if count == 0 else 'the'} column {column!r}{detail}")
-            id_type, embedding = schema.field(id_column).type, schema.field(embedding_column)
-            if not (pa.types.is_integer(id_type) or pa.types.is_string(id_type) or pa.types.is_large_string(id_type)):
-                raise InputError(f"{path}: column {id_column!r} is {id_type}; an id must be a string or an integer")
-            value = _value_type(embedding)
-            if value is None or not pa.types.is_floating(value):
-                raise InputError(
-                    f"{path}: column {embedding_column!r} is {embedding.type}; an embedding must be a list of "
-                    "float16, float32 or float64"
-                )
-            dim = embedding.type.list_size if pa.types.is_fixed_size_list(embedding.type) else None
-            if dim == 0:
-                raise InputError(f"{path}: column {embedding_column!r} is {embedding.type}: embeddings are empty")
-            groups = tuple(parquet.metadata.row_group(i).num_rows for i in range(parquet.metadata.num_row_groups))
-            found.append(Footer(path, groups, str(id_type), dim))
-    return found
-
-
-def _check_types(footers: list[Footer]) -> None:
-    first = footers[0]
-    for footer in footers:
-        if footer.id_type != first.id_type:
-            raise InputError(
-                f"ids are {first.id_type} in {first.path} but {footer.id_type} in {footer.path}: make them one type"
-            )
-    fixed = [f for f in footers if f.dim is not None]
-    for footer in fixed:
-        if footer.dim != fixed[0].dim:
-            raise InputError(
-                f"embeddings have dimension {fixed[0].dim} in {fixed[0].path} but {footer.dim} in {footer.path}: "
-                "cluster the output of one model at a time"
-            )
-
-
-def first_dimension(store: Store, paths: Sequence[str], id_column: str, embedding_column: str) -> int:
-    """Dimension of the first embedding that is there. Raises InputError when there is none."""
-    for path in paths:
-        with _readable(store, path) as parquet:
-            for batch in parquet.iter_batches(batch_size=1024, columns=[embedding_column]):
-                lengths = batch.column(0).value_lengths().drop_null()
-                nonzero = lengths.filter(pc.greater(lengths, 0))
-                if len(nonzero):
-                    return int(nonzero[0].as_py())
-    raise InputError(f"column {embedding_column!r} holds no embedding at all: every one is null or empty")
-
-
-def part_faces(faces: int, dim: int) -> int:
-    """Faces of a part: PART_FACES; fewer in a small set, so that several workers share it, and where their vectors would
-    pass PART_BYTES."""
-    return max(1_024, min(PART_FACES, max(SMALL_PART, faces // 8), PART_BYTES // (4 * dim)))
-
-
-def plan_pieces(footers: Sequence[Footer], wanted: int) -> list[Piece]:
-    """Gather small row groups into parts of about `wanted` rows and cut large ones evenly; depends on footers alone."""
-    pieces: list[Piece] = []
-    spans: list[tuple[str, tuple[int, ...], int]] = []
-    rows = first_row = first_part = 0
-
-    def close() -> None:
-        nonlocal spans, rows, first_row, first_part
-        if rows:
-            count = max(1, round(rows / wanted))
-            starts = tuple(first_row + rows * i // count for i in range(count + 1))
-            pieces.append(Piece(first_part, tuple(spans), starts))
-            first_row, first_part = first_row + rows, first_part + count
-        spans, rows = [], 0
-
-    for footer in footers:
-        in_file = 0
-        for group, n in enumerate(footer.group_rows):
-            if rows >= wanted // 2 and rows + n > wanted * 3 // 2:
-                close()
-            if n:
-                if spans and spans[-1][0] == footer.path and spans[-1][1][-1] == group - 1:
-                    spans[-1] = (footer.path, (*spans[-1][1], group), spans[-1][2])
-                else:
-                    spans.append((footer.path, (group,), in_file))
-                rows += n
-                in_file += n
-            if rows >= wanted:
-                close()
-    close()
-    return pieces
-
-
 # -- reading ------------------------------------------------------------------------------------------------------------
-
-
-class _readable:  # noqa: N801 - reads as a with-statement
-    """A Parquet file opened for reading; whatever goes wrong with its bytes becomes an InputError that names it."""
-
-    def __init__(self, store: Store, path: str) -> None:
-        self._store, self._path = store, path
-
-    def __enter__(self) -> pq.ParquetFile:
-        try:
-            self._source = open_input(self._store, self._path)
-            return pq.ParquetFile(self._source, page_checksum_verification=True)
-        except (pa.ArrowException, OSError) as error:
-            raise self._unreadable(error) from None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        self._source.close()
-        if isinstance(error, (pa.ArrowException, OSError)) and not isinstance(error, InputError):
-            raise self._unreadable(error) from None
-
-    def _unreadable(self, error: BaseException) -> InputError:
-        return InputError(f"cannot read {self._path}: {explain(error)}")
-
-
-def _batches(piece: Piece, store: Store, columns: Sequence[str]) -> Iterator[tuple[str, int, pa.RecordBatch]]:
-    for path, groups, row in piece.spans:
-        with _readable(store, path) as parquet:
-            for batch in parquet.iter_batches(batch_size=READ_BATCH, row_groups=list(groups), columns=list(columns)):
-                yield path, row, batch
-                row += batch.num_rows
 
 
 def gather_ids(index: int, piece: Piece, source: Store, run: Store, id_column: str, buckets: int) -> None:
@@ -289,7 +135,7 @@ def gather_ids(index: int, piece: Piece, source: Store, run: Store, id_column: s
     name = layout.gathered_ids(index)
     if is_whole(run, name):
         return
-    ids = pa.concat_arrays([batch.column(0) for _, _, batch in _batches(piece, source, [id_column])])
+    ids = pa.concat_arrays([batch.column(0) for _, _, batch in read_batches(piece, source, [id_column])])
     rows = np.arange(piece.starts[0], piece.starts[0] + len(ids))
     bucket = _buckets(ids, buckets)
     schema = pa.schema([pa.field("id", ids.type), *IDS_CHECKED_SCHEMA])
@@ -339,7 +185,7 @@ def ingest_piece(
     if not all(part.is_whole for part in parts):
         again = _repeated_rows(run, buckets, piece.starts[0], piece.starts[-1])
         position, at = piece.starts[0], 0
-        for path, first, batch in _batches(piece, source, columns):
+        for path, first, batch in read_batches(piece, source, columns):
             ids = batch.column(batch.schema.get_field_index(columns[0]))
             verdict, lengths, x = checking.check_batch(ids, batch.column(batch.schema.get_field_index(columns[1])), dim)
             here = again[(again >= position) & (again < position + len(ids))] - position
@@ -368,10 +214,22 @@ def ingest_piece(
             )
     tally = checking.Tally()
     sizes: dict[str, int] = {}
+    faces = []
     for part in parts:
-        tally.include(part.tally())
-        sizes |= part.sizes()
-    return sizes, [part.kept for part in parts], tally
+        written = part.written()
+        sizes |= written.sizes
+        tally.include(written.rejected)
+        faces.append(written.kept)
+    return sizes, faces, tally
+
+
+@dataclass(frozen=True)
+class WrittenPart:
+    """What lies on the disk of one part: bytes of each file, faces kept, and the tally of the other rows."""
+
+    sizes: dict[str, int]
+    kept: int
+    rejected: checking.Tally
 
 
 class PartWriter:
@@ -395,11 +253,6 @@ class PartWriter:
     def room(self) -> int:
         """Rows that are still to come."""
         return self._rows - self._filled
-
-    @property
-    def kept(self) -> int:
-        """Faces of the written part."""
-        return self._rows - int(self._run.read_batch(self._names[2]).num_rows)
 
     def add(self, ids: pa.Array, verdict: np.ndarray, lengths: np.ndarray, x: np.ndarray, path: str, first: int) -> None:
         """Take consecutive rows; x holds the unit vectors of the good ones, first is the row in the file."""
@@ -426,11 +279,8 @@ class PartWriter:
         self._run.write_arrow(self._names[2], REJECTED_SCHEMA, [pa.record_batch(arrays, schema=REJECTED_SCHEMA)])
         self._vectors, self._ids, self._rejected = None, [], []
 
-    def sizes(self) -> dict[str, int]:
-        return {name: self._run.size(name) or 0 for name in self._names}
-
-    def tally(self) -> checking.Tally:
-        """The rejected rows of the written part by reason."""
+    def written(self) -> WrittenPart:
+        """The part as its files tell it, whether they were written now or by an earlier attempt."""
         tally = checking.Tally()
         batch = self._run.read_batch(self._names[2])
         verdicts = batch.column("verdict").to_numpy()
@@ -438,4 +288,5 @@ class PartWriter:
             first = np.flatnonzero(verdicts == verdict)
             shown = batch.take(pa.array(first[: checking.SHOWN])).to_pylist()
             tally.add(verdict, len(first), [f"{r['file']}, row {r['row']}: {r['reason']}" for r in shown])
-        return tally
+        sizes = {name: self._run.size(name) or 0 for name in self._names}
+        return WrittenPart(sizes, self._rows - batch.num_rows, tally)
