@@ -16,12 +16,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from faceflow.cluster.retries import KEPT, Attempts, Cause, Smaller
 from faceflow.errors import FaceflowError, RunError, SettingsError
 
 log = logging.getLogger("faceflow")
-
-RETRIES = 5
-"""Times a piece is tried again after its worker or machine died, or after an I/O error."""
 
 OBJECT_STORE_BYTES = 128 * 2**20
 """Of a private local Ray: tasks exchange files, so objects are small dictionaries."""
@@ -68,6 +66,14 @@ def peak_memory() -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class _Again(Exception):  # noqa: N818 - not an error of its own
+    """A piece failed in a way that may pass."""
+
+    def __init__(self, cause: Cause, text: str) -> None:
+        super().__init__(text)
+        self.cause = cause
 
 
 class Executor:
@@ -144,6 +150,12 @@ class Executor:
         return max([1, *(int(node["Resources"].get("CPU", 0)) for node in self._ray.nodes() if node["Alive"])])
 
     @property
+    def smallest_machine_cpus(self) -> int:
+        """CPUs of the machine with the fewest that runs tasks at all: what a piece may ask for and still fit everywhere."""
+        counts = [int(node["Resources"].get("CPU", 0)) for node in self._ray.nodes() if node["Alive"]]
+        return min([count for count in counts if count], default=1)
+
+    @property
     def worker_memory(self) -> int:
         """Bytes that Ray has for one CPU of its tightest machine."""
         shares = [
@@ -161,46 +173,70 @@ class Executor:
         *,
         sizes: Sequence[int] | None = None,
         resources: Resources = Resources(),
+        smaller: Smaller | None = None,
     ) -> list[Any]:
         """`function(*piece)` for every piece, in workers; results in the order of `pieces`.
 
         function must be importable by name and give the same result when run again. sizes: rows of each piece, for the
         progress bar. At most `workers` pieces (else two per CPU, so that an autoscaler sees the demand) are in flight,
-        and results should be small: data travels through files.
+        and results should be small: data travels through files. A piece that fails is tried again as `retries` says, with
+        `smaller` arguments where it ran out of memory.
         Raises the piece's own FaceflowError, or RunError when a piece keeps failing.
         """
         ray = self._ray
         cpus = resources.cpus or min(self.largest_machine_cpus, self.workers or sys.maxsize)
-        # An I/O error may pass; any other exception of the function would only come again.
-        options: dict[str, Any] = {
-            "num_cpus": cpus, "num_gpus": resources.gpus, "max_retries": RETRIES, "retry_exceptions": [OSError], "name": label,
-            "scheduling_strategy": "SPREAD",
-        }  # fmt: skip
-        if resources.apart:
-            options["runtime_env"] = {"env_vars": {"FACEFLOW_TASK": label}}
-        remote = ray.remote(_run_piece).options(**options)
         results: list[Any] = [None] * len(pieces)
-        queue = iter(range(len(pieces)))
+        attempts = [Attempts(piece, label, smaller) for piece in pieces]
+        queue, again = iter(range(len(pieces))), list[int]()
         flying: dict[Any, int] = {}
         with self._bar(label, sizes, len(pieces)) as bar:
             try:
                 while True:
                     room = self.workers or max(1, int(2 * self.cpus / max(cpus, 1)))
-                    while len(flying) < room and (index := next(queue, None)) is not None:
-                        flying[remote.remote(function, pieces[index], max(1, int(cpus)))] = index
-                    if not flying:
+                    while len(flying) < room and (index := self._next(queue, again, attempts)) is not None:
+                        flying[self._submit(function, attempts[index], cpus, resources)] = index
+                    if not flying and not again:
                         break
-                    done, _ = ray.wait(list(flying), num_returns=1, timeout=5)
+                    if not flying:
+                        time.sleep(0.1)
+                        continue
+                    done, _ = ray.wait(list(flying), num_returns=1, timeout=0.2 if again else 5)
                     for reference in done:
                         index = flying.pop(reference)
-                        results[index] = self._collect(reference, label)
-                        bar.update(sizes[index] if sizes else 1)
+                        try:
+                            results[index] = self._collect(reference, label)
+                        except _Again as failure:
+                            log.warning("%s", attempts[index].failed(failure.cause, str(failure), time.monotonic()))
+                            again.append(index)
+                        else:
+                            bar.update(sizes[index] if sizes else 1)
             except BaseException:
                 for reference in flying:
                     with contextlib.suppress(Exception):
                         ray.cancel(reference, force=True)
                 raise
         return results
+
+    @staticmethod
+    def _next(queue: Iterator[int], again: list[int], attempts: Sequence[Attempts]) -> int | None:
+        """The next piece to try: one that failed and has waited long enough, else a new one."""
+        now = time.monotonic()
+        ready = next((index for index in again if attempts[index].not_before <= now), None)
+        if ready is None:
+            return next(queue, None)
+        again.remove(ready)
+        return ready
+
+    def _submit(self, function: Callable[..., Any], attempt: Attempts, cpus: float, resources: Resources) -> Any:
+        # Ray's own retries neither wait nor make a piece smaller.
+        asked = max(cpus, self.smallest_machine_cpus) if attempt.alone else cpus
+        options: dict[str, Any] = {
+            "num_cpus": asked, "num_gpus": resources.gpus, "max_retries": 0, "name": attempt.label,
+            "scheduling_strategy": "SPREAD",
+        }  # fmt: skip
+        if resources.apart:
+            options["runtime_env"] = {"env_vars": {"FACEFLOW_TASK": attempt.label}}
+        return self._ray.remote(_run_piece).options(**options).remote(function, attempt.piece, max(1, int(cpus)))
 
     def call(self, function: Callable[..., Any], *arguments: Any, label: str, resources: Resources = Resources()) -> Any:
         """One piece, as `map`."""
@@ -213,14 +249,21 @@ class Executor:
             result, peak, seconds = self._ray.get(reference)
         except exceptions.RayTaskError as error:
             cause = error.cause
+            first_line = (str(cause).splitlines() or [""])[0]
             if isinstance(cause, FaceflowError):
                 raise cause from None
-            if isinstance(cause, (OSError, MemoryError)):
-                raise RunError(f"{label}: {cause}") from error
+            if isinstance(cause, MemoryError):
+                raise _Again(Cause.MEMORY, first_line or "no memory was left") from error
+            if isinstance(cause, PermissionError):
+                raise RunError(f"{label}: {cause}; {KEPT}") from error
+            if isinstance(cause, OSError):
+                raise _Again(Cause.IO, first_line) from error
             log.error("%s", error)
-            raise RunError(f"{label}: a worker failed with {type(cause).__name__}: {str(cause).splitlines()[0]}") from error
+            raise RunError(f"{label}: a worker failed with {type(cause).__name__}: {first_line}") from error
+        except exceptions.OutOfMemoryError as error:
+            raise _Again(Cause.MEMORY, "Ray ended its worker, as the machine ran short of memory") from error
         except exceptions.RayError as error:
-            raise RunError(f"{label}: gave up after {RETRIES} retries: {str(error).splitlines()[0]}") from error
+            raise _Again(Cause.DEATH, str(error).splitlines()[0]) from error
         self.usage.peak_worker_bytes = max(self.usage.peak_worker_bytes, peak)
         self.usage.tasks += 1
         self.usage.busy_seconds += seconds

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -50,9 +51,10 @@ def run(context: Context) -> Outcome:
         shards = plan["shards"]
         context.executor.map(
             search_cells_shard,
-            [(run, parts, context.dim, shard, *limits) for shard in range(shards)],
+            [(run, parts, context.dim, shard, *limits, 1) for shard in range(shards)],
             "search",
             resources=resources,
+            smaller=in_smaller_steps,
         )
     sample = recall.sample_rows(parts.faces, config.recall_sample, config.seed)
     results = context.executor.map(
@@ -157,14 +159,48 @@ def search_exact_shard(
     run.write_arrow(layout.candidates(shard), CANDIDATES_SCHEMA, batches())
 
 
+def in_smaller_steps(piece: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments of `search_cells_shard` for the same shard in twice as many steps."""
+    return (*piece[:-1], 2 * piece[-1])
+
+
 def search_cells_shard(
-    run: Store, parts: Parts, dim: int, shard: int, neighbors: int, floor: float | None, on_gpu: bool, float16: bool
+    run: Store, parts: Parts, dim: int, shard: int, neighbors: int, floor: float | None, on_gpu: bool, float16: bool, steps: int
 ) -> None:
-    """Gather the faces that probe the shard's cells, search them, and write the candidates of every part."""
-    if is_whole(run, layout.candidates(shard)):
+    """Search one shard and write the candidates of every part; its cells one after the other in `steps` groups, of which
+    only one is in memory."""
+    name = layout.candidates(shard)
+    if is_whole(run, name):
         return
-    _, starts = read_quantizer(run, dim)
-    batches = [run.read_batch(layout.part("cells", part), shard) for part in range(len(parts))]
+    starts = read_quantizer(run, dim)[1]
+    begin, end = int(starts[shard]), int(starts[shard + 1])
+    steps = min(steps, end - begin)
+    if steps == 1:
+        _search_cells(run, parts, dim, shard, range(begin, end), name, neighbors, floor, on_gpu, float16)
+        return
+    found = [layout.candidates_step(shard, steps, step) for step in range(steps)]
+    for step, path in enumerate(found):
+        span = range(begin + (end - begin) * step // steps, begin + (end - begin) * (step + 1) // steps)
+        if not is_whole(run, path):
+            _search_cells(run, parts, dim, shard, span, path, neighbors, floor, on_gpu, float16)
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        for part in range(len(parts)):
+            offsets, rows, similarities = topk.merge(_read_candidates(run, found, part), parts.rows(part), neighbors)
+            here = np.flatnonzero(np.diff(offsets))
+            yield _candidates(here, np.append(offsets[here], offsets[-1]), topk.encode(similarities, rows))
+
+    run.write_arrow(name, CANDIDATES_SCHEMA, batches())
+    for path in found:
+        run.delete(path)
+
+
+def _search_cells(
+    run: Store, parts: Parts, dim: int, shard: int, cells: range, name: str,
+    neighbors: int, floor: float | None, on_gpu: bool, float16: bool,
+) -> None:  # fmt: skip
+    """Gather the faces that probe these cells of a shard, search them, and write the candidates of every part."""
+    batches = [_that_probe(run.read_batch(layout.part("cells", part), shard), cells) for part in range(len(parts))]
     rows = np.concatenate([batch.column(0).to_numpy() for batch in batches])
     probes = _probes([batch.column(1) for batch in batches])
     bounds = np.searchsorted(rows, parts.starts)
@@ -176,7 +212,6 @@ def search_cells_shard(
         elif bounds[part] < bounds[part + 1]:
             np.take(read_vectors(run, part, dim), rows[here] - parts.starts[part], axis=0, out=vectors[here], mode="clip")
     del batches
-    cells = range(int(starts[shard]), int(starts[shard + 1]))
     if on_gpu:
         from faceflow.kernels import gpu
 
@@ -185,13 +220,22 @@ def search_cells_shard(
         buffers = cpu.search_cells(vectors, rows, probes, cells, neighbors, floor)
     del vectors
     run.write_arrow(
-        layout.candidates(shard),
+        name,
         CANDIDATES_SCHEMA,
         (
             _candidates(rows[b:e] - first, *buffers.take(np.arange(b, e)))
             for b, e, first in zip(bounds[:-1], bounds[1:], parts.starts, strict=False)
         ),
     )
+
+
+def _that_probe(batch: pa.RecordBatch, cells: range) -> pa.RecordBatch:
+    """The faces of a shard's batch that probe one of these cells."""
+    flat, offsets = batch.column(1).flatten().to_numpy(), batch.column(1).offsets.to_numpy()
+    inside = np.concatenate([[0], np.cumsum((flat >= cells.start) & (flat < cells.stop))])
+    offsets = offsets - offsets[0]
+    here = np.flatnonzero(inside[offsets[1:]] > inside[offsets[:-1]])
+    return batch if len(here) == batch.num_rows else batch.take(pa.array(here))
 
 
 def _probes(columns: Sequence[pa.ListArray]) -> cpu.Probes:
@@ -206,6 +250,13 @@ def _candidates(rows: np.ndarray, offsets: np.ndarray, keys: np.ndarray) -> pa.R
     return pa.record_batch([pa.array(rows.astype(np.int32)), lists], schema=CANDIDATES_SCHEMA)
 
 
+def _read_candidates(run: Store, names: Sequence[str], part: int) -> list[topk.CandidateList]:
+    """What each of these files holds for one part."""
+    batches = [run.read_batch(name, part) for name in names]
+    columns = [(batch.column(0).to_numpy(), batch.column(1)) for batch in batches if batch.num_rows]
+    return [(rows, keys.offsets.to_numpy(), keys.values.to_numpy()) for rows, keys in columns]
+
+
 def merge_part(
     run: Store, parts: Parts, part: int, dim: int, shards: int, neighbors: int, sample: np.ndarray
 ) -> tuple[dict[str, int], int]:
@@ -214,12 +265,7 @@ def merge_part(
     if is_whole(run, name):
         table = NeighborTable.from_batch(run.read_batch(name), first_row)
     else:
-        lists = []
-        for shard in range(shards):
-            batch = run.read_batch(layout.candidates(shard), part)
-            if batch.num_rows:
-                keys = batch.column(1)
-                lists.append((batch.column(0).to_numpy(), keys.offsets.to_numpy(), keys.values.to_numpy()))
+        lists = _read_candidates(run, [layout.candidates(shard) for shard in range(shards)], part)
         table = NeighborTable(first_row, *topk.merge(lists, parts.rows(part), neighbors))
         del lists
         run.write_arrow(name, NEIGHBORS_SCHEMA, [table.to_batch()])

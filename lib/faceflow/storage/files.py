@@ -165,8 +165,10 @@ class Store:
             os.makedirs(folder, exist_ok=True)
             temporary = os.path.join(folder, f"{_TEMPORARY}{name}-{secrets.token_hex(6)}")
             try:
-                with open(temporary, "wb") as file:
+                # Nobody else reads a half-written file; whole, it gets the mode that any new file would have.
+                with open(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
                     yield file
+                    os.fchmod(file.fileno(), 0o666 & ~_umask())
                     file.flush()
                     if durable:
                         os.fsync(file.fileno())
@@ -207,7 +209,8 @@ class Store:
     def replace_json(self, relative: str, value: Any, expected: str | None) -> None:
         """Replace a JSON file only if its version is still `expected` (None: it must not exist).
 
-        S3: a conditional put (If-Match, If-None-Match). Disk: an exclusive lock file, compare, fsync, rename.
+        S3: a conditional put (If-Match, If-None-Match); a put repeated because its answer was lost is recognised. Disk: an
+        exclusive lock file, compare, fsync, rename.
         Raises PublishError when another writer came first; the file then is that writer's, untouched.
         """
         data = _json_bytes(value)
@@ -219,9 +222,11 @@ class Store:
                 try:
                     self.fs.call_s3("put_object", Bucket=bucket, Key=key, Body=data, **condition)
                 except Exception as error:
-                    if _is_precondition_failure(error):
+                    if not _is_precondition_failure(error):
+                        raise
+                    # A put whose answer was lost on the way is sent again, and then finds itself there.
+                    if self.fs.cat_file(self.address(relative)) != data:
                         raise lost from None
-                    raise
                 return
             path = self.address(relative)
             os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -271,6 +276,8 @@ class Store:
             raise
         except FaceflowError:
             raise
+        except PermissionError as error:
+            raise PermissionError(f"{self.address(relative)}: {explain(error)}") from error
         except (OSError, pa.ArrowInvalid) as error:
             raise OSError(f"{self.address(relative)}: {explain(error)}") from error
         except Exception as error:
@@ -291,8 +298,16 @@ def _file_system(local: bool, options: tuple[tuple[str, Any], ...]) -> Any:
 
 def explain(error: BaseException) -> str:
     """One line on what went wrong, without a traceback."""
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return str(text).splitlines()[0]
+    text = str(getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
+    # What S3 says where an answer has no body, as to a HEAD request.
+    return "Bad Request (without a reason: expired credentials are a usual one)" if text == "Bad Request" else text
+
+
+@functools.lru_cache(maxsize=1)
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def _json_bytes(value: Any) -> bytes:

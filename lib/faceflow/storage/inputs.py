@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import glob
 import os
+import socket
+import time
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import urlsplit
 
 import pyarrow as pa
 
@@ -20,6 +23,8 @@ def list_parquet(address: str, options: Mapping[str, Any] | None) -> tuple[Store
     Raises InputError where there is nothing to read, or where a folder holds a visible file that is not Parquet.
     """
     store = Store.at(address, options)
+    if not store.is_local:
+        check_endpoint(address, options)
     fs, root = store.fs, store.root
     prefix = "" if store.is_local else "s3://"
     try:
@@ -49,7 +54,7 @@ def list_parquet(address: str, options: Mapping[str, Any] | None) -> tuple[Store
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"cannot read input {address}: {explain(error)}") from None
+        raise InputError(f"cannot read input {address}: {_reason(store, error)}") from None
     if not chosen:
         raise InputError(f"input {address} holds no Parquet file")
     files = []
@@ -58,6 +63,36 @@ def list_parquet(address: str, options: Mapping[str, Any] | None) -> tuple[Store
         version = info.get("ETag") or info.get("mtime") or info.get("LastModified") or ""
         files.append(FileInfo(path, int(info["size"]), str(version).strip('"')))
     return store, files
+
+
+def check_endpoint(address: str, options: Mapping[str, Any] | None) -> None:
+    """Raise InputError within seconds where the S3 server that was named does not answer; its client would try for longer."""
+    names = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
+    given = (options or {}).get("endpoint_url") or next(filter(None, map(os.environ.get, names)), None)
+    if not given:
+        return
+    parts = urlsplit(str(given))
+    error: OSError | None = None
+    for wait in (1, 3, 0):
+        try:
+            socket.create_connection((parts.hostname, parts.port or (80 if parts.scheme == "http" else 443)), 10).close()
+            return
+        except OSError as caught:
+            error = caught
+            time.sleep(wait)
+    assert error is not None
+    raise InputError(f"cannot read {address}: the S3 endpoint {given} does not answer ({explain(error)}); check endpoint_url")
+
+
+def _reason(store: Store, error: Exception) -> str:
+    """What went wrong and what to do. S3 answers some requests without a reason; a listing always gets one."""
+    if not store.is_local and isinstance(error, OSError):
+        try:
+            store.fs.call_s3("list_objects_v2", Bucket=store.root.removeprefix("s3://").split("/")[0], MaxKeys=1)
+        except Exception as told:
+            error = told
+    advice = "; check the credentials (AWS_* environment, profile, instance role or --storage-options) and what they allow"
+    return explain(error) + (advice if isinstance(error, PermissionError) and not store.is_local else "")
 
 
 def open_input(store: Store, path: str) -> Any:

@@ -29,6 +29,11 @@ def candidates(shard: int) -> str:
     return f"candidates/shard-{shard:05d}.arrow"
 
 
+def candidates_step(shard: int, steps: int, step: int) -> str:
+    """What one of several steps found of a shard that was too large for the memory there is."""
+    return f"candidates/shard-{shard:05d}-step-{step:03d}-of-{steps:03d}.arrow"
+
+
 def queries(part: int) -> str:
     """The sampled faces of one part, with the neighbors that the search found for them."""
     return f"certificate/queries-{part:05d}.arrow"

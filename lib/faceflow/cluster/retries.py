@@ -1,0 +1,79 @@
+"""What becomes of a piece that failed: tried again, tried again in smaller steps, or given up. Knows no Ray."""
+
+from __future__ import annotations
+
+import enum
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from faceflow.errors import RunError
+
+RETRIES = 5
+"""Times a piece is tried again after its worker or machine died, or after an I/O error."""
+
+MEMORY_RETRIES = 7
+"""Times a piece is tried again in smaller steps, each half as large as before, after it ran out of memory."""
+
+FIRST_DELAY, LONGEST_DELAY = 0.5, 20.0
+"""Seconds before the first retry after an I/O error, doubled each time: together half a minute, on top of what the S3 client
+itself waits."""
+
+CRASHES_LIKE_MEMORY = 2
+"""Deaths of a worker after which the kernel, which gives no reason, is taken to have killed it for its memory."""
+
+KEPT = "what is finished is kept, and the same command continues"
+
+Piece = tuple[Any, ...]
+Smaller = Callable[[Piece], Piece]
+"""From a piece's arguments, those that do the same work in steps of half the size."""
+
+
+class Cause(enum.Enum):
+    """Why a piece failed."""
+
+    IO = "an I/O error"
+    DEATH = "its worker or machine died"
+    MEMORY = "it ran out of memory"
+
+
+@dataclass
+class Attempts:
+    """One piece, how often it failed, and how it is to be tried next.
+
+    alone: whether it asks for a whole machine, so that no other piece shares its memory; not_before: time of the clock
+    before which it is not tried again.
+    """
+
+    piece: Piece
+    label: str
+    smaller: Smaller | None = None
+    alone: bool = False
+    not_before: float = 0.0
+    failures: dict[Cause, int] = field(default_factory=dict)
+
+    def failed(self, cause: Cause, text: str, now: float) -> str:
+        """Prepare the next attempt and say what it will be. Raises RunError when there have been enough."""
+        count = self.failures[cause] = self.failures.get(cause, 0) + 1
+        if cause is Cause.DEATH and self.smaller is not None and count >= CRASHES_LIKE_MEMORY and count <= RETRIES:
+            return self._shrink(f"{cause.value} {count} times: {text}")
+        if cause is Cause.MEMORY:
+            if count > MEMORY_RETRIES or (self.alone and self.smaller is None):
+                tried = "alone on its machine" if self.smaller is None else "even in small steps"
+                raise RunError(
+                    f"{self.label}: {text}; {tried} it needs more memory than there is: use machines with more; {KEPT}"
+                )
+            return self._shrink(f"{cause.value}: {text}")
+        if count > RETRIES:
+            raise RunError(f"{self.label}: gave up after {RETRIES} retries: {text}; {KEPT}")
+        delay = min(LONGEST_DELAY, FIRST_DELAY * 2 ** (count - 1)) * random.uniform(0.75, 1.25) if cause is Cause.IO else 0.0
+        self.not_before = now + delay
+        return f"{self.label}: {cause.value}: {text}; trying again" + (f" in {delay:.1f} s" if delay else "")
+
+    def _shrink(self, text: str) -> str:
+        self.alone = True
+        if self.smaller is None:
+            return f"{self.label}: {text}; trying again alone on its machine"
+        self.piece = self.smaller(self.piece)
+        return f"{self.label}: {text}; trying again in smaller steps"
