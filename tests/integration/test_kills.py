@@ -59,7 +59,9 @@ def victims(driver: psutil.Process, kind: str, machines: TwoMachines) -> list[ps
             line = " ".join(process.cmdline())
         except psutil.Error:
             continue
-        if (kind == "raylet" and "raylet/raylet" in line) or (kind == "worker" and line.startswith("ray::")):
+        if (kind == "raylet" and "raylet/raylet" in line) or (
+            kind == "worker" and line.startswith("ray::") and "Agent" not in line
+        ):
             found.append(process)
     return found
 

@@ -25,6 +25,10 @@ OBJECT_STORE_BYTES = 128 * 2**20
 """Of a private local Ray: tasks exchange files, so objects are small dictionaries."""
 
 
+PRIVATE_STARTS = 2
+"""Times a private Ray is started before the run gives up: one of its dozen processes may have died."""
+
+
 @dataclass(frozen=True)
 class Resources:
     """What one task asks Ray for. cpus 0 stands for all CPUs of the smallest machine that has the most of them; apart: a
@@ -126,11 +130,20 @@ class Executor:
             # Workers of another machine run the very code that the driver runs.
             _check_reachable(address)
             options["runtime_env"] = {"py_modules": [str(Path(__file__).resolve().parents[1])]}
+        tries = PRIVATE_STARTS if address == "local" else 1
         with _environment_for_ray():
-            try:
-                ray.init(address=address, **options)
-            except (ray.exceptions.RayError, ConnectionError, RuntimeError, ValueError, OSError) as error:
-                raise SettingsError(f"cannot use Ray at {address}: {str(error).splitlines()[0]}") from None
+            for left in reversed(range(tries)):
+                try:
+                    ray.init(address=address, **options)
+                    return
+                except Exception as error:  # what Ray raises here is of many types, some of them plain
+                    ray.shutdown()
+                    reason = (str(error).splitlines() or [type(error).__name__])[0]
+                    if address != "local":
+                        raise SettingsError(f"cannot use Ray at {address}: {reason}") from None
+                    if not left:
+                        raise RunError(f"a private Ray did not start on this machine: {reason}; {KEPT}") from error
+                    log.warning("a private Ray did not start: %s; trying again", reason)
 
     def __enter__(self) -> Executor:
         return self
