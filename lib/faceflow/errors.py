@@ -60,3 +60,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
+
+
+def one_line(name: str) -> str:
+    """A name from outside, in one line and without control characters, for messages and logs."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)

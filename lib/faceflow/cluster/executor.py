@@ -318,6 +318,8 @@ def _environment_for_ray() -> Iterator[None]:
     package = str(Path(__file__).resolve().parents[2])
     wanted = {
         "RAY_USAGE_STATS_ENABLED": "0",  # no usage report leaves the machine
+        # Else a worker that dies before the driver is registered leaves the driver waiting for ever (Ray 2.60).
+        "RAY_prestart_worker_first_driver": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the coming default; set, so that Ray does not warn of it
         # A job script finds the package beside itself; workers must find the same one.
         "PYTHONPATH": os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])]),

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from faceflow.cluster.executor import chunks
-from faceflow.errors import InputError
+from faceflow.errors import InputError, one_line
 from faceflow.kernels.identity import buckets_of_texts
 from faceflow.stages import checking
 from faceflow.stages.base import Context, Outcome, Stage, merge_pieces
@@ -196,7 +196,7 @@ def ingest_piece(
             done, used = 0, 0
             while done < len(ids):
                 if at == len(parts):
-                    raise InputError(f"{path} holds more rows than its footer says: it was changed while being read")
+                    raise InputError(f"{one_line(path)} holds more rows than its footer says: it was changed while being read")
                 take = min(len(ids) - done, parts[at].room)
                 kept = int((verdict[done : done + take] == checking.GOOD).sum())
                 parts[at].add(
@@ -210,7 +210,8 @@ def ingest_piece(
             position += len(ids)
         if at != len(parts):
             raise InputError(
-                f"{piece.spans[-1][0]} holds fewer rows than its footer says: it is damaged or was changed while being read"
+                f"{one_line(piece.spans[-1][0])} holds fewer rows than its footer says: it is damaged or was changed while "
+                "being read"
             )
     tally = checking.Tally()
     sizes: dict[str, int] = {}
@@ -287,6 +288,6 @@ class PartWriter:
         for verdict in np.unique(verdicts).tolist():
             first = np.flatnonzero(verdicts == verdict)
             shown = batch.take(pa.array(first[: checking.SHOWN])).to_pylist()
-            tally.add(verdict, len(first), [f"{r['file']}, row {r['row']}: {r['reason']}" for r in shown])
+            tally.add(verdict, len(first), [f"{one_line(r['file'])}, row {r['row']}: {r['reason']}" for r in shown])
         sizes = {name: self._run.size(name) or 0 for name in self._names}
         return WrittenPart(sizes, self._rows - batch.num_rows, tally)

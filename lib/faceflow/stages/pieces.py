@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from faceflow.errors import InputError, did_you_mean
+from faceflow.errors import InputError, did_you_mean, one_line
 from faceflow.storage.files import Store, explain
 from faceflow.storage.inputs import open_input
 
@@ -61,19 +61,19 @@ def read_footers(store: Store, paths: Sequence[str], id_column: str, embedding_c
                 if schema.names.count(column) != 1:
                     count = schema.names.count(column)
                     detail = f"{did_you_mean(column, schema.names)} (set {flag})" if count == 0 else f" {count} times"
-                    raise InputError(f"{path} has {'no' if count == 0 else 'the'} column {column!r}{detail}")
+                    raise InputError(f"{one_line(path)} has {'no' if count == 0 else 'the'} column {column!r}{detail}")
             id_type, embedding = schema.field(id_column).type, schema.field(embedding_column)
             if not (pa.types.is_integer(id_type) or pa.types.is_string(id_type) or pa.types.is_large_string(id_type)):
-                raise InputError(f"{path}: column {id_column!r} is {id_type}; an id must be a string or an integer")
+                raise InputError(f"{one_line(path)}: column {id_column!r} is {id_type}; an id must be a string or an integer")
             value = _value_type(embedding)
             if value is None or not pa.types.is_floating(value):
                 raise InputError(
-                    f"{path}: column {embedding_column!r} is {embedding.type}; an embedding must be a list of "
+                    f"{one_line(path)}: column {embedding_column!r} is {embedding.type}; an embedding must be a list of "
                     "float16, float32 or float64"
                 )
             dim = embedding.type.list_size if pa.types.is_fixed_size_list(embedding.type) else None
             if dim == 0:
-                raise InputError(f"{path}: column {embedding_column!r} is {embedding.type}: embeddings are empty")
+                raise InputError(f"{one_line(path)}: column {embedding_column!r} is {embedding.type}: embeddings are empty")
             groups = tuple(parquet.metadata.row_group(i).num_rows for i in range(parquet.metadata.num_row_groups))
             found.append(Footer(path, groups, str(id_type), dim))
     return found
@@ -84,14 +84,15 @@ def check_types(footers: list[Footer]) -> None:
     for footer in footers:
         if footer.id_type != first.id_type:
             raise InputError(
-                f"ids are {first.id_type} in {first.path} but {footer.id_type} in {footer.path}: make them one type"
+                f"ids are {first.id_type} in {one_line(first.path)} but {footer.id_type} in {one_line(footer.path)}: make them "
+                "one type"
             )
     fixed = [f for f in footers if f.dim is not None]
     for footer in fixed:
         if footer.dim != fixed[0].dim:
             raise InputError(
-                f"embeddings have dimension {fixed[0].dim} in {fixed[0].path} but {footer.dim} in {footer.path}: "
-                "cluster the output of one model at a time"
+                f"embeddings have dimension {fixed[0].dim} in {one_line(fixed[0].path)} but {footer.dim} in "
+                f"{one_line(footer.path)}: cluster the output of one model at a time"
             )
 
 
@@ -165,7 +166,7 @@ class readable:  # noqa: N801 - reads as a with-statement
             raise self._unreadable(error) from None
 
     def _unreadable(self, error: BaseException) -> InputError:
-        return InputError(f"cannot read {self._path}: {explain(error)}")
+        return InputError(f"cannot read {one_line(self._path)}: {explain(error)}")
 
 
 def read_batches(piece: Piece, store: Store, columns: Sequence[str]) -> Iterator[tuple[str, int, pa.RecordBatch]]:

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 import pyarrow as pa
 
-from faceflow.errors import InputError
+from faceflow.errors import InputError, one_line
 from faceflow.storage.files import FileInfo, Store, explain
 
 
@@ -43,11 +43,13 @@ def list_parquet(address: str, options: Mapping[str, Any] | None) -> tuple[Store
             for path, info in listing.items():
                 full = prefix + path if prefix and not path.startswith(prefix) else path
                 relative = full[len(root) :].lstrip("/")
+                if store.is_local and os.path.islink(full) and not os.path.exists(full):
+                    raise InputError(f"{one_line(full)} is a link to a file that is not there: restore it or remove the link")
                 if info.get("type") != "file" or any(part[:1] in "._" for part in relative.split("/")):
                     continue
                 if not relative.lower().endswith((".parquet", ".pq", ".parq")):
                     raise InputError(
-                        f"{full} is not a Parquet file (its name does not end in .parquet, .pq or .parq): "
+                        f"{one_line(full)} is not a Parquet file (its name does not end in .parquet, .pq or .parq): "
                         "move it away, or name the files with a glob"
                     )
                 chosen[full] = info
