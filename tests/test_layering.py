@@ -29,7 +29,7 @@ HOMES = {
     "s3fs": {"storage"},
     "fsspec": {"storage"},
 }
-STAGE_HELPERS = {"base", "reading", "checking", "pieces"}
+STAGE_HELPERS = {"base", "reading", "checking", "pieces", "intake", "arrivals", "cells", "renewal", "candidates", "history"}
 
 
 def modules() -> list[Path]:

@@ -9,15 +9,17 @@ if TYPE_CHECKING:
     from faceflow.kernels.mapequation import map_equation as map_equation
     from faceflow.pipeline import RunResult as RunResult
     from faceflow.pipeline import run_clustering as run_clustering
+    from faceflow.pipeline import run_nightly as run_nightly
 
 __version__ = "0.1.0"
-__all__ = ["ClusterConfig", "RunResult", "map_equation", "run_clustering"]
+__all__ = ["ClusterConfig", "RunResult", "map_equation", "run_clustering", "run_nightly"]
 
 _HOMES = {
     "ClusterConfig": "faceflow.config",
     "RunResult": "faceflow.pipeline",
     "map_equation": "faceflow.kernels.mapequation",
     "run_clustering": "faceflow.pipeline",
+    "run_nightly": "faceflow.pipeline",
 }
 
 

@@ -50,9 +50,9 @@ def _settings_parser(commands: Any, name: str, help: str, description: str) -> a
         "output", metavar="OUTPUT", nargs="?", default=_UNSET, help="folder or s3:// prefix for labels, pointer and runs"
     )
     for key, field in SETTINGS.items():
-        if key in ("input", "output"):
-            continue
         meta = field.metadata
+        if key in ("input", "output") or (meta["nightly"] and name != "nightly"):
+            continue
         flag = f"--{key.replace('_', '-')}"
         if field.type == "bool":
             parser.add_argument(flag, dest=key, action="store_const", const=True, default=_UNSET, help=meta["help"])
@@ -87,6 +87,16 @@ def build_parser() -> argparse.ArgumentParser:
         "  OUTPUT/labels/run=<run id>/part-*.parquet   id (its own type), cluster (int64), in input order\n"
         "  OUTPUT/latest.json                          points to the labels in force; replaced atomically\n"
         "Run the same command again after an interruption: it continues from what is finished.",
+    )
+    _settings_parser(
+        commands,
+        "nightly",
+        "cluster a growing data set again, at the cost of what is new",
+        "As `cluster`, but building on the run that OUTPUT/latest.json names: files that are as they were are not read again,\n"
+        "only new and changed faces are searched, and a cluster keeps its id from night to night. Also written:\n"
+        "  OUTPUT/events/run=<run id>/   what became of the clusters: created, grown, shrunk, merged, split, vanished\n"
+        "  OUTPUT/moves/run=<run id>/    every face whose cluster is another now (from or to null: new, or gone)\n"
+        "The first night does everything, and so does every --full-every'th.",
     )
     evaluate = _add_command(
         commands,
@@ -139,10 +149,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _cluster(arguments: argparse.Namespace) -> None:
-    from faceflow.pipeline import run_clustering
+    from faceflow.pipeline import run_clustering, run_nightly
 
-    given = {key: value for key in SETTINGS if (value := getattr(arguments, key)) is not _UNSET}
-    result = run_clustering(load_config(given, arguments.config), progress=not arguments.quiet)
+    job = run_nightly if arguments.command == "nightly" else run_clustering
+    given = {key: value for key in SETTINGS if (value := getattr(arguments, key, _UNSET)) is not _UNSET}
+    result = job(load_config(given, arguments.config), progress=not arguments.quiet)
     if arguments.json:
         print(json.dumps(result.as_dict()))
     else:
@@ -221,7 +232,14 @@ def _clean(arguments: argparse.Namespace) -> None:
         _show_runs(removed, arguments.json)
 
 
-_COMMANDS = {"cluster": _cluster, "evaluate": _evaluate, "synthesize": _synthesize, "runs": _runs, "clean": _clean}
+_COMMANDS = {
+    "cluster": _cluster,
+    "nightly": _cluster,
+    "evaluate": _evaluate,
+    "synthesize": _synthesize,
+    "runs": _runs,
+    "clean": _clean,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

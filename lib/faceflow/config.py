@@ -15,8 +15,10 @@ from typing import Any
 from faceflow.errors import SettingsError, did_you_mean
 
 
-def _setting(default: Any, help: str, *, metavar: str | None = None, choices: tuple[str, ...] | None = None) -> Any:
-    return field(default=default, metadata={"help": help, "metavar": metavar, "choices": choices})
+def _setting(
+    default: Any, help: str, *, metavar: str | None = None, choices: tuple[str, ...] | None = None, nightly: bool = False
+) -> Any:
+    return field(default=default, metadata={"help": help, "metavar": metavar, "choices": choices, "nightly": nightly})
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,14 @@ class ClusterConfig:
     work_dir: str | None = _setting(
         None, "where run directories lie (default: OUTPUT/_runs): a fast shared disk, or another bucket", metavar="DIR"
     )
+    full_every: int = _setting(
+        30, "nights after which everything is searched and detected anew; those between build on each other", metavar="N",
+        nightly=True,
+    )  # fmt: skip
+    verify_content: bool = _setting(
+        False, "read every file again and compare its rows, instead of trusting sizes and ETags or modification times",
+        nightly=True,
+    )  # fmt: skip
     storage_options: Mapping[str, Any] | None = _setting(
         None, 'options of the s3fs file system, as JSON: {"endpoint_url": …, "key": …, "secret": …}', metavar="JSON"
     )
@@ -122,6 +132,7 @@ class ClusterConfig:
         self._range("max_bad_fraction", 0, 1)
         self._range("recall_sample", 1, 100_000)
         self._range("trials", 1, 1000)
+        self._range("full_every", 1, 10_000)
         if self.min_similarity is not None and not -1 <= self.min_similarity <= 1:
             raise SettingsError(f"min_similarity is {self.min_similarity}: a cosine lies between -1 and 1; or 'none'")
         for name, setting in SETTINGS.items():

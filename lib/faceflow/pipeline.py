@@ -8,15 +8,16 @@ import importlib.metadata
 import logging
 import secrets
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from faceflow import __version__
 from faceflow.cluster.executor import Executor, peak_memory
-from faceflow.config import ClusterConfig
+from faceflow.config import ClusterConfig, digest
 from faceflow.errors import InputError, PublishError, QualityError, RunError, SettingsError
 from faceflow.stages import detect, ingest, link, publish, quantize, search
-from faceflow.stages.base import Context, Stage
+from faceflow.stages.base import Context, Past, Stage
 from faceflow.storage import layout, manifests
 from faceflow.storage.files import Store
 from faceflow.storage.layout import RunStores
@@ -76,52 +77,106 @@ def run_clustering(config: ClusterConfig, *, progress: bool = True) -> RunResult
     Raises a FaceflowError: InputError and SettingsError before anything is published, RunError when the run could not
     finish (it can be continued), PublishError when another run published first.
     """
+    return _connect(config, progress, nightly=False)
+
+
+def run_nightly(config: ClusterConfig, *, progress: bool = True) -> RunResult:
+    """As `run_clustering`, but building on the published run: only what is new or changed is read and searched, and clusters
+    keep their ids. The first night, and where the published run's directory is gone, everything is done.
+
+    Where nothing has changed, the published labels stay in force, and the result is that run's.
+    """
+    return _connect(config, progress, nightly=True)
+
+
+def _connect(config: ClusterConfig, progress: bool, nightly: bool) -> RunResult:
     begun = time.perf_counter()
     options = config.storage_options
     output = Store.at(config.output, options)
     runs = layout.runs_store(output, Store.at(config.work_dir, options) if config.work_dir else None)
     try:
         with Executor(config.address, config.workers, progress, warm_up=search.warm_up) as executor:
-            return _run(config, output, runs, executor, begun)
+            return _run(config, output, runs, executor, begun, nightly)
     except OSError as error:
         raise RunError(f"{error}; what is finished is kept, and the same command continues") from error
 
 
-def _run(config: ClusterConfig, output: Store, runs: Store, executor: Executor, begun: float) -> RunResult:
-    files = ingest.inputs(Context(config, RunStores.of(output, runs, ""), executor, {}))
+@dataclass(frozen=True)
+class _Job:
+    """One run at work: what does not change from stage to stage. night: what an unfinished night must have in common with
+    this one to be continued."""
+
+    config: ClusterConfig
+    stores: RunStores
+    executor: Executor
+    begun: float
+    parent: dict[str, Any]
+    parent_version: str | None
+    past: Past | None = None
+    night: dict[str, Any] | None = None
+
+    def context(self, done: dict[str, Manifest], effort: int) -> Context:
+        first_id = int(self.parent.get("next_id", 0)) if self.night is not None else 0
+        return Context(self.config, self.stores, self.executor, done, effort, self.past, first_id)
+
+    def record(self, state: str, **more: Any) -> None:
+        self.stores.run.write_json(layout.RUN_RECORD, _record(self.config, state, self.night) | more)
+
+
+def _run(config: ClusterConfig, output: Store, runs: Store, executor: Executor, begun: float, nightly: bool) -> RunResult:
+    files = ingest.inputs(Context(config, RunStores.of(output, runs, ""), executor, {}))["input_files"]
     output.check_writable()
     runs.check_writable()
     parent_version = output.version(layout.LATEST)
     parent = output.read_json(layout.LATEST) or {}
-    stores = RunStores.of(output, runs, _choose_run(config, runs, parent.get("run_id")))
-    log.info("run %s: %d input file(s)", stores.run_id, len(files["input_files"]))
+    past, night = None, None
+    if nightly:
+        past = _past_of(runs, parent.get("run_id"))
+        night = {"past": past.run_id if past is not None else None, "files": digest(files)}
+        if past is not None and _nothing_new(config, past, files):
+            log.info("nothing has changed since run %s: its labels stay in force", past.run_id)
+            return _result(past.run_id, output, past.done, executor, {"total": round(time.perf_counter() - begun, 3)})
+    run_id = _choose_run(config, runs, parent.get("run_id"), night)
+    if past is not None and past.run_id == run_id:
+        raise SettingsError(f"run {run_id} is published: a night needs another --run-id")
+    job = _Job(config, RunStores.of(output, runs, run_id), executor, begun, parent, parent_version, past, night)
+    log.info("run %s: %d input file(s)%s", run_id, len(files), f", after run {past.run_id}" if past is not None else "")
     try:
-        return _advance_all(config, stores, executor, begun, parent, parent_version)
+        return _advance_all(job)
     except InputError:
         # Not to be continued: once the input is mended, this run's pieces are of no use.
-        stores.run.write_json(layout.RUN_RECORD, _record(config, "refused"))
+        job.record("refused")
         raise
 
 
-def _advance_all(
-    config: ClusterConfig, stores: RunStores, executor: Executor, begun: float,
-    parent: dict[str, Any], parent_version: str | None,
-) -> RunResult:  # fmt: skip
-    output = stores.output
-    done: dict[str, Manifest] = {}
-    effort = int((stores.run.read_json(layout.RUN_RECORD) or {}).get("effort", 0))
-    for stage in STAGES:
-        done[stage.name] = _advance(stage, Context(config, stores, executor, done, effort))
-        while stage.name == "search" and not _recall_holds(config, done):
-            effort += 1
-            _search_again(config, stores, effort)
-            for again in (quantize.STAGE, search.STAGE):
-                done[again.name] = _advance(again, Context(config, stores, executor, done, effort))
-    seconds = {name: manifest.seconds for name, manifest in done.items()}
-    seconds["total"] = round(time.perf_counter() - begun, 3)
-    result = RunResult(
-        run_id=stores.run_id,
-        labels=output.address(layout.label_folder(stores.run_id)),
+def _past_of(runs: Store, run_id: str | None) -> Past | None:
+    """The published run, if it can be built on."""
+    if run_id is None:
+        return None
+    run = runs.child(run_id)
+    done = {stage.name: manifests.read(run, stage.name) for stage in STAGES}
+    whole = {name: manifest for name, manifest in done.items() if manifest is not None}
+    if len(whole) < len(STAGES) or "entries" not in whole["ingest"].counts:
+        log.warning("the directory of the published run %s is not whole: everything is done anew, with new cluster ids", run_id)
+        return None
+    return Past(run_id, run, whole)
+
+
+def _nothing_new(config: ClusterConfig, past: Past, files: dict[str, Any]) -> bool:
+    made_from: dict[str, Any] = {}
+    for manifest in past.done.values():
+        made_from |= manifest.fingerprint
+    now = config.public()
+    same = all(made_from[key] == now[key] for stage in STAGES for key in stage.settings if key in made_from)
+    return same and not config.verify_content and made_from["input_files"] == files and config.run_id is None
+
+
+def _result(
+    run_id: str, output: Store, done: Mapping[str, Manifest], executor: Executor, seconds: dict[str, float]
+) -> RunResult:
+    return RunResult(
+        run_id=run_id,
+        labels=output.address(layout.label_folder(run_id)),
         faces=done["ingest"].counts["faces"],
         rejected=done["ingest"].counts["rejected"],
         clusters=done["publish"].counts["clusters"],
@@ -133,7 +188,23 @@ def _advance_all(
         peak_memory_bytes=peak_memory(),
         worker_peak_memory_bytes=executor.usage.peak_worker_bytes,
     )
-    if parent.get("run_id") != stores.run_id:
+
+
+def _advance_all(job: _Job) -> RunResult:
+    config, stores = job.config, job.stores
+    done: dict[str, Manifest] = {}
+    effort = int((stores.run.read_json(layout.RUN_RECORD) or {}).get("effort", 0))
+    for stage in STAGES:
+        done[stage.name] = _advance(stage, job.context(done, effort))
+        while stage.name == "search" and not _recall_holds(config, done):
+            effort += 1
+            _search_again(job, effort)
+            for again in (quantize.STAGE, search.STAGE):
+                done[again.name] = _advance(again, job.context(done, effort))
+    seconds = {name: manifest.seconds for name, manifest in done.items()}
+    seconds["total"] = round(time.perf_counter() - job.begun, 3)
+    result = _result(stores.run_id, stores.output, done, job.executor, seconds)
+    if job.parent.get("run_id") != stores.run_id:
         pointer = {
             "run_id": result.run_id,
             "labels": layout.label_folder(stores.run_id),
@@ -142,15 +213,16 @@ def _advance_all(
             "clusters": result.clusters,
             "singletons": result.singletons,
             "edges": result.edges,
-            "parent_run_id": parent.get("run_id"),
+            "parent_run_id": job.parent.get("run_id"),
+            "next_id": done["publish"].counts["next_id"],
             "settings": config.public(),
             "seconds": seconds,
             "recall": result.recall["estimate"],
             "recall_interval": [result.recall["low"], result.recall["high"]],
             "created": _now().isoformat(timespec="seconds"),
         }
-        _publish(output, pointer, parent_version)
-    stores.run.write_json(layout.RUN_RECORD, _record(config, "published"))
+        _publish(stores.output, pointer, job.parent_version)
+    job.record("published")
     log.info(
         "run %s: %d faces in %d clusters (%d singletons), %.1f s; labels in %s",
         result.run_id, result.faces, result.clusters, result.singletons, seconds["total"], result.labels,
@@ -180,6 +252,8 @@ def _recall_holds(config: ClusterConfig, done: dict[str, Manifest]) -> bool:
     log.info("recall   %s from %d faces, %d true neighbors", shown, recall["faces"], recall["edges"])
     if recall["estimate"] >= config.min_recall:
         return True
+    if plan["incremental"]:
+        return False  # what a night saved was too dear
     hopeless = plan["index"] == "exact" or plan["exhausted"]
     if config.raise_probes and not hopeless:
         return False
@@ -187,10 +261,11 @@ def _recall_holds(config: ClusterConfig, done: dict[str, Manifest]) -> bool:
     raise QualityError(f"{shown} is below --min-recall {config.min_recall}: {advice}; nothing was published")
 
 
-def _search_again(config: ClusterConfig, stores: RunStores, effort: int) -> None:
+def _search_again(job: _Job, effort: int) -> None:
     """Forget the assignment and the tables; the quantizer stays."""
+    stores = job.stores
     log.info("recall   too low: searching again with more probes (attempt %d)", effort + 1)
-    stores.run.write_json(layout.RUN_RECORD, _record(config, "begun") | {"effort": effort})
+    job.record("begun", effort=effort)
     for stage in (search.STAGE, quantize.STAGE):
         stores.run.delete(layout.manifest(stage.name))
         stores.run.delete(layout.plan(stage.name))
@@ -216,9 +291,8 @@ def _advance(stage: Stage, context: Context) -> Manifest:
     for folder in stage.scratch:
         run.delete(folder)
     faces = context.parts.faces if "ingest" in context.done else outcome.counts["faces"]
-    shown = ", ".join(
-        f"{k} {v:,}" if isinstance(v, int) else f"{k} {v}" for k, v in outcome.counts.items() if k not in ("starts", "recall")
-    )
+    told = {key: value for key, value in outcome.counts.items() if not isinstance(value, (list, tuple, dict))}
+    shown = ", ".join(f"{k} {v:,}" if isinstance(v, int) else f"{k} {v}" for k, v in told.items())
     log.info("%-8s done in %.1f s, %s rows/s (%s)", stage.name, seconds, f"{faces / max(seconds, 1e-3):,.0f}", shown)
     return manifest
 
@@ -244,18 +318,22 @@ def _version(package: str) -> str:
     return "absent"
 
 
-def _record(config: ClusterConfig, state: str) -> dict[str, Any]:
-    return {"state": state, "settings": config.public(), "updated": _now().isoformat(timespec="milliseconds")}
+def _record(config: ClusterConfig, state: str, night: dict[str, Any] | None) -> dict[str, Any]:
+    record = {"state": state, "settings": config.public(), "updated": _now().isoformat(timespec="milliseconds")}
+    return record | ({"night": night} if night is not None else {})
 
 
-def _choose_run(config: ClusterConfig, runs: Store, published: str | None) -> str:
-    """The run to work on: the named one, the newest unfinished one with these settings, or a new one."""
+def _choose_run(config: ClusterConfig, runs: Store, published: str | None, night: dict[str, Any] | None = None) -> str:
+    """The run to work on: the named one, the newest unfinished one with these settings (a night's: also of the same input,
+    after the same run, as last night's failure must not stand in tonight's way), or a new one."""
     wanted = _identity(config.public())
     run_id = config.run_id
     if run_id is None:
         for name in reversed(runs.names("")):
             record = runs.read_json(f"{name}/{layout.RUN_RECORD}")
-            if record and record["state"] == "begun" and _identity(record["settings"]) == wanted:
+            if not (record and record["state"] == "begun" and record.get("night") == night):
+                continue
+            if _identity(record["settings"]) == wanted:
                 if not config.restart:
                     log.info("run %s is unfinished and has the same settings: continuing it", name)
                 run_id = name
@@ -268,7 +346,7 @@ def _choose_run(config: ClusterConfig, runs: Store, published: str | None) -> st
         log.info("run %s is begun again: what it had done is removed", run_id)
         runs.delete(run_id)
     if runs.read_json(f"{run_id}/{layout.RUN_RECORD}") is None:
-        runs.write_json(f"{run_id}/{layout.RUN_RECORD}", _record(config, "begun"))
+        runs.write_json(f"{run_id}/{layout.RUN_RECORD}", _record(config, "begun", night))
     return run_id
 
 

@@ -19,7 +19,8 @@ def vectors_schema(dim: int) -> pa.Schema:
 
 
 def cells_schema(dim: int | None) -> pa.Schema:
-    """Faces that travel from one part to one shard; `dim` is None where shards can read vectors from the part itself."""
+    """Faces that travel from one part to one shard, by their row in the part; `dim` is None where shards can read the vectors
+    from the part itself."""
     fields = [
         pa.field("row", pa.int32(), nullable=False),
         pa.field("probes", pa.list_(pa.int32()), nullable=False),
@@ -41,6 +42,19 @@ REJECTED_SCHEMA = pa.schema(
     [("position", pa.int32()), ("verdict", pa.uint8()), ("file", pa.string()), ("row", pa.int64()), ("reason", pa.string())]
 )
 """Rows of one part that cannot be used: position among the part's input rows, verdict of `stages.checking`, and the place."""
+
+ORIGINS_SCHEMA = pa.schema([("file", pa.int32()), ("row", pa.int64()), ("hash", pa.uint64())])
+"""Where each entry of `ids/` came from: which of the run's input files, in sorted order, the row in it, and a hash of the
+embedding (0 for a row set aside)."""
+
+PAST_SCHEMA = pa.schema([pa.field("past", pa.int32(), nullable=False)])
+"""The row that each face of one part had in the run before, -1 for a new one."""
+
+STATE_SCHEMA = pa.schema([pa.field("state", pa.uint8(), nullable=False)])
+"""What a night does to each face of one part: `SAME`, `CHANGED` (its neighbors are not what they were) or `ACTIVE` (it is
+searched for); while tables are carried over, CHANGED stands for having lost neighbors."""
+
+SAME, CHANGED, ACTIVE = range(3)
 
 _LINK = pa.struct([pa.field("row", pa.int32(), nullable=False), pa.field("value", pa.float32(), nullable=False)])
 

@@ -45,7 +45,9 @@ class TwoMachines:
             f"--dashboard-port={board}", f"--dashboard-agent-listen-port={free_port()}", "--object-store-memory=100000000",
         )  # fmt: skip
         self._first = {process.pid for process in self._raylets()}
+        assert len(self._first) == 1
         self.mend()
+        assert len(self._raylets()) == 2
 
     def _raylets(self) -> list[psutil.Process]:
         found = []
@@ -53,7 +55,8 @@ class TwoMachines:
             with contextlib.suppress(psutil.Error):
                 line = " ".join(process.cmdline())
                 alive = process.status() != psutil.STATUS_ZOMBIE
-                if "raylet/raylet" in line.split(" --")[0] and self.address in line and alive:
+                port = self.address.split(":")[1]
+                if "raylet/raylet" in line.split(" --")[0] and f":{port} " in f"{line} " and alive:
                     found.append(process)
         return found
 

@@ -58,9 +58,9 @@ def read(folder: Path) -> pa.Table:
 def test_bad_rows_are_set_aside_and_the_others_are_clustered_as_if_they_were_not_there(
     tmp_path: Path, blobs: Blobs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], buckets: int
 ) -> None:
-    from faceflow.stages import ingest
+    from faceflow.stages import intake
 
-    monkeypatch.setattr(ingest, "BUCKET_IDS", -(-209 // buckets))
+    monkeypatch.setattr(intake, "BUCKET_IDS", -(-209 // buckets))
     x, identities = blobs()
     reasons = dirty(tmp_path / "in" / "x", x)
     arguments = ["cluster", str(tmp_path / "in"), str(tmp_path / "out"), "--min-similarity", "0.5", "--quiet", "--json"]
@@ -117,9 +117,9 @@ def test_no_good_row(tmp_path: Path) -> None:
 
 
 def test_a_part_without_any_good_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blobs: Blobs) -> None:
-    from faceflow.stages import ingest
+    from faceflow.stages import intake
 
-    monkeypatch.setattr(ingest, "part_faces", lambda faces, dim: 50)
+    monkeypatch.setattr(intake, "part_faces", lambda faces, dim: 50)
     x = blobs()[0]
     x[50:100] = 0
     pq.write_table(pa.table({"id": np.arange(200), "embedding": x.tolist()}), tmp_path / "in.parquet", row_group_size=50)

@@ -207,7 +207,8 @@ def test_margin_probing_against_a_direct_computation() -> None:
 def test_predicted_recall_is_what_the_rule_reaches() -> None:
     x = unit(3000, 32, seed=8)
     centroids = quantizer.train(x, 60, seed=0, threads=1)
-    rule, mean_probes, predicted = probing.choose_rule(x, len(x), centroids, 50, 0.6, 60, 0.95, 0.0)
+    choice = probing.choose_rule(x, len(x), centroids, 50, 0.6, 60, 0.95, 0.0)
+    rule, mean_probes, predicted = choice.rule, choice.mean_probes, choice.recall
     assert predicted is not None
     assert 0.95 <= predicted < 0.97
     probes = probing.probe(x, centroids, rule)
@@ -218,10 +219,8 @@ def test_predicted_recall_is_what_the_rule_reaches() -> None:
 
 def test_no_pair_to_tell_by() -> None:
     x = np.eye(16, dtype=np.float32)
-    rule, mean_probes, predicted = probing.choose_rule(x, 16, x[:4].copy(), 5, 0.5, 4, 0.99, 0.99)
-    assert predicted is None
-    assert mean_probes == 4
-    assert rule == probing.ProbeRule(None, 4)
+    rule = probing.ProbeRule(None, 4)
+    assert probing.choose_rule(x, 16, x[:4].copy(), 5, 0.5, 4, 0.99, 0.99) == probing.Choice(rule, rule, 4.0, None)
 
 
 def test_locality_order_and_shards() -> None:

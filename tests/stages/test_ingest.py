@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from faceflow.errors import InputError
-from faceflow.stages import checking, ingest
+from faceflow.stages import checking, intake
 from faceflow.stages import pieces as cutting
 from faceflow.stages.pieces import Footer, plan_pieces
 from faceflow.stages.reading import read_ids, read_vectors
@@ -35,12 +35,14 @@ def ingest_all(folder: Path, run: Path) -> tuple[np.ndarray, pa.Array]:
     out = Store.at(str(run))
     buckets = 3
     for i, piece in enumerate(pieces):
-        ingest.gather_ids(i, piece, store, out, "id", buckets)
+        intake.gather_ids(i, piece, store, out, "id", buckets)
     for bucket in range(buckets):
-        ingest.find_repeated(out, len(pieces), bucket)
+        intake.find_repeated(out, len(pieces), bucket)
     tally = checking.Tally()
     for piece in pieces:
-        tally.include(ingest.ingest_piece(piece, store, out, ("id", "embedding"), dim, buckets)[2])
+        tally.include(
+            intake.ingest_piece(piece, tuple(range(len(piece.spans))), store, out, ("id", "embedding"), dim, buckets)[2]
+        )
     if tally.total:
         raise InputError(tally.text())
     parts = range(sum(len(p.starts) - 1 for p in pieces))

@@ -24,6 +24,9 @@ MAX_ROUNDS = 20
 PARALLEL_EDGES = 1_000_000
 """Edges below which one thread is faster: waking others takes longer than the loops do, the more so on a busy machine."""
 
+MOST_LOST = 1e-4
+"""Share of the codelength that continuing from earlier modules may cost, as far as one coarse-tuning tells."""
+
 SUM_CHUNKS = 16
 """Blocks of rows whose sums `codelength` takes side by side, at most."""
 
@@ -128,12 +131,32 @@ def _coarse_tune(network: Network, module: np.ndarray, order: np.ndarray) -> np.
     return settle(smaller, above, np.arange(count, dtype=np.int32))[parts]
 
 
-def detect(parts: Iterable[Part], seed: int = 0, trials: int = 1, threads: int = 1, directed: bool = True) -> Partition:
+def _continued(
+    graph: Graph, flow: Flow, network: Network, start: np.ndarray, active: np.ndarray, seed: int
+) -> tuple[np.ndarray, float]:
+    """Modules from those of a graph that was nearly the same, where only `active` rows have other edges now; from scratch where
+    one round of coarse-tuning shows that too much was lost that way."""
+    found, length = optimize(graph, flow, start=start, active=active, network=network)
+    tried = _coarse_tune(network, found, np.arange(len(graph), dtype=np.int32))
+    new = codelength(graph, flow, tried)
+    if length - new > MOST_LOST * length:
+        other, anew = optimize(graph, flow, seed, network=network)
+        if anew < new:
+            return other, anew
+    return (tried, new) if new < length else (found, length)
+
+
+def detect(
+    parts: Iterable[Part], seed: int = 0, trials: int = 1, threads: int = 1, directed: bool = True,
+    start: tuple[np.ndarray, np.ndarray] | None = None,
+) -> Partition:  # fmt: skip
     """Modules of the whole graph, the best of `trials` seeds: seed, seed + 1, …
 
     parts: consecutive blocks of rows, iterated twice (`graphs.load`). Rows without any edge are modules of their own.
     threads: CPU threads; neither they nor the machine change the result. directed: False counts every edge both ways
-    (`flow.undirected_flow`). Returns dense modules and the codelength in bits (0 without any edge).
+    (`flow.undirected_flow`). start: (modules int64[n], active bool[n]) to continue from, in place of the seeds: the modules of
+    nearly the same graph (any numbers; a new row has one of its own) and the rows whose edges are others.
+    Returns dense modules and the codelength in bits (0 without any edge).
     """
     graph, order = load(parts, threads)
     if not directed:
@@ -145,7 +168,9 @@ def detect(parts: Iterable[Part], seed: int = 0, trials: int = 1, threads: int =
     best, length = np.arange(n), 0.0
     if linked.any():
         network = network_of(graph, flow, consume=True)
-        for trial in range(trials):
+        if start is not None:
+            best, length = _continued(graph, flow, network, start[0][order], np.flatnonzero(start[1][order]), seed)
+        for trial in range(trials if start is None else 0):
             found, new = optimize(graph, flow, seed + trial, network=network)
             if trial == 0 or new < length:
                 best, length = found, new

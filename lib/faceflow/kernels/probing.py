@@ -101,6 +101,20 @@ def _within_margin(
     return total
 
 
+@dataclass(frozen=True)
+class Choice:
+    """How faces probe, and what to expect of it.
+
+    rule: for a search in which visitors meet (`kernels.joins`); alone: for one in which they do not; mean_probes: cells that a
+    face probes by `rule`, on average; recall: the predicted edge recall (None: there was no pair to tell by).
+    """
+
+    rule: ProbeRule
+    alone: ProbeRule
+    mean_probes: float
+    recall: float | None
+
+
 def choose_rule(
     vectors: np.ndarray,
     faces: int,
@@ -110,9 +124,8 @@ def choose_rule(
     most: int,
     target: float,
     target_alone: float,
-) -> tuple[ProbeRule, float, float | None]:
-    """The smallest margin with a predicted edge recall of `target`, the mean probes it makes, and that prediction (None:
-    no pair to tell by).
+) -> Choice:
+    """The smallest margin with a predicted edge recall of `target`.
 
     vectors: float32[n, d], a uniform sample of the `faces` faces: pairs of it above the floor (with floor None: each
     face's nearest in it) are a sample of the edges. A pair is found when one face probes the other's home cell. With a floor it
@@ -129,7 +142,8 @@ def choose_rule(
     TileKernel(vectors, here.astype(np.int32), buffers).within(here, vectors)
     offsets, keys = buffers.take(here)
     if len(keys) == 0:
-        return ProbeRule(None, min(most, UNTOLD_PROBES)), float(min(most, UNTOLD_PROBES)), None
+        rule = ProbeRule(None, min(most, UNTOLD_PROBES))
+        return Choice(rule, rule, float(rule.most), None)
     probed, probe_key = probe_keys(vectors, centroids, ProbeRule(None, most))
     similarities, cells = decode(probe_key)
     short = np.repeat(similarities[probed[:-1]], np.diff(probed)) - similarities
@@ -143,9 +157,10 @@ def choose_rule(
         margin = max(margin, _quantile(home[alone], weights[alone], target_alone)[0])
         recall = float(weights[met <= margin].sum() / weights.sum())
     if not np.isfinite(margin):
-        return ProbeRule(None, most), float(most), 0.0
-    margin = float(MARGIN_STEP * np.ceil(margin / MARGIN_STEP + 0.5))
-    return ProbeRule(margin, most), float((short <= margin).sum() / n), round(recall, 5)
+        return Choice(ProbeRule(None, most), ProbeRule(None, most), float(most), 0.0)
+    margin, wide = (float(MARGIN_STEP * np.ceil(m / MARGIN_STEP + 0.5)) for m in (margin, _quantile(home, weights, target)[0]))
+    mean_probes = float((short <= margin).sum() / n)
+    return Choice(ProbeRule(margin, most), ProbeRule(max(margin, wide), most), mean_probes, round(recall, 5))
 
 
 def _quantile(needed: np.ndarray, weights: np.ndarray, target: float) -> tuple[float, float]:

@@ -179,6 +179,15 @@ class TileKernel:
                 m = positions[j : j + MEMBER_BLOCK]
                 self._block(vectors[i : i + QUERY_BLOCK], vectors[j : j + MEMBER_BLOCK], i - j, q, m, self._nowhere)
 
+    def across(self, queries: np.ndarray, members: np.ndarray, member_vectors: np.ndarray) -> None:
+        """All pairs (queries x members) of faces at home in one cell, two sets of positions without a common one."""
+        for j in range(0, len(members), MEMBER_BLOCK):
+            m = members[j : j + MEMBER_BLOCK]
+            for i in range(0, len(queries), QUERY_BLOCK):
+                q = queries[i : i + QUERY_BLOCK]
+                block = np.take(self.vectors, q, axis=0, out=self._queries[: len(q)], mode="clip")
+                self._block(block, member_vectors[j : j + MEMBER_BLOCK], -QUERY_BLOCK - 1, q, m, self._nowhere)
+
     def between(
         self, queries: np.ndarray, members: np.ndarray, member_vectors: np.ndarray, links: np.ndarray | None = None,
         floor: float = np.inf,

@@ -47,3 +47,15 @@ def normalize_rows(x: np.ndarray) -> np.ndarray:
     if x.size:
         _normalize(x, verdict)
     return verdict
+
+
+def hash_rows(x: np.ndarray) -> np.ndarray:
+    """uint64[n]: a hash of each row's bits, to tell whether an embedding is the one that was there before.
+
+    x: float32[n, d]. A random odd multiplier for each dimension (from a fixed seed), summed modulo 2**64.
+    """
+    multipliers = np.random.default_rng(20261123).integers(0, 2**63, x.shape[1], np.uint64) * np.uint64(2) + np.uint64(1)
+    out = np.empty(len(x), np.uint64)
+    for begin in range(0, len(x), 4096):
+        out[begin : begin + 4096] = (x[begin : begin + 4096].view(np.uint32) * multipliers).sum(axis=1, dtype=np.uint64)
+    return out

@@ -8,16 +8,31 @@ from typing import Any
 
 from faceflow.cluster.executor import Executor
 from faceflow.config import ClusterConfig
+from faceflow.storage.files import Store
 from faceflow.storage.layout import RunStores
 from faceflow.storage.manifests import Manifest
 from faceflow.tables import Parts
 
 
 @dataclass(frozen=True)
+class Past:
+    """The published run that a night starts from: its run directory, and the manifests of its stages."""
+
+    run_id: str
+    run: Store
+    done: Mapping[str, Manifest]
+
+    @property
+    def parts(self) -> Parts:
+        return Parts(tuple(self.done["ingest"].counts["starts"]))
+
+
+@dataclass(frozen=True)
 class Context:
     """What a stage may use: settings, stores, the executor, and the manifests of the stages before it.
 
-    effort: how often the search was found to miss too much and is widened.
+    effort: how often the search was found to miss too much and is widened; past: the run that a night starts from; first_id:
+    the first cluster id that was never given, for a night that has none.
     """
 
     config: ClusterConfig
@@ -25,6 +40,8 @@ class Context:
     executor: Executor
     done: Mapping[str, Manifest]
     effort: int = 0
+    past: Past | None = None
+    first_id: int = 0
 
     @property
     def parts(self) -> Parts:

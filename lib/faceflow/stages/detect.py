@@ -11,9 +11,10 @@ import pyarrow as pa
 from faceflow.cluster.executor import Resources
 from faceflow.errors import QualityError
 from faceflow.stages.base import Context, Outcome, Stage
+from faceflow.stages.reading import read_states
 from faceflow.storage import layout
 from faceflow.storage.files import Store
-from faceflow.tables import MODULES_SCHEMA, EdgeList, Parts
+from faceflow.tables import MODULES_SCHEMA, SAME, EdgeList, Parts
 
 
 def run(context: Context) -> Outcome:
@@ -23,11 +24,22 @@ def run(context: Context) -> Outcome:
     threads = executor.largest_machine_cpus if native else 1
     counts, pieces = executor.call(
         detect, context.stores.run, context.parts, config.engine, config.flow == "directed", config.seed, config.trials,
-        config.verify_codelength, threads, label="detect",
+        config.verify_codelength, threads, _past_of(context), label="detect",
         # infomap crashes where faiss, which GPU search loads, was imported after it.
         resources=Resources(cpus=0 if native else 1, apart=not native or config.verify_codelength),
     )  # fmt: skip
     return Outcome(counts, pieces)
+
+
+def _past_of(context: Context) -> tuple[Store, Parts] | None:
+    """The run to continue from: last night's, where this night's edges are known to differ from its edges in part only."""
+    past, config = context.past, context.config
+    if past is None or config.engine != "native" or not context.done["quantize"].counts["incremental"]:
+        return None
+    before = past.done["detect"].fingerprint
+    if (before["engine"], before["flow"]) != (config.engine, config.flow) or config.trials > 1:
+        return None
+    return past.run, past.parts
 
 
 STAGE = Stage(
@@ -52,9 +64,17 @@ class _Again:
 
 
 def detect(
-    run: Store, parts: Parts, engine: str, directed: bool, seed: int, trials: int, verify: bool, threads: int
+    run: Store,
+    parts: Parts,
+    engine: str,
+    directed: bool,
+    seed: int,
+    trials: int,
+    verify: bool,
+    threads: int,
+    past: tuple[Store, Parts] | None = None,
 ) -> tuple[dict[str, float], dict[str, int]]:
-    """Run the engine over all edge parts and write one module per row, part by part.
+    """Run the engine over all edge parts and write one module per row, part by part; past: the run to continue from.
 
     Raises QualityError when the codelength is to be verified and the package's differs by more than 1e-6 of it.
     """
@@ -65,7 +85,8 @@ def detect(
     )
     arrays = _Again(lambda: ((e.offsets, e.rows, e.values) for e in edges))
     if engine == "native":
-        partition = mapequation.detect(arrays, seed, trials, threads, directed)
+        start = _earlier(run, parts, *past) if past is not None else None
+        partition = mapequation.detect(arrays, seed, trials, threads, directed, start)
     else:
         partition = infomap_engine.detect(edges, parts.faces, seed, trials, directed)
     counts: dict[str, float] = {"codelength": partition.codelength, "modules": len(np.unique(partition.modules))}
@@ -83,3 +104,12 @@ def detect(
         name = layout.part("modules", part)
         pieces[name] = run.write_arrow(name, MODULES_SCHEMA, [pa.record_batch([modules], schema=MODULES_SCHEMA)])
     return counts, pieces
+
+
+def _earlier(run: Store, parts: Parts, past: Store, past_parts: Parts) -> tuple[np.ndarray, np.ndarray]:
+    """(last night's module of each face, one of its own for a new one; whether its neighbors are others now)."""
+    modules = np.concatenate([past.read_batch(layout.part("modules", p)).column(0).to_numpy() for p in range(len(past_parts))])
+    before = np.concatenate([run.read_batch(layout.part("past", p)).column(0).to_numpy() for p in range(len(parts))])
+    active = np.concatenate([read_states(run, p) for p in range(len(parts))]) != SAME
+    start = np.where(before >= 0, modules[before], int(modules.max(initial=-1)) + 1 + np.arange(len(before)))
+    return start, active

@@ -3,39 +3,16 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-
-from faceflow.cluster.executor import chunks
-from faceflow.errors import InputError, one_line
-from faceflow.kernels.identity import buckets_of_texts
-from faceflow.stages import checking
-from faceflow.stages.base import Context, Outcome, Stage, merge_pieces
-from faceflow.stages.pieces import (
-    Piece,
-    check_types,
-    first_dimension,
-    part_faces,
-    plan_pieces,
-    read_batches,
-    read_footers,
-)
-from faceflow.storage import layout
-from faceflow.storage.files import FileInfo, Store
+from faceflow.errors import InputError
+from faceflow.stages import arrivals
+from faceflow.stages.base import Context, Outcome, Stage
+from faceflow.stages.intake import judge, take_in
+from faceflow.storage.files import FileInfo
 from faceflow.storage.inputs import contains, list_parquet
-from faceflow.storage.manifests import is_whole
-from faceflow.tables import IDS_CHECKED_SCHEMA, MAX_FACES, REJECTED_SCHEMA, vectors_schema
 
 log = logging.getLogger("faceflow")
-
-
-FOOTERS_PER_TASK = 16
-
-BUCKET_IDS = 2_000_000
-"""Ids that one task compares for repeats: some 200 MB."""
 
 
 def _files(context: Context) -> list[FileInfo]:
@@ -49,245 +26,31 @@ def _files(context: Context) -> list[FileInfo]:
 
 def inputs(context: Context) -> dict[str, Any]:
     """The exact files this run is made from."""
-    return {"input_files": {f.path: [f.size, f.version] for f in _files(context)}}
+    past = {"past run": context.past.run_id} if context.past is not None else {}
+    return {"input_files": {f.path: [f.size, f.version] for f in _files(context)}} | past
 
 
 def run(context: Context) -> Outcome:
     """Read every footer, cut the rows into parts, then read, check and write the parts in parallel."""
-    config, executor = context.config, context.executor
-    store, files = list_parquet(config.input, config.storage_options)
-    columns = (config.id_column, config.embedding_column)
-    groups = list(chunks([f.path for f in files], FOOTERS_PER_TASK))
-    footers = [
-        footer
-        for found in executor.map(read_footers, [(store, tuple(group), *columns) for group in groups], "footers")
-        for footer in found
-    ]
-    check_types(footers)
-    faces = sum(sum(footer.group_rows) for footer in footers)
-    if faces == 0:
-        raise InputError(f"input {config.input} has no rows in its {len(files)} Parquet file(s)")
-    if faces > MAX_FACES:
-        raise InputError(f"input {config.input} has {faces} rows; at most {MAX_FACES} are supported in one run")
-    dim = next((f.dim for f in footers if f.dim), None) or executor.call(
-        first_dimension, store, tuple(f.path for f in footers if sum(f.group_rows)), *columns, label="probe"
-    )
-    pieces = plan_pieces(footers, part_faces(faces, dim))
-    buckets = max(1, -(-faces // BUCKET_IDS))
-    run_store = context.stores.run
-    executor.map(gather_ids, [(i, piece, store, run_store, config.id_column, buckets) for i, piece in enumerate(pieces)], "ids")
-    executor.map(find_repeated, [(run_store, len(pieces), bucket) for bucket in range(buckets)], "repeats")
-    results = executor.map(
-        ingest_piece,
-        [(piece, store, run_store, columns, dim, buckets) for piece in pieces],
-        "ingest",
-        sizes=[piece.starts[-1] - piece.starts[0] for piece in pieces],
-    )
-    bad = checking.Tally()
-    for _, _, tally in results:
-        bad.include(tally)
-    _judge(context, bad, faces)
-    starts = np.concatenate([[0], np.cumsum([kept for _, counts, _ in results for kept in counts])]).tolist()
-    counts = {"faces": starts[-1], "rejected": bad.total, "dim": dim, "files": len(files), "starts": starts}
-    return Outcome(counts, merge_pieces([sizes for sizes, _, _ in results]))
-
-
-def _judge(context: Context, bad: checking.Tally, rows: int) -> None:
-    """Raise InputError where bad rows are not, or no longer, acceptable."""
-    config = context.config
-    if bad.total == 0:
-        return
-    said = f"{bad.total:,} of {rows:,} rows cannot be used:\n  {bad.text()}"
-    if config.bad_rows == "fail":
-        raise InputError(f"{said}\nmend or remove them, or set them aside with --bad-rows quarantine; nothing was published")
-    if bad.total == rows:
-        raise InputError(f"{said}\nno face is left; nothing was published")
-    if bad.total > config.max_bad_fraction * rows:
-        raise InputError(
-            f"{said}\nthat is {bad.total / rows:.2%}, more than --max-bad-fraction {config.max_bad_fraction:.2%}; "
-            "nothing was published"
-        )
-    log.warning(
-        "%s\n  they are set aside: no cluster, and a line each in %s", said, layout.rejected_folder(context.stores.run_id)
-    )
+    if context.past is not None:
+        return arrivals.run(context)
+    store, files = list_parquet(context.config.input, context.config.storage_options)
+    taken = take_in(context, store, {f.path: i for i, f in enumerate(files)}, context.stores.run)
+    judge(context, taken.bad, taken.entries[-1])
+    counts = {
+        "faces": taken.starts[-1], "rejected": taken.bad.total, "dim": taken.dim, "files": len(files), "starts": taken.starts,
+        "entries": taken.entries,
+    }  # fmt: skip
+    return Outcome(counts, taken.sizes)
 
 
 STAGE = Stage(
     name="ingest",
     reads=(),
-    writes=("idcheck", "vectors", "ids", "rejected"),
-    scratch=("idcheck",),
-    settings=("input", "id_column", "embedding_column", "bad_rows"),
+    writes=("idcheck", "arrivals", "matches", "vectors", "ids", "rejected", "origins", "past"),
+    scratch=("idcheck", "arrivals", "matches"),
+    settings=("input", "id_column", "embedding_column", "bad_rows", "verify_content"),
     packages=("faceflow",),
     inputs=inputs,
     run=run,
 )
-
-
-# -- planning -----------------------------------------------------------------------------------------------------------
-
-
-# -- reading ------------------------------------------------------------------------------------------------------------
-
-
-def gather_ids(index: int, piece: Piece, source: Store, run: Store, id_column: str, buckets: int) -> None:
-    """Write one piece's ids with their input rows, one record batch a bucket: equal ids meet in one bucket."""
-    name = layout.gathered_ids(index)
-    if is_whole(run, name):
-        return
-    ids = pa.concat_arrays([batch.column(0) for _, _, batch in read_batches(piece, source, [id_column])])
-    rows = np.arange(piece.starts[0], piece.starts[0] + len(ids))
-    bucket = _buckets(ids, buckets)
-    schema = pa.schema([pa.field("id", ids.type), *IDS_CHECKED_SCHEMA])
-    batches = (
-        pa.record_batch([ids.take(pa.array(here)), pa.array(rows[here])], schema=schema)
-        for here in (np.flatnonzero(bucket == b) for b in range(buckets))
-    )
-    run.write_arrow(name, schema, batches)
-
-
-def _buckets(ids: pa.Array, buckets: int) -> np.ndarray:
-    if buckets == 1:
-        return np.zeros(len(ids), np.int64)
-    if pa.types.is_integer(ids.type):
-        return np.asarray(ids.fill_null(0).to_numpy(zero_copy_only=False)).astype(np.int64) % buckets
-    texts = ids.fill_null("").cast(pa.large_string())
-    data = np.frombuffer(texts.buffers()[2] or b"", np.uint8)
-    offsets = np.frombuffer(texts.buffers()[1], np.int64)[texts.offset : texts.offset + len(texts) + 1]
-    return buckets_of_texts(offsets, data, buckets)
-
-
-def find_repeated(run: Store, pieces: int, bucket: int) -> None:
-    """Write the input rows of one bucket whose id stands in an earlier row, ascending."""
-    name = layout.repeated_ids(bucket)
-    if is_whole(run, name):
-        return
-    batches = [run.read_batch(layout.gathered_ids(piece), bucket) for piece in range(pieces)]
-    ids = pa.concat_arrays([batch.column(0) for batch in batches])
-    rows = np.concatenate([batch.column(1).to_numpy() for batch in batches])
-    again = rows[checking.repeated(ids)]
-    run.write_arrow(name, IDS_CHECKED_SCHEMA, [pa.record_batch([pa.array(again)], schema=IDS_CHECKED_SCHEMA)])
-
-
-def _repeated_rows(run: Store, buckets: int, begin: int, end: int) -> np.ndarray:
-    found = [run.read_batch(layout.repeated_ids(bucket)).column(0).to_numpy() for bucket in range(buckets)]
-    return np.concatenate([rows[(rows >= begin) & (rows < end)] for rows in found])
-
-
-def ingest_piece(
-    piece: Piece, source: Store, run: Store, columns: tuple[str, str], dim: int, buckets: int
-) -> tuple[dict[str, int], list[int], checking.Tally]:
-    """Write the vectors, ids and rejected rows of one piece's parts.
-
-    Returns the bytes of each file, the faces kept of each part, and the tally of the others.
-    """
-    parts = [PartWriter(run, piece, i, dim) for i in range(len(piece.starts) - 1)]
-    if not all(part.is_whole for part in parts):
-        again = _repeated_rows(run, buckets, piece.starts[0], piece.starts[-1])
-        position, at = piece.starts[0], 0
-        for path, first, batch in read_batches(piece, source, columns):
-            ids = batch.column(batch.schema.get_field_index(columns[0]))
-            verdict, lengths, x = checking.check_batch(ids, batch.column(batch.schema.get_field_index(columns[1])), dim)
-            here = again[(again >= position) & (again < position + len(ids))] - position
-            here = here[verdict[here] == checking.GOOD]
-            if len(here):
-                x = np.delete(x, np.searchsorted(np.flatnonzero(verdict == checking.GOOD), here), axis=0)
-                verdict[here] = checking.REPEATED
-            done, used = 0, 0
-            while done < len(ids):
-                if at == len(parts):
-                    raise InputError(f"{one_line(path)} holds more rows than its footer says: it was changed while being read")
-                take = min(len(ids) - done, parts[at].room)
-                kept = int((verdict[done : done + take] == checking.GOOD).sum())
-                parts[at].add(
-                    ids.slice(done, take), verdict[done : done + take], lengths[done : done + take], x[used : used + kept],
-                    path, first + done,
-                )  # fmt: skip
-                done, used = done + take, used + kept
-                if parts[at].room == 0:
-                    parts[at].close()
-                    at += 1
-            position += len(ids)
-        if at != len(parts):
-            raise InputError(
-                f"{one_line(piece.spans[-1][0])} holds fewer rows than its footer says: it is damaged or was changed while "
-                "being read"
-            )
-    tally = checking.Tally()
-    sizes: dict[str, int] = {}
-    faces = []
-    for part in parts:
-        written = part.written()
-        sizes |= written.sizes
-        tally.include(written.rejected)
-        faces.append(written.kept)
-    return sizes, faces, tally
-
-
-@dataclass(frozen=True)
-class WrittenPart:
-    """What lies on the disk of one part: bytes of each file, faces kept, and the tally of the other rows."""
-
-    sizes: dict[str, int]
-    kept: int
-    rejected: checking.Tally
-
-
-class PartWriter:
-    """One part in the making: collects its rows, then writes three files."""
-
-    def __init__(self, run: Store, piece: Piece, index: int, dim: int) -> None:
-        number = piece.first_part + index
-        self._run, self._dim = run, dim
-        self._names = [layout.part(kind, number) for kind in ("vectors", "ids", "rejected")]
-        self._rows = piece.starts[index + 1] - piece.starts[index]
-        self._filled = self._kept = 0
-        self._vectors: np.ndarray | None = None
-        self._ids: list[pa.Array] = []
-        self._rejected: list[tuple[int, int, str, int, str]] = []
-
-    @property
-    def is_whole(self) -> bool:
-        return all(is_whole(self._run, name) for name in self._names)
-
-    @property
-    def room(self) -> int:
-        """Rows that are still to come."""
-        return self._rows - self._filled
-
-    def add(self, ids: pa.Array, verdict: np.ndarray, lengths: np.ndarray, x: np.ndarray, path: str, first: int) -> None:
-        """Take consecutive rows; x holds the unit vectors of the good ones, first is the row in the file."""
-        if self._vectors is None:
-            self._vectors = np.empty((self._rows, self._dim), np.float32)
-        self._vectors[self._kept : self._kept + len(x)] = x
-        self._ids.append(ids)
-        for i in np.flatnonzero(verdict != checking.GOOD).tolist():
-            reason = checking.REASONS[int(verdict[i])].format(length=int(lengths[i]), dim=self._dim)
-            self._rejected.append((self._filled + i, int(verdict[i]), path, first + i, reason))
-        self._filled, self._kept = self._filled + len(ids), self._kept + len(x)
-
-    def close(self) -> None:
-        """Write the files and let the memory go."""
-        assert self._vectors is not None
-        schema = vectors_schema(self._dim)
-        column = pa.FixedSizeListArray.from_arrays(pa.array(self._vectors[: self._kept].ravel()), self._dim)
-        self._run.write_arrow(self._names[0], schema, [pa.record_batch([column.cast(schema.field(0).type)], schema=schema)])
-        ids = pa.concat_arrays(self._ids)
-        id_schema = pa.schema([pa.field("id", ids.type)])
-        self._run.write_arrow(self._names[1], id_schema, [pa.record_batch([ids], schema=id_schema)])
-        columns = zip(*self._rejected, strict=True) if self._rejected else [[] for _ in REJECTED_SCHEMA]
-        arrays = [pa.array(list(values), field.type) for values, field in zip(columns, REJECTED_SCHEMA, strict=True)]
-        self._run.write_arrow(self._names[2], REJECTED_SCHEMA, [pa.record_batch(arrays, schema=REJECTED_SCHEMA)])
-        self._vectors, self._ids, self._rejected = None, [], []
-
-    def written(self) -> WrittenPart:
-        """The part as its files tell it, whether they were written now or by an earlier attempt."""
-        tally = checking.Tally()
-        batch = self._run.read_batch(self._names[2])
-        verdicts = batch.column("verdict").to_numpy()
-        for verdict in np.unique(verdicts).tolist():
-            first = np.flatnonzero(verdicts == verdict)
-            shown = batch.take(pa.array(first[: checking.SHOWN])).to_pylist()
-            tally.add(verdict, len(first), [f"{one_line(r['file'])}, row {r['row']}: {r['reason']}" for r in shown])
-        sizes = {name: self._run.size(name) or 0 for name in self._names}
-        return WrittenPart(sizes, self._rows - batch.num_rows, tally)

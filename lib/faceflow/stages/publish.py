@@ -6,8 +6,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from faceflow.kernels.identity import canonical_order
+from faceflow.kernels.identity import canonical_order, stable_clusters, transitions
 from faceflow.stages.base import Context, Outcome, Stage
+from faceflow.stages.history import events, moves_schema
 from faceflow.stages.reading import read_ids, read_rejected
 from faceflow.storage import layout
 from faceflow.storage.files import Store
@@ -17,13 +18,20 @@ CLUSTERS_SCHEMA = pa.schema([pa.field("cluster", pa.int64(), nullable=False)])
 """Per module number: the published cluster."""
 
 
+Past = tuple[Store, Parts, int]
+"""The run before: its directory, its parts, and the first cluster id that was never given."""
+
+
 def run(context: Context) -> Outcome:
-    """Order the clusters once, then write every part's labels."""
-    stores, parts = context.stores, context.parts
-    counts, pieces = context.executor.call(name_clusters, stores.run, parts, label="clusters")
+    """Name the clusters once, then write every part's labels; after a night also what became of the clusters."""
+    stores, parts, before = context.stores, context.parts, context.past
+    past = (before.run, before.parts, int(before.done["publish"].counts["next_id"])) if before is not None else None
+    counts, pieces = context.executor.call(
+        name_clusters, stores.run, stores.output, stores.run_id, parts, past, context.first_id, label="clusters"
+    )
     results = context.executor.map(
         publish_part,
-        [(stores.run, stores.output, stores.run_id, part) for part in range(len(parts))],
+        [(stores.run, stores.output, stores.run_id, part, past) for part in range(len(parts))],
         "publish",
         sizes=[parts.rows(part) for part in range(len(parts))],
     )
@@ -48,18 +56,46 @@ STAGE = Stage(
 )
 
 
-def name_clusters(run: Store, parts: Parts) -> tuple[dict[str, int], dict[str, int]]:
-    """Write the module -> cluster lookup: ids 0..C-1 by falling size, ties by first row."""
-    modules = np.concatenate([run.read_batch(layout.part("modules", p)).column(0).to_numpy() for p in range(len(parts))])
+def _modules(run: Store, parts: int) -> np.ndarray:
+    return np.concatenate([run.read_batch(layout.part("modules", p)).column(0).to_numpy() for p in range(parts)])
+
+
+def _before(run: Store, part: int) -> np.ndarray:
+    return run.read_batch(layout.part("past", part)).column(0).to_numpy()
+
+
+def name_clusters(
+    run: Store, output: Store, run_id: str, parts: Parts, past: Past | None, first_id: int
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Write the module -> cluster lookup: ids from first_id on by falling size, ties by first row; after a night, the ids
+    that the clusters had (`kernels.identity.stable_clusters`), and the events."""
+    modules = _modules(run, len(parts))
     lookup, sizes = canonical_order(modules)
+    lookup[lookup >= 0] += first_id
+    counts = {"clusters": len(sizes), "singletons": int((sizes == 1).sum()), "next_id": first_id + len(sizes)}
+    if past is not None:
+        clusters_before = past[0].read_batch(layout.CLUSTERS).column(0).to_numpy()[_modules(past[0], len(past[1]))]
+        before = np.concatenate([_before(run, part) for part in range(len(parts))])
+        known = np.where(before >= 0, clusters_before[before], -1)
+        lookup, _ = stable_clusters(modules, known, past[2])
+        counts["next_id"] = max(past[2], int(lookup.max()) + 1)
+        gone = np.ones(len(clusters_before), bool)
+        gone[before[before >= 0]] = False
+        counts["untouched_moved"] = int(((known >= 0) & (known != lookup[modules])).sum())
+        pairs = transitions(
+            np.concatenate([known, clusters_before[gone]]), np.concatenate([lookup[modules], np.full(int(gone.sum()), -1)])
+        )
+        with output.open_write(layout.events_part(run_id), durable=True) as file:
+            pq.write_table(events(*pairs), file, compression="zstd")
     size = run.write_arrow(layout.CLUSTERS, CLUSTERS_SCHEMA, [pa.record_batch([lookup], schema=CLUSTERS_SCHEMA)])
-    return {"clusters": len(sizes), "singletons": int((sizes == 1).sum())}, {layout.CLUSTERS: size}
+    return counts, {layout.CLUSTERS: size}
 
 
-def publish_part(run: Store, output: Store, run_id: str, part: int) -> int:
+def publish_part(run: Store, output: Store, run_id: str, part: int, past: Past | None) -> int:
     """Write one part's labels, `id` and `cluster` in input order, null for a row set aside; returns the file's bytes.
 
-    Rows set aside are also listed, with file, row and reason, under `rejected/`.
+    Rows set aside are also listed, with file, row and reason, under `rejected/`; after a night, faces whose cluster is another
+    under `moves/`.
     """
     ids, rejected = read_ids(run, part), read_rejected(run, part)
     modules = run.read_batch(layout.part("modules", part)).column(0).to_numpy()
@@ -72,6 +108,35 @@ def publish_part(run: Store, output: Store, run_id: str, part: int) -> int:
         lines = {"id": ids.take(rejected.column("position"))} | {n: rejected.column(n) for n in ("file", "row", "reason")}
         with output.open_write(layout.rejected_part(run_id, part), durable=True) as file:
             pq.write_table(pa.table(lines), file, compression="zstd")
+    if past is not None:
+        moved = _moves(run, part, ids.filter(pa.array(~aside)), clusters[~aside], past)
+        with output.open_write(layout.moves_part(run_id, part), durable=True) as file:
+            pq.write_table(moved, file, compression="zstd")
     with output.open_write(layout.label_part(run_id, part), durable=True) as file:
         pq.write_table(pa.table([ids, pa.array(clusters, mask=aside)], schema=schema), file, compression="zstd")
         return int(file.tell())
+
+
+def _moves(run: Store, part: int, ids: pa.Array, clusters: np.ndarray, past: Past) -> pa.Table:
+    """One part's faces whose cluster is another than before, or that are new; and those that were in it and are gone."""
+    store, parts, _ = past
+    before = _before(run, part)
+    if part >= len(parts):
+        columns = [ids, pa.nulls(len(ids), pa.int64()), pa.array(clusters)]
+        return pa.table(columns, schema=moves_schema(ids.type))
+    lookup = store.read_batch(layout.CLUSTERS).column(0).to_numpy()
+    old = lookup[store.read_batch(layout.part("modules", part)).column(0).to_numpy()]
+    was = old[before - parts.starts[part]]
+    moved = np.flatnonzero(was != clusters)
+    rejected = read_rejected(store, part)
+    good = np.ones(parts.rows(part) + rejected.num_rows, bool)
+    good[rejected.column("position").to_numpy()] = False
+    gone = np.ones(len(old), bool)
+    gone[before - parts.starts[part]] = False
+    gone_ids = read_ids(store, part).take(pa.array(np.flatnonzero(good)[gone]))
+    columns = [
+        pa.concat_arrays([ids.take(pa.array(moved)), gone_ids]),
+        pa.array(np.concatenate([was[moved], old[gone]])),
+        pa.concat_arrays([pa.array(clusters[moved]), pa.nulls(int(gone.sum()), pa.int64())]),
+    ]
+    return pa.table(columns, schema=moves_schema(ids.type))

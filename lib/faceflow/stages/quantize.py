@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from faceflow import __version__
 from faceflow.cluster.executor import Resources
 from faceflow.errors import SettingsError
 from faceflow.kernels import plans, probing, quantizer, tiles
-from faceflow.stages.base import Context, Outcome, Stage, merge_pieces
+from faceflow.stages import cells
+from faceflow.stages.base import Context, Outcome, Past, Stage, merge_pieces
 from faceflow.stages.reading import read_quantizer, read_vectors
 from faceflow.storage import layout
 from faceflow.storage.files import Store
 from faceflow.storage.manifests import is_whole
-from faceflow.tables import QUANTIZER_METADATA, cells_schema
+from faceflow.tables import QUANTIZER_METADATA
 
 log = logging.getLogger("faceflow")
 
@@ -39,15 +41,37 @@ LEAST_HELD_OUT, HELD_OUT_AT_1M, MOST_HELD_OUT = 4_096, 16_384, 65_536
 root of their number, so that about 12,000 pairs (of people with 68 photos) are seen: seconds of one core."""
 
 
+MOST_ACTIVE = 0.25
+"""Share of faces that may come, change or go in a night for it to be searched as one: past that, all pairs are less work."""
+
+MOST_GROWN = 1.5
+"""Growth of the data set since the quantizer was trained, past which its cells are too few."""
+
+FAREST, MOST_UNEVEN = 0.9, 1.5
+"""Drift of the quantizer: how near new faces are to their centroids, on average, relative to the faces it was trained on, and
+how uneven the cells have become (the mean size of the cell that a face lives in) relative to then."""
+
+
 def run(context: Context) -> Outcome:
-    """Fix the plan; train, order and cut the cells; assign every part."""
-    config, parts, dim = context.config, context.parts, context.dim
-    run, executor = context.stores.run, context.executor
+    """Fix the plan; train, order and cut the cells; assign every part. A night keeps last night's, unless `why_anew`."""
+    if context.past is not None:
+        reason = why_anew(context)
+        if reason is None:
+            outcome, reason = carry(context, context.past)
+            if reason is None:
+                return outcome
+        log.info("plan     every pair is searched again: %s", reason)
+        return _run_in_full(context, {"incremental": False, "because": reason, "nights": 0})
+    return _run_in_full(context, {"incremental": False, "nights": 0})
+
+
+def _choose(context: Context) -> plans.Plan:
+    config, parts = context.config, context.parts
     if config.cells and config.cells > parts.faces:
         raise SettingsError(f"cells is {config.cells}, but there are only {parts.faces} faces: give fewer cells")
-    plan = plans.choose(
+    return plans.choose(
         parts.faces,
-        dim,
+        context.dim,
         config.index,
         config.cells,
         config.probes,
@@ -56,10 +80,89 @@ def run(context: Context) -> Outcome:
         joined=config.min_similarity is not None,
         on_gpu=config.gpus_per_worker > 0,
     )
+
+
+def why_anew(context: Context) -> str | None:
+    """Why this night cannot build on last night's tables, or None where it can: known before anything is computed."""
+    config, past = context.config, context.past
+    assert past is not None
+    if context.effort:
+        return "the measured recall was too low"
+    before, counts = past.done["quantize"].counts, context.done["ingest"].counts
+    settings = {**past.done["quantize"].fingerprint, **past.done["search"].fingerprint}
+    for key in ("neighbors", "min_similarity", "index", "cells", "probes", "seed", "gpu_float16", "version of faceflow"):
+        now = __version__ if key.startswith("version") else getattr(config, key)
+        if settings.get(key) != now:
+            return f"{key.removeprefix('version of ')} was {settings.get(key)}, is {now}"
+    if before["nights"] + 1 >= config.full_every:
+        return f"the last {config.full_every - 1} nights built on each other (--full-every)"
+    moved = counts["added"] + counts["changed"] + counts["removed"]
+    if moved > MOST_ACTIVE * counts["faces"]:
+        return f"{moved:,} of {counts['faces']:,} faces are new, changed or gone"
+    if counts["faces"] > MOST_GROWN * before["trained_faces"]:
+        return f"{counts['faces']:,} faces, but the plan was made for {before['trained_faces']:,}"
+    plan = _choose(context)
+    if plan.index != before["index"]:
+        return f"the plan was {before['index']}, and {plan.index} is less work now"
+    return None
+
+
+def carry(context: Context, past: Past) -> tuple[Outcome, str | None]:
+    """Keep last night's quantizer and cells and assign the new parts; and why that will not do, if the quantizer drifted."""
+    executor, parts, dim, run = context.executor, context.parts, context.dim, context.stores.run
+    before = past.done["quantize"].counts
+    counts: dict[str, Any] = {"incremental": True, "nights": before["nights"] + 1, "trained_faces": before["trained_faces"]}
+    counts["index"] = before["index"]
+    if before["index"] == "exact":
+        return Outcome(counts, {}), None
+    pieces = {layout.CENTROIDS: run.share(past.run, layout.CENTROIDS, layout.CENTROIDS)}
+    rule, _, _ = cells.read_rules(run)
+    old = len(past.parts)
+    results = executor.map(
+        cells.carry_cells,
+        [(run, past.run, part, dim, past.parts.starts[part], past.parts.rows(part)) for part in range(old)],
+        "carry",
+    )
+    results += executor.map(cells.assign_part, [(run, part, dim, rule) for part in range(old, len(parts))], "quantize")
+    pieces |= merge_pieces([piece for piece, _ in results])
+    new_faces = parts.faces - parts.starts[old]
+    near = sum(assigned.near for _, assigned in results[old:]) / max(1, new_faces)
+    counts |= _tell([assigned for _, assigned in results], parts.faces, dim)
+    counts |= {
+        key: before[key] for key in ("cells", "shards", "predicted_recall", "exhausted", "trained_near", "trained_uneven")
+    }
+    counts["new_near"] = round(near, 4)
+    reason = None
+    if new_faces and near < FAREST * before["trained_near"]:
+        reason = f"new faces are {near:.3f} near their centroids, those it was trained on {before['trained_near']:.3f}"
+    if counts["uneven"] > MOST_UNEVEN * before["trained_uneven"]:
+        reason = f"cells are {counts['uneven']:.2f} uneven, and were {before['trained_uneven']:.2f}"
+    if reason is not None:
+        for folder in ("quantizer", "cells"):
+            run.delete(folder)
+    return Outcome(counts, pieces), reason
+
+
+def _tell(results: Sequence[cells.Assigned], faces: int, dim: int) -> dict[str, Any]:
+    homes = np.sum([np.array(assigned.homes) for assigned in results], axis=0)
+    travelled = sum(assigned.sent for assigned in results)
+    return {
+        "mean_probes": round(sum(assigned.probes for assigned in results) / faces, 3),
+        "travelled": travelled,
+        "bytes_moved": travelled * 4 * dim,
+        "near": round(sum(assigned.near for assigned in results) / faces, 4),
+        "uneven": round(float((homes.astype(float) ** 2).sum() * len(homes) / faces**2), 3),
+    }
+
+
+def _run_in_full(context: Context, counts: dict[str, Any]) -> Outcome:
+    config, parts, dim = context.config, context.parts, context.dim
+    run, executor = context.stores.run, context.executor
+    plan = _choose(context)
     workers = min(executor.cpus, config.workers or executor.cpus)
     flops = executor.call(measure_flops, dim, label="measure") * workers
     log.info("plan     %s (measured: %.0f GFLOP/s with %d workers)", plan.reason(flops), flops / 1e9, workers)
-    counts: dict[str, Any] = {"index": plan.index, "gflops": round(flops / 1e9, 1)}
+    counts = counts | {"index": plan.index, "gflops": round(flops / 1e9, 1), "trained_faces": parts.faces}
     counts |= {"exact_seconds": round(plan.exact_work / flops, 1), "cells_seconds": round(plan.cells_work / flops, 1)}
     if plan.index == "exact":
         return Outcome(counts, {})
@@ -71,26 +174,24 @@ def run(context: Context) -> Outcome:
         executor.call(
             train, run, parts.starts, dim, training, executor.largest_machine_cpus, label="train", resources=Resources(cpus=0)
         )
-    with run.open_arrow(layout.CENTROIDS) as reader:
-        trained = json.loads(reader.schema.metadata[QUANTIZER_METADATA])
-    rule = probing.ProbeRule(trained["margin"], trained["most"]).widened(context.effort, plan.cells)
+    rule, _, recall = cells.read_rules(run)
+    rule = rule.widened(context.effort, plan.cells)
     results = executor.map(
-        assign_part,
-        [(run, part, parts.starts[part], dim, rule) for part in range(len(parts))],
+        cells.assign_part,
+        [(run, part, dim, rule) for part in range(len(parts))],
         "quantize",
         sizes=[parts.rows(part) for part in range(len(parts))],
     )
-    pieces = merge_pieces([pieces for pieces, _, _ in results])
+    pieces = merge_pieces([pieces for pieces, _ in results])
     pieces[layout.CENTROIDS] = run.size(layout.CENTROIDS) or 0
-    travelled = sum(sent for _, _, sent in results)
+    counts |= _tell([assigned for _, assigned in results], parts.faces, dim)
     counts |= {
         "cells": plan.cells,
-        "shards": len(trained["shard_starts"]) - 1,
-        "mean_probes": round(sum(probed for _, probed, _ in results) / parts.faces, 3),
-        "predicted_recall": None if context.effort else trained["recall"],
+        "shards": len(read_quantizer(run, dim)[1]) - 1,
+        "predicted_recall": None if context.effort else recall,
         "exhausted": rule.margin is None and rule.most >= plan.cells,
-        "travelled": travelled,
-        "bytes_moved": travelled * 4 * dim,
+        "trained_near": counts["near"],
+        "trained_uneven": counts["uneven"],
     }
     return Outcome(counts, pieces)
 
@@ -99,7 +200,7 @@ STAGE = Stage(
     name="quantize",
     reads=("vectors",),
     writes=("quantizer", "cells"),
-    settings=("index", "cells", "probes", "neighbors", "min_similarity", "seed"),
+    settings=("index", "cells", "probes", "neighbors", "min_similarity", "seed", "full_every"),
     after=("ingest",),
     packages=("faceflow", "numpy"),
     run=run,
@@ -174,48 +275,19 @@ def train(run: Store, starts: tuple[int, ...], dim: int, training: Training, thr
     if training.probes is None:
         held = _gather(run, starts, dim, held_out)
         most = min(MAX_PROBES, cells)
-        rule, mean_probes, recall = probing.choose_rule(
+        choice = probing.choose_rule(
             held, starts[-1], centroids, training.neighbors, training.floor, most, *target_recall(starts[-1])
         )
     else:
-        rule, mean_probes, recall = probing.ProbeRule(None, min(training.probes, cells)), float(training.probes), None
-    shards = plans.shard_count(starts[-1], dim, training.neighbors, cells, mean_probes, training.worker_bytes, training.workers)
+        rule = probing.ProbeRule(None, min(training.probes, cells))
+        choice = probing.Choice(rule, rule.widened(1, cells), float(training.probes), None)
+    shards = plans.shard_count(
+        starts[-1], dim, training.neighbors, cells, choice.mean_probes, training.worker_bytes, training.workers
+    )
     cuts = quantizer.shard_starts(load[order] ** 2, shards)
-    record = json.dumps({"shard_starts": cuts.tolist(), "margin": rule.margin, "most": rule.most, "recall": recall})
+    record = json.dumps(
+        {"shard_starts": cuts.tolist(), "recall": choice.recall, "rule": asdict(choice.rule), "alone": asdict(choice.alone)}
+    )
     schema = pa.schema([pa.field("centroid", pa.list_(pa.float32(), dim))], metadata={QUANTIZER_METADATA: record})
     column = pa.FixedSizeListArray.from_arrays(pa.array(centroids[order].ravel()), dim)
     run.write_arrow(layout.CENTROIDS, schema, [pa.record_batch([column], schema=schema)])
-
-
-def assign_part(run: Store, part: int, first_row: int, dim: int, rule: probing.ProbeRule) -> tuple[dict[str, int], int, int]:
-    """Write one part's cells: one record batch per shard with the faces that probe a cell of it.
-
-    Returns the file's bytes, the number of probes, and how many (face, shard) pairs travel. On a disk shards gather the
-    vectors from the part itself; on S3 the vectors travel in the batch, so that a shard reads what it needs by range.
-    """
-    name = layout.part("cells", part)
-    if is_whole(run, name):
-        with run.open_arrow(name) as reader:
-            metadata = json.loads(reader.schema.metadata[QUANTIZER_METADATA])
-            return {name: run.size(name) or 0}, metadata["probes"], metadata["sent"]
-    vectors = read_vectors(run, part, dim)
-    centroids, starts = read_quantizer(run, dim)
-    offsets, cells = probing.probe(vectors, centroids, rule)
-    # One entry per (shard, face) that meet, in that order; a face may probe several cells of one shard.
-    owner = np.repeat(np.arange(len(vectors)), np.diff(offsets))
-    travel = np.unique((np.searchsorted(starts, cells, side="right") - 1) * len(vectors) + owner)
-    bounds = np.searchsorted(travel, np.arange(len(starts)) * len(vectors))
-    metadata = json.dumps({"probes": len(cells), "sent": len(travel)})
-    schema = cells_schema(None if run.is_local else dim).with_metadata({QUANTIZER_METADATA: metadata})
-    lists = pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(cells), type=schema.field(1).type)
-
-    def batches() -> Iterator[pa.RecordBatch]:
-        for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
-            here = travel[begin:end] % len(vectors)
-            columns = [pa.array((here + first_row).astype(np.int32)), lists.take(pa.array(here))]
-            if not run.is_local:
-                column = pa.FixedSizeListArray.from_arrays(pa.array(vectors[here].ravel()), dim)
-                columns.append(column.cast(schema.field(2).type))
-            yield pa.record_batch(columns, schema=schema)
-
-    return {name: run.write_arrow(name, schema, batches())}, len(cells), len(travel)

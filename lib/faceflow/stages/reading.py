@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from faceflow.storage import layout
 from faceflow.storage.files import Store
-from faceflow.tables import QUANTIZER_METADATA
+from faceflow.tables import QUANTIZER_METADATA, Parts
 
 
 def matrix(column: pa.Array, dim: int) -> np.ndarray:
@@ -37,3 +37,18 @@ def read_quantizer(run: Store, dim: int) -> tuple[np.ndarray, np.ndarray]:
     batch = run.read_batch(layout.CENTROIDS)
     record = json.loads(batch.schema.metadata[QUANTIZER_METADATA])
     return matrix(batch.column(0), dim), np.array(record["shard_starts"])
+
+
+def rows_tonight(run: Store, past_faces: int, parts: Parts) -> np.ndarray:
+    """int32[past_faces]: tonight's row of each face of last night, -1 for those that are gone."""
+    rows = np.full(past_faces, -1, np.int32)
+    for part in range(len(parts)):
+        before = run.read_batch(layout.part("past", part)).column(0).to_numpy()
+        there = np.flatnonzero(before >= 0)
+        rows[before[there]] = parts.starts[part] + there
+    return rows
+
+
+def read_states(run: Store, part: int) -> np.ndarray:
+    """uint8[n] of one part: `tables.STATE_SCHEMA`."""
+    return run.read_batch(layout.part("state", part)).column(0).to_numpy()

@@ -13,7 +13,9 @@ import pyarrow as pa
 from faceflow.cluster.executor import Resources
 from faceflow.kernels import probing, quantizer, recall, topk
 from faceflow.kernels import search as cpu
+from faceflow.stages import renewal
 from faceflow.stages.base import Context, Outcome, Stage, merge_pieces
+from faceflow.stages.candidates import candidates_batch, probes_of, read_candidates
 from faceflow.stages.reading import matrix, read_quantizer, read_vectors
 from faceflow.storage import layout
 from faceflow.storage.files import Store
@@ -24,20 +26,27 @@ EXACT_BLOCKS = 16
 SMALLEST_BLOCK, LARGEST_BLOCK = 1_024, 65_536
 """Faces of one block of the exact plan: about EXACT_BLOCKS shards, within what a product and its buffers may weigh."""
 
+NIGHT_SHARE = 4
+"""A night's certificate is from a quarter of the faces: it must not cost more than the search."""
+
 Block = tuple[int, int, int]
 """(part, first row within it, end) of one block of the exact plan."""
 
 
 def run(context: Context) -> Outcome:
-    """Search every shard, then merge every part."""
+    """Search every shard, or tonight's faces in every shard, then merge every part."""
     config, parts = context.config, context.parts
     plan = context.done["quantize"].counts
     run, on_gpu = context.stores.run, config.gpus_per_worker > 0
     resources = Resources(gpus=config.gpus_per_worker)
     limits = (config.neighbors, config.min_similarity, on_gpu, config.gpu_float16)
-    if on_gpu:
+    night = bool(plan["incremental"])
+    if on_gpu and not night:
         context.executor.call(check_gpu, config.neighbors, label="gpu", resources=resources)
-    if plan["index"] == "exact":
+    if night:
+        assert context.past is not None
+        shards = renewal.search_night(context, context.past)
+    elif plan["index"] == "exact":
         blocks = exact_blocks(parts)
         shards = len(blocks)
         context.executor.map(
@@ -56,10 +65,10 @@ def run(context: Context) -> Outcome:
             resources=resources,
             smaller=in_smaller_steps,
         )
-    sample = recall.sample_rows(parts.faces, config.recall_sample, config.seed)
+    sample = recall.sample_rows(parts.faces, config.recall_sample // (NIGHT_SHARE if night else 1), config.seed)
     results = context.executor.map(
         merge_part,
-        [(run, parts, part, context.dim, shards, config.neighbors, sample) for part in range(len(parts))],
+        [(run, parts, part, context.dim, shards, config.neighbors, sample, night) for part in range(len(parts))],
         "merge",
         sizes=[parts.rows(part) for part in range(len(parts))],
     )
@@ -81,8 +90,8 @@ def run(context: Context) -> Outcome:
 STAGE = Stage(
     name="search",
     reads=("vectors", "quantizer", "cells"),
-    writes=("candidates", "certificate", "neighbors"),
-    scratch=("candidates", "certificate"),
+    writes=("carried", "before", "fresh", "candidates", "certificate", "neighbors", "state"),
+    scratch=("carried", "before", "fresh", "candidates", "certificate"),
     settings=("neighbors", "min_similarity", "recall_sample", "seed", "gpu_float16"),
     after=("ingest", "quantize"),
     packages=("faceflow", "numpy"),
@@ -154,7 +163,7 @@ def search_exact_shard(
             counts = [np.diff(offsets) for _, offsets, _ in pieces]
             offsets = np.concatenate([[0], np.cumsum(np.concatenate([np.empty(0, np.int64), *counts]))])
             keys = np.concatenate([np.empty(0, np.uint64), *(keys for _, _, keys in pieces)])
-            yield _candidates(np.concatenate([np.empty(0, np.int64), *rows]), offsets, keys)
+            yield candidates_batch(np.concatenate([np.empty(0, np.int64), *rows]), offsets, keys)
 
     run.write_arrow(layout.candidates(shard), CANDIDATES_SCHEMA, batches())
 
@@ -186,9 +195,9 @@ def search_cells_shard(
 
     def batches() -> Iterator[pa.RecordBatch]:
         for part in range(len(parts)):
-            offsets, rows, similarities = topk.merge(_read_candidates(run, found, part), parts.rows(part), neighbors)
+            offsets, rows, similarities = topk.merge(read_candidates(run, found, part), parts.rows(part), neighbors)
             here = np.flatnonzero(np.diff(offsets))
-            yield _candidates(here, np.append(offsets[here], offsets[-1]), topk.encode(similarities, rows))
+            yield candidates_batch(here, np.append(offsets[here], offsets[-1]), topk.encode(similarities, rows))
 
     run.write_arrow(name, CANDIDATES_SCHEMA, batches())
     for path in found:
@@ -201,8 +210,9 @@ def _search_cells(
 ) -> None:  # fmt: skip
     """Gather the faces that probe these cells of a shard, search them, and write the candidates of every part."""
     batches = [_that_probe(run.read_batch(layout.part("cells", part), shard), cells) for part in range(len(parts))]
-    rows = np.concatenate([batch.column(0).to_numpy() for batch in batches])
-    probes = _probes([batch.column(1) for batch in batches])
+    rows = np.concatenate([batch.column(0).to_numpy() + first for batch, first in zip(batches, parts.starts, strict=False)])
+    rows = rows.astype(np.int32)
+    probes = probes_of([batch.column(1) for batch in batches])
     bounds = np.searchsorted(rows, parts.starts)
     vectors = np.empty((len(rows), dim), np.float32)
     for part, batch in enumerate(batches):
@@ -223,7 +233,7 @@ def _search_cells(
         name,
         CANDIDATES_SCHEMA,
         (
-            _candidates(rows[b:e] - first, *buffers.take(np.arange(b, e)))
+            candidates_batch(rows[b:e] - first, *buffers.take(np.arange(b, e)))
             for b, e, first in zip(bounds[:-1], bounds[1:], parts.starts, strict=False)
         ),
     )
@@ -238,36 +248,20 @@ def _that_probe(batch: pa.RecordBatch, cells: range) -> pa.RecordBatch:
     return batch if len(here) == batch.num_rows else batch.take(pa.array(here))
 
 
-def _probes(columns: Sequence[pa.ListArray]) -> cpu.Probes:
-    counts = np.concatenate([np.diff(column.offsets.to_numpy()) for column in columns])
-    offsets = np.zeros(len(counts) + 1, np.int64)
-    np.cumsum(counts, out=offsets[1:])
-    return offsets, np.concatenate([column.flatten().to_numpy() for column in columns])
-
-
-def _candidates(rows: np.ndarray, offsets: np.ndarray, keys: np.ndarray) -> pa.RecordBatch:
-    lists = pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(keys, pa.uint64()))
-    return pa.record_batch([pa.array(rows.astype(np.int32)), lists], schema=CANDIDATES_SCHEMA)
-
-
-def _read_candidates(run: Store, names: Sequence[str], part: int) -> list[topk.CandidateList]:
-    """What each of these files holds for one part."""
-    batches = [run.read_batch(name, part) for name in names]
-    columns = [(batch.column(0).to_numpy(), batch.column(1)) for batch in batches if batch.num_rows]
-    return [(rows, keys.offsets.to_numpy(), keys.values.to_numpy()) for rows, keys in columns]
-
-
 def merge_part(
-    run: Store, parts: Parts, part: int, dim: int, shards: int, neighbors: int, sample: np.ndarray
+    run: Store, parts: Parts, part: int, dim: int, shards: int, neighbors: int, sample: np.ndarray, night: bool
 ) -> tuple[dict[str, int], int]:
     """Write one part's neighbor table, and beside it its sampled faces; returns its bytes and its number of neighbors."""
     name, first_row = layout.part("neighbors", part), parts.starts[part]
     if is_whole(run, name):
         table = NeighborTable.from_batch(run.read_batch(name), first_row)
     else:
-        lists = _read_candidates(run, [layout.candidates(shard) for shard in range(shards)], part)
-        table = NeighborTable(first_row, *topk.merge(lists, parts.rows(part), neighbors))
-        del lists
+        if night:
+            table = renewal.merge_night(run, parts, part, shards, neighbors)
+        else:
+            lists = read_candidates(run, [layout.candidates(shard) for shard in range(shards)], part)
+            table = NeighborTable(first_row, *topk.merge(lists, parts.rows(part), neighbors))
+            del lists
         run.write_arrow(name, NEIGHBORS_SCHEMA, [table.to_batch()])
     here = sample[(sample >= first_row) & (sample < parts.starts[part + 1])]
     schema = queries_schema(dim)
@@ -294,7 +288,7 @@ def search_truth(run: Store, parts: Parts, part: int, dim: int, neighbors: int, 
     offsets, keys = recall.search_part(
         vectors, queries["row"].to_numpy(), read_vectors(run, part, dim), parts.starts[part], neighbors, floor
     )
-    run.write_arrow(layout.truth(part), CANDIDATES_SCHEMA, [_candidates(np.arange(len(vectors)), offsets, keys)])
+    run.write_arrow(layout.truth(part), CANDIDATES_SCHEMA, [candidates_batch(np.arange(len(vectors)), offsets, keys)])
 
 
 def certify(run: Store, parts: Parts, dim: int, sampled: int, neighbors: int, floor: float | None) -> recall.Certificate:

@@ -57,6 +57,33 @@ CENTROIDS = "quantizer/centroids.arrow"
 CLUSTERS = "clusters/clusters.arrow"
 
 
+ARRIVALS = "arrivals"
+"""What a night reads anew, laid out like a run directory of its own."""
+
+
+def matches(bucket: int) -> str:
+    """Which faces of one bucket of ids were there before, and which of those that were are gone."""
+    return f"matches/bucket-{bucket:05d}.arrow"
+
+
+def events_folder(run_id: str) -> str:
+    """What became of each cluster in this run, one row an event."""
+    return f"events/run={run_id}"
+
+
+def events_part(run_id: str) -> str:
+    return f"{events_folder(run_id)}/part-00000.parquet"
+
+
+def moves_folder(run_id: str) -> str:
+    """Each face whose cluster this run changed."""
+    return f"moves/run={run_id}"
+
+
+def moves_part(run_id: str, index: int) -> str:
+    return f"{moves_folder(run_id)}/part-{index:05d}.parquet"
+
+
 def label_folder(run_id: str) -> str:
     return f"labels/run={run_id}"
 

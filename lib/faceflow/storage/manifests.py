@@ -52,6 +52,12 @@ def load(run: Store, stage: str, fingerprint: Mapping[str, Any]) -> Manifest | N
     return manifest
 
 
+def read(run: Store, stage: str) -> Manifest | None:
+    """The manifest of a finished stage, whatever it was made from; None where there is none."""
+    record = run.read_json(layout.manifest(stage))
+    return Manifest(**record) if record is not None else None
+
+
 def begin(run: Store, stage: str, fingerprint: Mapping[str, Any]) -> None:
     """Note what the stage is being made from, before its first piece."""
     run.write_json(layout.plan(stage), {"stage": stage, "fingerprint": dict(fingerprint)})

@@ -1,0 +1,258 @@
+"""A night's ingest: only what is new or changed is read; what is still there keeps its parts, in their order.
+
+Rows are numbered by when they first came: last night's, less those that are gone, then the new ones.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from faceflow.errors import InputError
+from faceflow.stages import checking, intake
+from faceflow.stages.base import Context, Outcome, merge_pieces
+from faceflow.stages.reading import read_ids, read_rejected, read_vectors
+from faceflow.storage import layout
+from faceflow.storage.files import Store
+from faceflow.storage.inputs import list_parquet
+from faceflow.storage.manifests import is_whole
+from faceflow.tables import ORIGINS_SCHEMA, PAST_SCHEMA, REJECTED_SCHEMA, Parts, vectors_schema
+
+log = logging.getLogger("faceflow")
+
+GONE, KEPT, CHANGED, DROPPED, REPEATED = range(5)
+"""What becomes of an entry of last night (KEPT: read again, and the same; CHANGED: its embedding is another; GONE: the rest),
+and of one that was read tonight (DROPPED: it was there already; REPEATED: its id is that of a face in another file)."""
+
+MATCHES_SCHEMA = pa.schema([("entry", pa.int64()), ("verdict", pa.uint8()), ("file", pa.int32()), ("row", pa.int64())])
+
+
+@dataclass(frozen=True)
+class Side:
+    """A run directory's entries: where they are cut into parts."""
+
+    run: Store
+    entries: tuple[int, ...]
+
+
+def run(context: Context) -> Outcome:
+    """Compare the files, read those that are not as they were, tell new faces from old ones, and carry over the rest."""
+    past, executor, stores = context.past, context.executor, context.stores
+    assert past is not None
+    store, files = list_parquet(context.config.input, context.config.storage_options)
+    before: Mapping[str, Any] = past.done["ingest"].fingerprint["input_files"]
+    numbers = {f.path: i for i, f in enumerate(files)}
+    same = {f.path for f in files if before.get(f.path) == [f.size, f.version]} if not context.config.verify_content else set()
+    read = {path: number for path, number in numbers.items() if path not in same}
+    # By last night's numbers of the files: tonight's, or -1 where a file is gone or was read again.
+    carried = np.array([numbers[path] if path in same else -1 for path in before], np.int32)
+    log.info(
+        "changes  %d file(s) as they were; read: %d new, %d changed; gone: %d",
+        len(same), sum(path not in before for path in read), sum(path in before for path in read),
+        sum(path not in numbers for path in before),
+    )  # fmt: skip
+    counts = past.done["ingest"].counts
+    staging = stores.run.child(layout.ARRIVALS)
+    taken = intake.take_in(context, store, read, staging, counts["dim"])
+    old, new = Side(past.run, tuple(counts["entries"])), Side(staging, taken.entries)
+    buckets = max(1, -(-(old.entries[-1] + new.entries[-1]) // intake.BUCKET_IDS))
+    executor.map(match_bucket, [(stores.run, old, new, carried, b, buckets) for b in range(buckets)], "match")
+    starts = Parts(tuple(counts["starts"]))
+    first = len(starts)
+    carried_parts = executor.map(
+        carry_part,
+        [(stores.run, past.run, p, old.entries[p], starts.starts[p], carried, taken.dim, buckets) for p in range(first)],
+        "carry",
+        sizes=[starts.rows(p) for p in range(first)],
+    )
+    new_parts = executor.map(
+        place_part,
+        [
+            (stores.run, staging, p, new.entries[p], first + p, {n: path for path, n in read.items()}, taken.dim, buckets)
+            for p in range(len(new.entries) - 1)
+        ],
+        "place",
+    )
+    bad = checking.Tally()
+    for part in new_parts:
+        bad.include(part.rejected)
+    intake.judge(context, bad, max(1, taken.entries[-1]))
+    every = [*carried_parts, *new_parts]
+    faces = [part.faces for part in every]
+    if sum(faces) == 0:
+        raise InputError(f"input {context.config.input} has no face left in its {len(files)} Parquet file(s)")
+    stayed = sum(part.faces for part in carried_parts)
+    changed = sum(part.changed for part in new_parts)
+    result = {
+        "faces": sum(faces), "rejected": sum(part.entries - part.faces for part in every), "dim": taken.dim,
+        "files": len(files),
+        "added": sum(faces) - stayed - changed, "changed": changed, "removed": starts.faces - stayed - changed,
+        "starts": np.cumsum([0, *faces]).tolist(), "entries": np.cumsum([0, *(part.entries for part in every)]).tolist(),
+    }  # fmt: skip
+    return Outcome(result, merge_pieces([part.sizes for part in every]))
+
+
+@dataclass(frozen=True)
+class PlacedPart:
+    """One part of tonight: bytes of its files, faces, entries (rows set aside included), changed faces, and, of what was read
+    tonight, the tally of rows set aside."""
+
+    sizes: dict[str, int]
+    faces: int
+    entries: int
+    changed: int
+    rejected: checking.Tally
+
+
+def _read_bucket(side: Side, part: int, bucket: int, buckets: int) -> tuple[np.ndarray, pa.Array, pa.RecordBatch]:
+    """(entries int64[...], their ids, their origins) of one part's good rows that fall into one bucket."""
+    ids = read_ids(side.run, part)
+    good = np.ones(len(ids), bool)
+    good[read_rejected(side.run, part).column("position").to_numpy()] = False
+    here = np.flatnonzero((intake.buckets_of(ids, buckets) == bucket) & good)
+    origins = side.run.read_batch(layout.part("origins", part))
+    if len(here) < len(ids):
+        ids, origins = ids.take(pa.array(here)), origins.take(pa.array(here))
+    return side.entries[part] + here, ids, origins
+
+
+def match_bucket(run: Store, old: Side, new: Side, carried: np.ndarray, bucket: int, buckets: int) -> None:
+    """Compare the ids of one bucket: write what becomes of last night's entries in files that were read again or are gone
+    (first batch), and of those read tonight that are not new (second batch)."""
+    name = layout.matches(bucket)
+    if is_whole(run, name):
+        return
+    after = [_read_bucket(new, part, bucket, buckets) for part in range(len(new.entries) - 1)]
+    entries = np.concatenate([np.empty(0, np.int64), *(e for e, _, _ in after)])
+    known, verdicts = [], np.full(len(entries), -1, np.int16)
+    ids = pa.chunked_array([i for _, i, _ in after]).combine_chunks() if after else None
+    if ids is not None and isinstance(ids, pa.ChunkedArray):
+        ids = pa.concat_arrays(ids.chunks) if ids.num_chunks else None
+    origins = [np.concatenate([o.column(c).to_numpy() for _, _, o in after]) if after else np.empty(0) for c in range(3)]
+    for part in range(len(old.entries) - 1):
+        before, before_ids, before_origins = _read_bucket(old, part, bucket, buckets)
+        if ids is not None and before_ids.type != ids.type:
+            raise InputError(f"ids were {before_ids.type} in the published run, but are {ids.type} in tonight's files")
+        stays = carried[before_origins.column("file").to_numpy()] >= 0
+        # Where each id of last night stands among those read tonight, and -1 where it does not.
+        at = np.full(len(before), -1, np.int64)
+        if ids is not None and len(ids):
+            found = pc.index_in(before_ids, value_set=ids)
+            at = found.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+        verdicts[at[stays & (at >= 0)]] = REPEATED
+        back = ~stays & (at >= 0)
+        equal = before_origins.column("hash").to_numpy()[back] == origins[2][at[back]]
+        verdicts[at[back]] = np.where(equal, DROPPED, CHANGED)
+        fate = np.where(equal, KEPT, CHANGED)
+        columns = [before[back], fate, origins[0][at[back]], origins[1][at[back]]]
+        known.append([pa.array(c, f.type) for c, f in zip(columns, MATCHES_SCHEMA, strict=True)])
+    told = np.flatnonzero(verdicts >= 0)
+    columns = [entries[told], verdicts[told], *(np.zeros(len(told)) for _ in range(2))]
+    batches = [pa.concat_arrays([part[c] for part in known]) for c in range(4)]
+    seen = [pa.array(c.astype(f.type.to_pandas_dtype())) for c, f in zip(columns, MATCHES_SCHEMA, strict=True)]
+    run.write_arrow(name, MATCHES_SCHEMA, [pa.record_batch(b, schema=MATCHES_SCHEMA) for b in (batches, seen)])
+
+
+def _read_matches(run: Store, buckets: int, which: int, begin: int, end: int) -> list[np.ndarray]:
+    """[entries from `begin`, verdicts, files, rows] of the entries begin <= e < end, over all buckets, ascending."""
+    found = [run.read_batch(layout.matches(bucket), which) for bucket in range(buckets)]
+    columns = [np.concatenate([batch.column(c).to_numpy() for batch in found]) for c in range(4)]
+    here = (columns[0] >= begin) & (columns[0] < end)
+    order = np.argsort(columns[0][here], kind="stable")
+    return [columns[0][here][order] - begin, *(column[here][order] for column in columns[1:])]
+
+
+def carry_part(
+    run: Store, past: Store, part: int, first_entry: int, first_row: int, carried: np.ndarray, dim: int, buckets: int
+) -> PlacedPart:
+    """Write what is left of one part of last night; where that is all of it, its files are shared, not copied."""
+    ids, rejected = read_ids(past, part), read_rejected(past, part)
+    origins = past.read_batch(layout.part("origins", part))
+    files, rows = carried[origins.column("file").to_numpy()].copy(), origins.column("row").to_numpy().copy()
+    entry, verdict, new_files, new_rows = _read_matches(run, buckets, 0, first_entry, first_entry + len(ids))
+    stayed = verdict == KEPT
+    files[entry[stayed]], rows[entry[stayed]] = new_files[stayed], new_rows[stayed]
+    kept = files >= 0
+    good = np.ones(len(ids), bool)
+    good[rejected.column("position").to_numpy()] = False
+    names = {kind: layout.part(kind, part) for kind in ("vectors", "ids", "rejected", "origins", "past")}
+    sizes: dict[str, int] = {}
+    faces = kept[good]
+    if kept.all():
+        for kind in ("vectors", "ids", "rejected"):
+            sizes[names[kind]] = run.share(past, names[kind], names[kind])
+    else:
+        _write_part(
+            run, names, dim, read_vectors(past, part, dim)[faces], ids.filter(pa.array(kept)), _left(rejected, kept), sizes
+        )
+    columns = [files[kept], rows[kept], origins.column("hash").to_numpy()[kept]]
+    _write(run, names["origins"], ORIGINS_SCHEMA, columns, sizes)
+    _write(run, names["past"], PAST_SCHEMA, [(first_row + np.flatnonzero(faces)).astype(np.int32)], sizes)
+    return PlacedPart(sizes, int(faces.sum()), int(kept.sum()), 0, checking.Tally())
+
+
+def place_part(
+    run: Store, staging: Store, part: int, first_entry: int, number: int, paths: Mapping[int, str], dim: int, buckets: int
+) -> PlacedPart:
+    """Write the new faces of one part that was read tonight."""
+    ids, rejected = read_ids(staging, part), read_rejected(staging, part)
+    origins = staging.read_batch(layout.part("origins", part))
+    entry, verdict, _, _ = _read_matches(run, buckets, 1, first_entry, first_entry + len(ids))
+    kept, good = np.ones(len(ids), bool), np.ones(len(ids), bool)
+    kept[entry[verdict == DROPPED]] = False
+    good[rejected.column("position").to_numpy()] = False
+    repeated = entry[verdict == REPEATED]
+    if len(repeated):
+        rejected = _with_repeated(rejected, repeated, origins.take(pa.array(repeated)), paths)
+    faces = kept[good]
+    faces[np.searchsorted(np.flatnonzero(good), repeated)] = False
+    names = {kind: layout.part(kind, number) for kind in ("vectors", "ids", "rejected", "origins", "past")}
+    sizes: dict[str, int] = {}
+    left = _left(rejected, kept)
+    _write_part(run, names, dim, read_vectors(staging, part, dim)[faces], ids.filter(pa.array(kept)), left, sizes)
+    _write(run, names["origins"], ORIGINS_SCHEMA, [c.to_numpy()[kept] for c in origins.columns], sizes)
+    _write(run, names["past"], PAST_SCHEMA, [np.full(int(faces.sum()), -1, np.int32)], sizes)
+    changed = int((verdict == CHANGED).sum())
+    return PlacedPart(sizes, int(faces.sum()), int(kept.sum()), changed, intake.tally_of(left))
+
+
+def _with_repeated(
+    rejected: pa.RecordBatch, repeated: np.ndarray, origins: pa.RecordBatch, paths: Mapping[int, str]
+) -> pa.RecordBatch:
+    """The rejected rows of a part with these entries, whose ids other files hold, among them."""
+    count, reason = len(repeated), checking.REASONS[checking.REPEATED]
+    files = [paths[number] for number in origins.column("file").to_pylist()]
+    more = [repeated, [checking.REPEATED] * count, files, origins.column("row").to_numpy(), [reason] * count]
+    batch = pa.record_batch([pa.array(c, f.type) for c, f in zip(more, REJECTED_SCHEMA, strict=True)], schema=REJECTED_SCHEMA)
+    return pa.Table.from_batches([rejected, batch]).sort_by("position").combine_chunks().to_batches()[0]
+
+
+def _left(rejected: pa.RecordBatch, kept: np.ndarray) -> pa.RecordBatch:
+    """The rejected rows among the entries that are kept, by their new positions."""
+    position = rejected.column("position").to_numpy()
+    there = kept[position]
+    moved = (np.cumsum(kept) - 1)[position[there]].astype(np.int32)
+    rest = rejected.filter(pa.array(there))
+    return pa.record_batch([pa.array(moved), *rest.columns[1:]], schema=REJECTED_SCHEMA)
+
+
+def _write(run: Store, name: str, schema: pa.Schema, columns: Sequence[np.ndarray], sizes: dict[str, int]) -> None:
+    sizes[name] = run.write_arrow(name, schema, [pa.record_batch([pa.array(c) for c in columns], schema=schema)])
+
+
+def _write_part(
+    run: Store, names: Mapping[str, str], dim: int, vectors: np.ndarray, ids: pa.Array, rejected: pa.RecordBatch,
+    sizes: dict[str, int],
+) -> None:  # fmt: skip
+    schema = vectors_schema(dim)
+    column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), dim).cast(schema.field(0).type)
+    sizes[names["vectors"]] = run.write_arrow(names["vectors"], schema, [pa.record_batch([column], schema=schema)])
+    id_schema = pa.schema([pa.field("id", ids.type)])
+    sizes[names["ids"]] = run.write_arrow(names["ids"], id_schema, [pa.record_batch([ids], schema=id_schema)])
+    sizes[names["rejected"]] = run.write_arrow(names["rejected"], REJECTED_SCHEMA, [rejected])
