@@ -47,8 +47,9 @@ ORIGINS_SCHEMA = pa.schema([("file", pa.int32()), ("row", pa.int64()), ("hash", 
 """Where each entry of `ids/` came from: which of the run's input files, in sorted order, the row in it, and a hash of the
 embedding (0 for a row set aside)."""
 
-PAST_SCHEMA = pa.schema([pa.field("past", pa.int32(), nullable=False)])
-"""The row that each face of one part had in the run before, -1 for a new one."""
+PAST_SCHEMA = pa.schema([pa.field("past", pa.int32(), nullable=False), pa.field("face", pa.int32(), nullable=False)])
+"""past: the row that each face of one part had in the run before, with the same embedding, else -1; face: the row of the same
+id, whatever its embedding was, else -1."""
 
 STATE_SCHEMA = pa.schema([pa.field("state", pa.uint8(), nullable=False)])
 """What a night does to each face of one part: `SAME`, `CHANGED` (its neighbors are not what they were) or `ACTIVE` (it is

@@ -33,12 +33,16 @@ and of one that was read tonight (DROPPED: it was there already; REPEATED: its i
 MATCHES_SCHEMA = pa.schema([("entry", pa.int64()), ("verdict", pa.uint8()), ("file", pa.int32()), ("row", pa.int64())])
 
 
+_ORIGIN = (("file", np.int32), ("row", np.int64), ("hash", np.uint64))
+
+
 @dataclass(frozen=True)
 class Side:
-    """A run directory's entries: where they are cut into parts."""
+    """A run directory, and where its entries and its rows (entries that were not set aside) are cut into parts."""
 
     run: Store
     entries: tuple[int, ...]
+    starts: tuple[int, ...]
 
 
 def run(context: Context) -> Outcome:
@@ -60,7 +64,8 @@ def run(context: Context) -> Outcome:
     counts = past.done["ingest"].counts
     staging = stores.run.child(layout.ARRIVALS)
     taken = intake.take_in(context, store, read, staging, counts["dim"])
-    old, new = Side(past.run, tuple(counts["entries"])), Side(staging, taken.entries)
+    old = Side(past.run, tuple(counts["entries"]), tuple(counts["starts"]))
+    new = Side(staging, taken.entries, taken.starts)
     buckets = max(1, -(-(old.entries[-1] + new.entries[-1]) // intake.BUCKET_IDS))
     executor.map(match_bucket, [(stores.run, old, new, carried, b, buckets) for b in range(buckets)], "match")
     starts = Parts(tuple(counts["starts"]))
@@ -110,8 +115,17 @@ class PlacedPart:
     rejected: checking.Tally
 
 
-def _read_bucket(side: Side, part: int, bucket: int, buckets: int) -> tuple[np.ndarray, pa.Array, pa.RecordBatch]:
-    """(entries int64[...], their ids, their origins) of one part's good rows that fall into one bucket."""
+@dataclass(frozen=True)
+class _Bucket:
+    """Of one part, the rows that fall into one bucket of ids: their entries and rows (int64[n]), ids and origins."""
+
+    entries: np.ndarray
+    rows: np.ndarray
+    ids: pa.Array
+    origins: pa.RecordBatch
+
+
+def _read_bucket(side: Side, part: int, bucket: int, buckets: int) -> _Bucket:
     ids = read_ids(side.run, part)
     good = np.ones(len(ids), bool)
     good[read_rejected(side.run, part).column("position").to_numpy()] = False
@@ -119,7 +133,7 @@ def _read_bucket(side: Side, part: int, bucket: int, buckets: int) -> tuple[np.n
     origins = side.run.read_batch(layout.part("origins", part))
     if len(here) < len(ids):
         ids, origins = ids.take(pa.array(here)), origins.take(pa.array(here))
-    return side.entries[part] + here, ids, origins
+    return _Bucket(side.entries[part] + here, side.starts[part] + np.cumsum(good)[here] - 1, ids, origins)
 
 
 def match_bucket(run: Store, old: Side, new: Side, carried: np.ndarray, bucket: int, buckets: int) -> None:
@@ -129,34 +143,40 @@ def match_bucket(run: Store, old: Side, new: Side, carried: np.ndarray, bucket: 
     if is_whole(run, name):
         return
     after = [_read_bucket(new, part, bucket, buckets) for part in range(len(new.entries) - 1)]
-    entries = np.concatenate([np.empty(0, np.int64), *(e for e, _, _ in after)])
-    known, verdicts = [], np.full(len(entries), -1, np.int16)
-    ids = pa.chunked_array([i for _, i, _ in after]).combine_chunks() if after else None
-    if ids is not None and isinstance(ids, pa.ChunkedArray):
-        ids = pa.concat_arrays(ids.chunks) if ids.num_chunks else None
-    origins = [np.concatenate([o.column(c).to_numpy() for _, _, o in after]) if after else np.empty(0) for c in range(3)]
+    entries = np.concatenate([np.empty(0, np.int64), *(a.entries for a in after)])
+    ids = pa.concat_arrays([a.ids for a in after]) if after else None
+    file, row, hashes = (np.concatenate([np.empty(0, t), *(a.origins.column(c).to_numpy() for a in after)]) for c, t in _ORIGIN)
+    verdicts, faces = np.full(len(entries), -1, np.int16), np.zeros(len(entries), np.int64)
+    known = [[np.empty(0, np.int64)] for _ in MATCHES_SCHEMA]
     for part in range(len(old.entries) - 1):
-        before, before_ids, before_origins = _read_bucket(old, part, bucket, buckets)
-        if ids is not None and before_ids.type != ids.type:
-            raise InputError(f"ids were {before_ids.type} in the published run, but are {ids.type} in tonight's files")
-        stays = carried[before_origins.column("file").to_numpy()] >= 0
+        before = _read_bucket(old, part, bucket, buckets)
         # Where each id of last night stands among those read tonight, and -1 where it does not.
-        at = np.full(len(before), -1, np.int64)
-        if ids is not None and len(ids):
-            found = pc.index_in(before_ids, value_set=ids)
-            at = found.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+        at = np.full(len(before.entries), -1, np.int64)
+        if ids is not None:
+            if before.ids.type != ids.type:
+                raise InputError(f"ids were {before.ids.type} in the published run, but are {ids.type} in tonight's files")
+            at = pc.index_in(before.ids, value_set=ids).fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+        stays = carried[before.origins.column("file").to_numpy()] >= 0
         verdicts[at[stays & (at >= 0)]] = REPEATED
         back = ~stays & (at >= 0)
-        equal = before_origins.column("hash").to_numpy()[back] == origins[2][at[back]]
-        verdicts[at[back]] = np.where(equal, DROPPED, CHANGED)
-        fate = np.where(equal, KEPT, CHANGED)
-        columns = [before[back], fate, origins[0][at[back]], origins[1][at[back]]]
-        known.append([pa.array(c, f.type) for c, f in zip(columns, MATCHES_SCHEMA, strict=True)])
+        there = at[back]
+        equal = before.origins.column("hash").to_numpy()[back] == hashes[there]
+        verdicts[there], faces[there] = np.where(equal, DROPPED, CHANGED), before.rows[back]
+        for column, values in zip(
+            known, (before.entries[back], np.where(equal, KEPT, CHANGED), file[there], row[there]), strict=True
+        ):
+            column.append(values)
     told = np.flatnonzero(verdicts >= 0)
-    columns = [entries[told], verdicts[told], *(np.zeros(len(told)) for _ in range(2))]
-    batches = [pa.concat_arrays([part[c] for part in known]) for c in range(4)]
-    seen = [pa.array(c.astype(f.type.to_pandas_dtype())) for c, f in zip(columns, MATCHES_SCHEMA, strict=True)]
-    run.write_arrow(name, MATCHES_SCHEMA, [pa.record_batch(b, schema=MATCHES_SCHEMA) for b in (batches, seen)])
+    batches = (
+        [np.concatenate(column) for column in known],
+        [entries[told], verdicts[told], np.zeros(len(told)), faces[told]],  # the row that the face had
+    )
+    run.write_arrow(name, MATCHES_SCHEMA, [_batch(columns, MATCHES_SCHEMA) for columns in batches])
+
+
+def _batch(columns: Sequence[np.ndarray], schema: pa.Schema) -> pa.RecordBatch:
+    arrays = [pa.array(c.astype(f.type.to_pandas_dtype())) for c, f in zip(columns, schema, strict=True)]
+    return pa.record_batch(arrays, schema=schema)
 
 
 def _read_matches(run: Store, buckets: int, which: int, begin: int, end: int) -> list[np.ndarray]:
@@ -193,7 +213,8 @@ def carry_part(
         )
     columns = [files[kept], rows[kept], origins.column("hash").to_numpy()[kept]]
     _write(run, names["origins"], ORIGINS_SCHEMA, columns, sizes)
-    _write(run, names["past"], PAST_SCHEMA, [(first_row + np.flatnonzero(faces)).astype(np.int32)], sizes)
+    row_before = (first_row + np.flatnonzero(faces)).astype(np.int32)
+    _write(run, names["past"], PAST_SCHEMA, [row_before, row_before], sizes)
     return PlacedPart(sizes, int(faces.sum()), int(kept.sum()), 0, checking.Tally())
 
 
@@ -203,7 +224,7 @@ def place_part(
     """Write the new faces of one part that was read tonight."""
     ids, rejected = read_ids(staging, part), read_rejected(staging, part)
     origins = staging.read_batch(layout.part("origins", part))
-    entry, verdict, _, _ = _read_matches(run, buckets, 1, first_entry, first_entry + len(ids))
+    entry, verdict, _, row_before = _read_matches(run, buckets, 1, first_entry, first_entry + len(ids))
     kept, good = np.ones(len(ids), bool), np.ones(len(ids), bool)
     kept[entry[verdict == DROPPED]] = False
     good[rejected.column("position").to_numpy()] = False
@@ -217,7 +238,10 @@ def place_part(
     left = _left(rejected, kept)
     _write_part(run, names, dim, read_vectors(staging, part, dim)[faces], ids.filter(pa.array(kept)), left, sizes)
     _write(run, names["origins"], ORIGINS_SCHEMA, [c.to_numpy()[kept] for c in origins.columns], sizes)
-    _write(run, names["past"], PAST_SCHEMA, [np.full(int(faces.sum()), -1, np.int32)], sizes)
+    was = np.full(len(ids), -1, np.int32)
+    was[entry[verdict == CHANGED]] = row_before[verdict == CHANGED]
+    was = was[good][faces]
+    _write(run, names["past"], PAST_SCHEMA, [np.full(len(was), -1, np.int32), was], sizes)
     changed = int((verdict == CHANGED).sum())
     return PlacedPart(sizes, int(faces.sum()), int(kept.sum()), changed, intake.tally_of(left))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -31,7 +33,7 @@ def run(context: Context) -> Outcome:
     )
     results = context.executor.map(
         publish_part,
-        [(stores.run, stores.output, stores.run_id, part, past) for part in range(len(parts))],
+        [(stores.run, stores.output, stores.run_id, part, len(parts), past) for part in range(len(parts))],
         "publish",
         sizes=[parts.rows(part) for part in range(len(parts))],
     )
@@ -60,8 +62,17 @@ def _modules(run: Store, parts: int) -> np.ndarray:
     return np.concatenate([run.read_batch(layout.part("modules", p)).column(0).to_numpy() for p in range(parts)])
 
 
-def _before(run: Store, part: int) -> np.ndarray:
-    return run.read_batch(layout.part("past", part)).column(0).to_numpy()
+def _before(run: Store, parts: Iterable[int]) -> np.ndarray:
+    """The row that each face of these parts, by its id, had in the run before; -1 for a new one."""
+    return np.concatenate(
+        [np.empty(0, np.int32), *(run.read_batch(layout.part("past", p)).column(1).to_numpy() for p in parts)]
+    )
+
+
+def _clusters(run: Store, parts: Iterable[int]) -> np.ndarray:
+    """The cluster of each face of these parts of a finished run."""
+    lookup = run.read_batch(layout.CLUSTERS).column(0).to_numpy()
+    return np.concatenate([lookup[run.read_batch(layout.part("modules", p)).column(0).to_numpy()] for p in parts])
 
 
 def name_clusters(
@@ -74,8 +85,8 @@ def name_clusters(
     lookup[lookup >= 0] += first_id
     counts = {"clusters": len(sizes), "singletons": int((sizes == 1).sum()), "next_id": first_id + len(sizes)}
     if past is not None:
-        clusters_before = past[0].read_batch(layout.CLUSTERS).column(0).to_numpy()[_modules(past[0], len(past[1]))]
-        before = np.concatenate([_before(run, part) for part in range(len(parts))])
+        clusters_before = _clusters(past[0], range(len(past[1])))
+        before = _before(run, range(len(parts)))
         known = np.where(before >= 0, clusters_before[before], -1)
         lookup, _ = stable_clusters(modules, known, past[2])
         counts["next_id"] = max(past[2], int(lookup.max()) + 1)
@@ -91,7 +102,7 @@ def name_clusters(
     return counts, {layout.CLUSTERS: size}
 
 
-def publish_part(run: Store, output: Store, run_id: str, part: int, past: Past | None) -> int:
+def publish_part(run: Store, output: Store, run_id: str, part: int, parts: int, past: Past | None) -> int:
     """Write one part's labels, `id` and `cluster` in input order, null for a row set aside; returns the file's bytes.
 
     Rows set aside are also listed, with file, row and reason, under `rejected/`; after a night, faces whose cluster is another
@@ -109,7 +120,7 @@ def publish_part(run: Store, output: Store, run_id: str, part: int, past: Past |
         with output.open_write(layout.rejected_part(run_id, part), durable=True) as file:
             pq.write_table(pa.table(lines), file, compression="zstd")
     if past is not None:
-        moved = _moves(run, part, ids.filter(pa.array(~aside)), clusters[~aside], past)
+        moved = _moves(run, part, parts, ids.filter(pa.array(~aside)), clusters[~aside], past)
         with output.open_write(layout.moves_part(run_id, part), durable=True) as file:
             pq.write_table(moved, file, compression="zstd")
     with output.open_write(layout.label_part(run_id, part), durable=True) as file:
@@ -117,26 +128,27 @@ def publish_part(run: Store, output: Store, run_id: str, part: int, past: Past |
         return int(file.tell())
 
 
-def _moves(run: Store, part: int, ids: pa.Array, clusters: np.ndarray, past: Past) -> pa.Table:
+def _moves(run: Store, part: int, parts: int, ids: pa.Array, clusters: np.ndarray, past: Past) -> pa.Table:
     """One part's faces whose cluster is another than before, or that are new; and those that were in it and are gone."""
-    store, parts, _ = past
-    before = _before(run, part)
-    if part >= len(parts):
-        columns = [ids, pa.nulls(len(ids), pa.int64()), pa.array(clusters)]
-        return pa.table(columns, schema=moves_schema(ids.type))
-    lookup = store.read_batch(layout.CLUSTERS).column(0).to_numpy()
-    old = lookup[store.read_batch(layout.part("modules", part)).column(0).to_numpy()]
-    was = old[before - parts.starts[part]]
+    store, old_parts, _ = past
+    before = _before(run, [part])
+    known = before >= 0
+    if part < len(old_parts):
+        old, first = _clusters(store, [part]), old_parts.starts[part]
+    else:
+        old, first = _clusters(store, range(len(old_parts))) if known.any() else np.empty(0, np.int64), 0
+    was = np.full(len(before), -1, np.int64)
+    was[known] = old[before[known] - first]
     moved = np.flatnonzero(was != clusters)
-    rejected = read_rejected(store, part)
-    good = np.ones(parts.rows(part) + rejected.num_rows, bool)
-    good[rejected.column("position").to_numpy()] = False
-    gone = np.ones(len(old), bool)
-    gone[before - parts.starts[part]] = False
-    gone_ids = read_ids(store, part).take(pa.array(np.flatnonzero(good)[gone]))
-    columns = [
-        pa.concat_arrays([ids.take(pa.array(moved)), gone_ids]),
-        pa.array(np.concatenate([was[moved], old[gone]])),
-        pa.concat_arrays([pa.array(clusters[moved]), pa.nulls(int(gone.sum()), pa.int64())]),
-    ]
+    columns = [ids.take(pa.array(moved)), pa.array(was[moved], mask=~known[moved]), pa.array(clusters[moved])]
+    if part < len(old_parts):
+        # A face whose embedding is another is in a part of its own.
+        elsewhere = _before(run, [part, *range(len(old_parts), parts)]) - first
+        gone = np.ones(len(old), bool)
+        gone[elsewhere[(elsewhere >= 0) & (elsewhere < len(old))]] = False
+        good = np.ones(old_parts.rows(part) + read_rejected(store, part).num_rows, bool)
+        good[read_rejected(store, part).column("position").to_numpy()] = False
+        left = read_ids(store, part).take(pa.array(np.flatnonzero(good)[gone]))
+        ended = [left, pa.array(old[gone]), pa.nulls(len(left), pa.int64())]
+        columns = [pa.concat_arrays(both) for both in zip(columns, ended, strict=True)]
     return pa.table(columns, schema=moves_schema(ids.type))

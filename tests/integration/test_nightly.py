@@ -1,0 +1,335 @@
+"""Nights on a real Ray: what changed is found, tables equal those of a full run, ids stay, and a kill costs nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from faceflow import ClusterConfig, pipeline, run_clustering, run_nightly
+from faceflow.cli import main
+from faceflow.errors import InputError, SettingsError
+from faceflow.evaluation import evaluate
+from faceflow.kernels import incremental
+from faceflow.pipeline import RunResult
+from faceflow.storage import layout
+from faceflow.storage.files import Store
+from faceflow.tables import NeighborTable
+from tests.benchmarks.nightly import labels_of, replay
+from tests.conftest import S3, write_faces
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+SETTINGS: dict[str, Any] = {"min_similarity": 0.5, "neighbors": 6}
+
+
+class Lake:
+    """A growing folder of Parquet files: faces of a few people, so that tables are full and deletions bite."""
+
+    def __init__(self, folder: Path, seed: int, people: int = 12, dim: int = 16) -> None:
+        self.folder, self.rng = folder, np.random.default_rng(seed)
+        self.centers = self.rng.standard_normal((people, dim))
+        self.files: dict[str, dict[str, np.ndarray]] = {}
+        self.count = 0
+
+    def faces(self, count: int) -> dict[str, np.ndarray]:
+        made = {}
+        for _ in range(count):
+            center = self.centers[self.rng.integers(len(self.centers))]
+            made[f"face-{self.count}"] = (center + 0.35 * self.rng.standard_normal(len(center))).astype(np.float32)
+            self.count += 1
+        return made
+
+    def write(self, name: str) -> None:
+        faces = self.files[name]
+        write_faces(self.folder / name, np.array(list(faces.values())), pa.array(list(faces)), row_group_size=40)
+
+    def add(self, name: str, count: int) -> None:
+        self.files[name] = self.faces(count)
+        self.write(name)
+
+    def change(self) -> str:
+        """One random thing that happens to a data lake."""
+        rng, names = self.rng, sorted(self.files)
+        kind = str(rng.choice(["add", "add", "append", "remove rows", "remove file", "embed anew", "compact", "reorder"]))
+        name = str(rng.choice(names))
+        faces = self.files[name]
+        if kind == "add" or len(names) < 3:
+            self.add(f"{rng.integers(100):02d}-{self.count}.parquet", int(rng.integers(1, 60)))
+            return "add"
+        if kind == "append":
+            self.files[name] = faces | self.faces(int(rng.integers(1, 30)))
+        elif kind == "remove rows":
+            self.files[name] = {k: v for k, v in faces.items() if rng.random() < 0.8} or faces
+        elif kind == "embed anew":
+            self.files[name] = {k: v if rng.random() < 0.7 else next(iter(self.faces(1).values())) for k, v in faces.items()}
+        elif kind == "reorder":
+            self.files[name] = dict(sorted(faces.items(), key=lambda _: rng.random()))
+        else:
+            del self.files[name]
+            (self.folder / name).unlink()
+            if kind == "compact":  # the same faces, in another file
+                name = f"{rng.integers(100):02d}-compacted-{self.count}.parquet"
+                self.files[name] = faces
+        if name in self.files:
+            self.write(name)
+        return kind
+
+
+def night(lake: Path, output: Path, **more: Any) -> RunResult:
+    return run_nightly(ClusterConfig(str(lake), str(output), **(SETTINGS | more)), progress=False)
+
+
+def table_of(output: Path, run_id: str) -> dict[str, dict[str, float]]:
+    """Per id, its neighbors' ids and similarities."""
+    run = Store.at(str(output / "_runs" / run_id))
+    counts = json.loads((output / "_runs" / run_id / "manifests" / "ingest.json").read_text())["counts"]
+    parts = range(len(counts["starts"]) - 1)
+    ids = pa.chunked_array([run.read_batch(layout.part("ids", p)).column(0) for p in parts]).to_pylist()
+    found: dict[str, dict[str, float]] = {}
+    for p in parts:
+        table = NeighborTable.from_batch(run.read_batch(layout.part("neighbors", p)), counts["starts"][p])
+        for i in range(len(table)):
+            here = slice(table.offsets[i], table.offsets[i + 1])
+            assert (np.diff(table.values[here]) <= 0).all()
+            pairs = zip(table.rows[here].tolist(), table.values[here].tolist(), strict=True)
+            found[ids[counts["starts"][p] + i]] = {ids[row]: value for row, value in pairs}
+    return found
+
+
+def manifest(output: Path, run_id: str, stage: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((output / "_runs" / run_id / "manifests" / f"{stage}.json").read_text())["counts"]
+    return found
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_tables_after_any_sequence_of_nights_are_those_of_a_full_run(tmp_path: Path, seed: int) -> None:
+    lake = Lake(tmp_path / "in", seed)
+    for i in range(4):
+        lake.add(f"{i * 20:02d}.parquet", 80)
+    labels = labels_of(tmp_path / "out", night(tmp_path / "in", tmp_path / "out", index="exact").run_id)
+    seen = set()
+    for step in range(7):
+        kinds = [lake.change() for _ in range(1 + step % 2)]
+        seen |= set(kinds)
+        result = night(tmp_path / "in", tmp_path / "out", index="exact")
+        shutil.rmtree(tmp_path / "full", ignore_errors=True)
+        full = run_clustering(
+            ClusterConfig(str(tmp_path / "in"), str(tmp_path / "full"), index="exact", **SETTINGS), progress=False
+        )
+        ours, theirs = table_of(tmp_path / "out", result.run_id), table_of(tmp_path / "full", full.run_id)
+        assert ours.keys() == theirs.keys() == {k for faces in lake.files.values() for k in faces}
+        for face, neighbors in theirs.items():
+            mine = ours[face]
+            assert len(mine) == len(neighbors), (step, kinds, face)
+            np.testing.assert_allclose(sorted(mine.values()), sorted(neighbors.values()), atol=2e-6)
+            last = min(neighbors.values(), default=0)  # ties with the last of a full table aside
+            assert {n for n in neighbors if neighbors[n] > last + 2e-6} <= mine.keys()
+        assert result.codelength <= full.codelength * 1.01
+        if result.run_id and labels_of(tmp_path / "out", result.run_id) != labels:
+            labels = replay(tmp_path / "out", labels, result.run_id)
+        assert labels == labels_of(tmp_path / "out", result.run_id)
+    assert len(seen) >= 4
+
+
+def test_only_what_changed_is_read_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    lake = Lake(tmp_path / "in", 3)
+    for i in range(5):
+        lake.add(f"{i}.parquet", 100)
+    first = night(tmp_path / "in", tmp_path / "out")
+    lake.add("5.parquet", 20)
+    lake.files["1.parquet"] = dict(list(lake.files["1.parquet"].items())[10:]) | {"face-115": np.ones(16, np.float32)}
+    lake.write("1.parquet")
+    caplog.set_level("INFO", "faceflow")
+    second = night(tmp_path / "in", tmp_path / "out")
+    assert "4 file(s) as they were; read: 1 new, 1 changed; gone: 0" in caplog.text
+    counts = manifest(tmp_path / "out", second.run_id, "ingest")
+    assert [counts[key] for key in ("faces", "added", "changed", "removed")] == [510, 20, 1, 10]
+    assert manifest(tmp_path / "out", second.run_id, "quantize")["incremental"]
+    pointer = json.loads((tmp_path / "out" / "latest.json").read_text())
+    assert pointer["parent_run_id"] == first.run_id
+    for part in ("vectors/part-00000.arrow",):  # one part only: rows left it, so it is not shared
+        assert not os.path.samefile(
+            tmp_path / "out" / "_runs" / first.run_id / part, tmp_path / "out" / "_runs" / second.run_id / part
+        )
+    caplog.clear()
+    third = night(tmp_path / "in", tmp_path / "out")
+    assert third.run_id == second.run_id
+    assert "nothing has changed" in caplog.text
+    os.utime(tmp_path / "in" / "3.parquet", (0, 0))  # another time, the same rows
+    fourth = night(tmp_path / "in", tmp_path / "out")
+    counts = manifest(tmp_path / "out", fourth.run_id, "ingest")
+    assert [counts[key] for key in ("added", "changed", "removed")] == [0, 0, 0]
+    assert os.path.samefile(
+        tmp_path / "out" / "_runs" / second.run_id / "vectors" / "part-00000.arrow",
+        tmp_path / "out" / "_runs" / fourth.run_id / "vectors" / "part-00000.arrow",
+    )
+    data = (tmp_path / "in" / "4.parquet").read_bytes()
+    stat = (tmp_path / "in" / "4.parquet").stat()
+    lake.files["4.parquet"] = {k: -v for k, v in lake.files["4.parquet"].items()}
+    lake.write("4.parquet")
+    assert len((tmp_path / "in" / "4.parquet").read_bytes()) == len(data)
+    os.utime(tmp_path / "in" / "4.parquet", ns=(stat.st_atime_ns, stat.st_mtime_ns))  # nobody can see it from outside
+    assert night(tmp_path / "in", tmp_path / "out").run_id == fourth.run_id
+    verified = night(tmp_path / "in", tmp_path / "out", verify_content=True)
+    assert manifest(tmp_path / "out", verified.run_id, "ingest")["changed"] == 100
+
+
+def test_ids_that_two_files_hold_are_refused_or_set_aside(tmp_path: Path) -> None:
+    lake = Lake(tmp_path / "in", 4)
+    lake.add("a.parquet", 100)
+    first = night(tmp_path / "in", tmp_path / "out")
+    lake.files["b.parquet"] = lake.faces(20) | {"face-7": np.ones(16, np.float32)}
+    lake.write("b.parquet")
+    with pytest.raises(InputError, match=r"1 of 21 rows cannot be used:\n  .*b\.parquet, row 20: the id occurred before"):
+        night(tmp_path / "in", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "latest.json").read_text())["run_id"] == first.run_id
+    aside = {"bad_rows": "quarantine", "max_bad_fraction": 0.5}
+    second = night(tmp_path / "in", tmp_path / "out", **aside)
+    assert (second.faces, second.rejected) == (120, 1)
+    lake.add("c.parquet", 5)
+    third = night(tmp_path / "in", tmp_path / "out", **aside)
+    assert (third.faces, third.rejected) == (125, 1)
+    lines = pq.read_table(
+        next((tmp_path / "out" / "rejected" / f"run={third.run_id}").glob("*")), partitioning=None
+    ).to_pylist()
+    assert [(line["id"], line["row"]) for line in lines] == [("face-7", 20)]
+
+
+def test_other_settings_and_every_nth_night_do_everything(tmp_path: Path) -> None:
+    lake = Lake(tmp_path / "in", 5)
+    lake.add("a.parquet", 300)
+    run = night(tmp_path / "in", tmp_path / "out", full_every=3)
+    labels, full = labels_of(tmp_path / "out", run.run_id), []
+    for i in range(5):
+        lake.add(f"b{i}.parquet", 5)
+        run = night(tmp_path / "in", tmp_path / "out", full_every=3)
+        full.append(not manifest(tmp_path / "out", run.run_id, "quantize")["incremental"])
+        labels = replay(tmp_path / "out", labels, run.run_id)
+    assert full == [False, False, True, False, False]
+    lake.add("c.parquet", 5)
+    run = night(tmp_path / "in", tmp_path / "out", full_every=3, neighbors=7)
+    assert manifest(tmp_path / "out", run.run_id, "quantize")["because"] == "neighbors was 6, is 7"
+    assert replay(tmp_path / "out", labels, run.run_id) == labels_of(tmp_path / "out", run.run_id)
+    with pytest.raises(SettingsError, match="a night needs another --run-id"):
+        night(tmp_path / "in", tmp_path / "out", full_every=3, neighbors=7, run_id=run.run_id)
+
+
+@pytest.mark.parametrize("index", ["exact", "cells"])
+def test_a_night_that_is_interrupted_continues_or_gives_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, index: str
+) -> None:
+    settings = {"index": index} | ({"cells": 12} if index == "cells" else {})
+    lake = Lake(tmp_path / "in", 6, people=40)
+    for i in range(3):
+        lake.add(f"{i}.parquet", 400)
+    first = night(tmp_path / "in", tmp_path / "out", **settings)
+    shutil.copytree(tmp_path / "out", tmp_path / "calm")
+    lake.add("3.parquet", 30)
+    lake.files["1.parquet"] = dict(list(lake.files["1.parquet"].items())[20:])
+    lake.write("1.parquet")
+    calm = night(tmp_path / "in", tmp_path / "calm", **settings)
+    assert manifest(tmp_path / "calm", calm.run_id, "quantize")["incremental"]
+    real = pipeline._advance
+    for stage in pipeline.STAGES:
+
+        def stop(current: Any, context: Any, until: str = stage.name) -> Any:
+            if current.name == until:
+                raise OSError("the machine is gone")
+            return real(current, context)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(pipeline, "_advance", stop)
+            with pytest.raises(Exception, match="the machine is gone"):
+                night(tmp_path / "in", tmp_path / "out", **settings)
+        assert json.loads((tmp_path / "out" / "latest.json").read_text())["run_id"] == first.run_id
+    runs = {p.name for p in (tmp_path / "out" / "_runs").iterdir()}
+    assert len(runs) == 2  # one night, continued each time
+    shutil.copytree(tmp_path / "out", tmp_path / "late")
+    done = night(tmp_path / "in", tmp_path / "out", **settings)
+    assert done.run_id in runs
+    assert labels_of(tmp_path / "out", done.run_id) == labels_of(tmp_path / "calm", calm.run_id)
+    lake.add("4.parquet", 10)  # the next night: what the interrupted one left is of no use, and does not stand in the way
+    late = night(tmp_path / "in", tmp_path / "late", **settings)
+    assert late.run_id not in runs
+    assert late.faces == done.faces + 10
+
+
+def test_lfw_in_ten_nights(face_data: Path, tmp_path: Path) -> None:
+    table = pq.read_table(face_data / "lfw_mobilefacenet128.parquet")
+    order = np.random.default_rng(0).permutation(len(table))
+    (tmp_path / "in").mkdir()
+    settings = {"min_similarity": 0.5, "neighbors": 80, "index": "cells"}
+    labels: dict[str, int] = {}
+    for i, rows in enumerate(np.array_split(order, 10)):
+        pq.write_table(table.take(np.sort(rows)), tmp_path / "in" / f"{i}.parquet")
+        run_id = night(tmp_path / "in", tmp_path / "out", **settings).run_id
+        labels = replay(tmp_path / "out", labels, run_id) if labels else labels_of(tmp_path / "out", run_id)
+    assert labels == labels_of(tmp_path / "out", run_id)
+    ours = evaluate(str(tmp_path / "out"), str(tmp_path / "in"))
+    run_clustering(ClusterConfig(str(tmp_path / "in"), str(tmp_path / "full"), **settings), progress=False)
+    theirs = evaluate(str(tmp_path / "full"), str(tmp_path / "in"))
+    assert abs(ours.pairwise_f - theirs.pairwise_f) < 0.003
+    assert abs(ours.bcubed_f - theirs.bcubed_f) < 0.003
+
+
+def test_nights_on_s3(s3: S3, tmp_path: Path, blobs: Callable[..., tuple[np.ndarray, np.ndarray]]) -> None:
+    import s3fs
+
+    x, truth = blobs(identities=20, size=30)
+    fs = s3fs.S3FileSystem(**s3.options, use_listings_cache=False)
+    config = ClusterConfig("s3://faces/nights/in", "s3://faces/nights/out", storage_options=s3.options, index="cells", cells=8)
+    for i, rows in enumerate((range(500), range(500, 560), range(560, 600))):
+        path = write_faces(tmp_path / f"{i}.parquet", x[rows], pa.array([f"{r}" for r in rows]))
+        fs.put_file(str(path), f"faces/nights/in/{i}.parquet")
+        result = run_nightly(config, progress=False)
+        assert result.faces == rows.stop
+    files = fs.glob(f"faces/nights/out/labels/run={result.run_id}/*.parquet")
+    found = pa.concat_tables([pq.read_table(fs.open(f)) for f in sorted(files)])
+    clusters = {(int(truth[int(i)]), c) for i, c in zip(found["id"].to_pylist(), found["cluster"].to_pylist(), strict=True)}
+    assert len(clusters) == 20
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lake = Lake(tmp_path / "in", 8)
+    lake.add("a.parquet", 100)
+    arguments = [str(tmp_path / "in"), str(tmp_path / "out"), "--quiet", "--json"]
+    assert main(["nightly", *arguments, "--full-every", "5"]) == 0
+    first = json.loads(capsys.readouterr().out.splitlines()[-1])
+    lake.add("b.parquet", 10)
+    assert main(["nightly", *arguments, "--full-every", "5"]) == 0
+    second = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert second["run_id"] != first["run_id"]
+    assert second["faces"] == 110
+    with pytest.raises(SystemExit):
+        main(["cluster", *arguments, "--full-every", "5"])
+    capsys.readouterr()
+    shutil.rmtree(tmp_path / "out" / "_runs" / second["run_id"])
+    lake.add("c.parquet", 10)
+    assert main(["nightly", *arguments, "--full-every", "5"]) == 0
+    third = json.loads(capsys.readouterr().out.splitlines()[-1])
+    after = labels_of(tmp_path / "out", third["run_id"])
+    before = labels_of(tmp_path / "out", second["run_id"])
+    assert not set(after.values()) & set(before.values())  # without a past, no id is used twice
+
+
+def test_carried_tables_drop_what_is_gone() -> None:
+    offsets, rows = np.array([0, 2, 4, 5, 5]), np.array([1, 2, 0, 3, 1], np.int32)
+    values = np.array([0.9, 0.8, 0.9, 0.7, 0.6], np.float32)
+    now = np.array([0, 1, -1, 2], np.int32)  # row 2 is gone
+    found = incremental.carry_table(offsets, rows, values, np.array([0, 1, 3]), now, 2)
+    assert found[0].tolist() == [0, 0, 2, 2]  # row 0 lost one of its two neighbors, which may hide a third
+    assert found[1].tolist() == [0, 2]
+    assert found[3].tolist() == [2, 0, 0]
+    found = incremental.carry_table(offsets, rows, values, np.array([0, 1, 3]), now, 3)
+    assert found[1].tolist() == [1, 0, 2]
+    assert found[3].tolist() == [1, 0, 0]
