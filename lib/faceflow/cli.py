@@ -137,10 +137,21 @@ def build_parser() -> argparse.ArgumentParser:
     )
     clean.add_argument("--keep", type=int, required=True, metavar="N", help="runs to keep beside the one in force")
     clean.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+    diff = _add_command(
+        commands,
+        "diff",
+        "tell what changed between two runs of an OUTPUT",
+        "Count the faces that moved, came and went between RUN_A and RUN_B and what became of the clusters, and list both as "
+        "events.parquet and moves.parquet.",
+    )
+    diff.add_argument("output", metavar="OUTPUT", help="OUTPUT of cluster and nightly commands")
+    diff.add_argument("first", metavar="RUN_A", help="run id of the older labels")
+    diff.add_argument("second", metavar="RUN_B", help="run id of the newer labels")
+    diff.add_argument("--to", metavar="FOLDER", help="where the lists go (default: OUTPUT/diffs/RUN_A..RUN_B)")
     for command in (runs, clean):
         command.add_argument("output", metavar="OUTPUT", help="OUTPUT of cluster commands")
         command.add_argument("--work-dir", metavar="DIR", help="where their run directories lie (default: OUTPUT/_runs)")
-    for command in (evaluate, synthesize, runs, clean):
+    for command in (evaluate, synthesize, runs, clean, diff):
         command.add_argument("--storage-options", metavar="JSON", help="options of the s3fs file system, as JSON")
         command.add_argument("--json", action="store_true", help="print one JSON object as the last line of stdout")
     for command in commands.choices.values():
@@ -232,6 +243,19 @@ def _clean(arguments: argparse.Namespace) -> None:
         _show_runs(removed, arguments.json)
 
 
+def _diff(arguments: argparse.Namespace) -> None:
+    from faceflow.comparison import compare_runs
+
+    options = parse_setting("storage_options", arguments.storage_options)
+    found = compare_runs(arguments.output, arguments.first, arguments.second, arguments.to, options)
+    if arguments.json:
+        print(json.dumps(asdict(found)))
+        return
+    print(f"{found.faces:,} faces in both, {found.moved:,} of them in another cluster; {found.new:,} new, {found.gone:,} gone")
+    print(", ".join(f"{count:,} clusters {event}" for event, count in found.events.items()) or "every cluster is as it was")
+    print(f"events: {found.events_file}\nmoves: {found.moves_file}")
+
+
 _COMMANDS = {
     "cluster": _cluster,
     "nightly": _cluster,
@@ -239,6 +263,7 @@ _COMMANDS = {
     "synthesize": _synthesize,
     "runs": _runs,
     "clean": _clean,
+    "diff": _diff,
 }
 
 

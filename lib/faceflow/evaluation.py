@@ -37,11 +37,11 @@ def evaluate(
         pointer = store.read_json(layout.LATEST)
         if pointer is not None:
             labels = store.address(pointer["labels"])
-    ours = _without_unusable(_read(labels, "id", "cluster", storage_options))
-    real = _read(truth, id_column, label_column, storage_options)
+    ours = _without_unusable(read_labels(labels, "id", "cluster", storage_options))
+    real = read_labels(truth, id_column, label_column, storage_options)
     if real["value"].null_count:
         raise InputError(f"{truth}: column {label_column!r} holds {real['value'].null_count} null(s); every face needs a label")
-    ours, real = _same_id_type(ours, real, labels, truth)
+    ours, real = same_id_type(ours, real, labels, truth)
     _refuse_repeats(ours, labels)
     _refuse_repeats(real, truth)
     position = pc.index_in(real["id"], value_set=ours["id"])
@@ -57,7 +57,8 @@ def evaluate(
     return score(_codes(clusters), _codes(real["value"].combine_chunks()))
 
 
-def _read(address: str, id_column: str, value_column: str, options: Mapping[str, Any] | None) -> pa.Table:
+def read_labels(address: str, id_column: str, value_column: str, options: Mapping[str, Any] | None) -> pa.Table:
+    """Columns `id` and `value` of Parquet files. Raises InputError for missing columns and files of different types."""
     store, files = list_parquet(address, options)
     tables = []
     for info in files:
@@ -78,7 +79,8 @@ def _read(address: str, id_column: str, value_column: str, options: Mapping[str,
         raise InputError(f"the files of {address} do not have one type: {explain(error)}") from None
 
 
-def _same_id_type(a: pa.Table, b: pa.Table, a_name: str, b_name: str) -> tuple[pa.Table, pa.Table]:
+def same_id_type(a: pa.Table, b: pa.Table, a_name: str, b_name: str) -> tuple[pa.Table, pa.Table]:
+    """Both tables with ids of one type. Raises InputError where there is none that fits."""
     types = [t["id"].type for t in (a, b)]
     if all(pa.types.is_integer(t) for t in types):
         target = pa.int64() if pa.types.is_signed_integer(types[0]) or pa.types.is_signed_integer(types[1]) else pa.uint64()

@@ -322,6 +322,30 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert not set(after.values()) & set(before.values())  # without a past, no id is used twice
 
 
+def test_diff_tells_what_the_nights_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lake = Lake(tmp_path / "in", 9)
+    for i in range(3):
+        lake.add(f"{i}.parquet", 100)
+    first = night(tmp_path / "in", tmp_path / "out").run_id
+    lake.add("3.parquet", 30)
+    lake.files["1.parquet"] = dict(list(lake.files["1.parquet"].items())[40:])
+    lake.write("1.parquet")
+    second = night(tmp_path / "in", tmp_path / "out").run_id
+    assert main(["diff", str(tmp_path / "out"), first, second, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["faces"], found["new"], found["gone"]) == (260, 30, 40)
+    theirs = tmp_path / "out" / "events" / f"run={second}" / "part-00000.parquet"
+    assert pq.read_table(found["events_file"], partitioning=None).equals(pq.read_table(theirs, partitioning=None))
+    moves = pq.read_table(found["moves_file"], partitioning=None).to_pylist()
+    files = (tmp_path / "out" / "moves" / f"run={second}").glob("*")
+    expected = [row for f in files for row in pq.read_table(f, partitioning=None).to_pylist()]
+    assert sorted(moves, key=lambda row: row["id"]) == sorted(expected, key=lambda row: row["id"])
+    assert main(["diff", str(tmp_path / "out"), first, first + "x"]) == 2
+    assert "has no labels of a run" in capsys.readouterr().err
+    assert main(["diff", str(tmp_path / "out"), second, second, "--to", str(tmp_path / "d")]) == 0
+    assert "every cluster is as it was" in capsys.readouterr().out
+
+
 def test_carried_tables_drop_what_is_gone() -> None:
     offsets, rows = np.array([0, 2, 4, 5, 5]), np.array([1, 2, 0, 3, 1], np.int32)
     values = np.array([0.9, 0.8, 0.9, 0.7, 0.6], np.float32)
