@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from faceflow.cluster.executor import Executor
-from faceflow.cluster.retries import FIRST_DELAY, MEMORY_RETRIES, RETRIES, Attempts, Cause
+from faceflow.cluster.retries import FIRST_DELAY, MACHINE_RETRIES, MEMORY_RETRIES, RETRIES, Attempts, Cause
 from faceflow.errors import InputError, RunError
 from tests.conftest import ROOT
 
@@ -70,6 +70,15 @@ def test_waits_longer_each_time_and_gives_up() -> None:
     assert all(0.75 * FIRST_DELAY * 2**i <= wait <= 1.25 * FIRST_DELAY * 2**i for i, wait in enumerate(waits))
     with pytest.raises(RunError, match="search: gave up after 5 retries: 503 SlowDown"):
         attempt.failed(Cause.IO, "503 SlowDown", 100.0)
+
+
+def test_a_dead_machine_is_not_the_piece_s_fault() -> None:
+    attempt = Attempts((1, 1), "search", twice)
+    for _ in range(MACHINE_RETRIES):
+        attempt.failed(Cause.MACHINE, "the raylet died", 0.0)
+    assert attempt.piece == (1, 1)
+    assert not attempt.alone
+    assert attempt.not_before > 10
 
 
 def test_memory_halves_the_steps_and_then_says_so() -> None:

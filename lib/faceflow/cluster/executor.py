@@ -275,6 +275,8 @@ class Executor:
             raise RunError(f"{label}: a worker failed with {type(cause).__name__}: {first_line}") from error
         except exceptions.OutOfMemoryError as error:
             raise _Again(Cause.MEMORY, "Ray ended its worker, as the machine ran short of memory") from error
+        except (exceptions.LocalRayletDiedError, exceptions.NodeDiedError) as error:
+            raise _Again(Cause.MACHINE, str(error).splitlines()[0]) from error
         except exceptions.RayError as error:
             raise _Again(Cause.DEATH, str(error).splitlines()[0]) from error
         self.usage.peak_worker_bytes = max(self.usage.peak_worker_bytes, peak)

@@ -11,14 +11,17 @@ from typing import Any
 from faceflow.errors import RunError
 
 RETRIES = 5
-"""Times a piece is tried again after its worker or machine died, or after an I/O error."""
+"""Times a piece is tried again after its worker died, or after an I/O error."""
+
+MACHINE_RETRIES = 10
+"""The same after its machine died: not the piece's fault, and Ray goes on for a while to send work to a machine it has lost."""
 
 MEMORY_RETRIES = 7
 """Times a piece is tried again in smaller steps, each half as large as before, after it ran out of memory."""
 
 FIRST_DELAY, LONGEST_DELAY = 0.5, 20.0
-"""Seconds before the first retry after an I/O error, doubled each time: together half a minute, on top of what the S3 client
-itself waits."""
+"""Seconds before the first retry, doubled each time: together half a minute after I/O errors, on top of what the S3 client
+itself waits, and two minutes after a machine died."""
 
 CRASHES_LIKE_MEMORY = 2
 """Deaths of a worker after which the kernel, which gives no reason, is taken to have killed it for its memory."""
@@ -34,7 +37,8 @@ class Cause(enum.Enum):
     """Why a piece failed."""
 
     IO = "an I/O error"
-    DEATH = "its worker or machine died"
+    DEATH = "its worker died"
+    MACHINE = "its machine died"
     MEMORY = "it ran out of memory"
 
 
@@ -65,11 +69,12 @@ class Attempts:
                     f"{self.label}: {text}; {tried} it needs more memory than there is: use machines with more; {KEPT}"
                 )
             return self._shrink(f"{cause.value}: {text}")
-        if count > RETRIES:
-            raise RunError(f"{self.label}: gave up after {RETRIES} retries: {text}; {KEPT}")
-        delay = min(LONGEST_DELAY, FIRST_DELAY * 2 ** (count - 1)) * random.uniform(0.75, 1.25) if cause is Cause.IO else 0.0
+        most = MACHINE_RETRIES if cause is Cause.MACHINE else RETRIES
+        if count > most:
+            raise RunError(f"{self.label}: gave up after {most} retries: {text}; {KEPT}")
+        delay = min(LONGEST_DELAY, FIRST_DELAY * 2 ** (count - 1)) * random.uniform(0.75, 1.25)
         self.not_before = now + delay
-        return f"{self.label}: {cause.value}: {text}; trying again" + (f" in {delay:.1f} s" if delay else "")
+        return f"{self.label}: {cause.value}: {text}; trying again in {delay:.1f} s"
 
     def _shrink(self, text: str) -> str:
         self.alone = True
