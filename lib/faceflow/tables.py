@@ -67,7 +67,7 @@ def queries_schema(dim: int) -> pa.Schema:
 
 NEIGHBORS_SCHEMA = pa.schema([pa.field("neighbors", pa.large_list(pa.field("item", _LINK, nullable=False)))])
 EDGES_SCHEMA = pa.schema([pa.field("edges", pa.large_list(pa.field("item", _LINK, nullable=False)))])
-MODULES_SCHEMA = pa.schema([pa.field("module", pa.int64(), nullable=False)])
+MODULES_SCHEMA = pa.schema([pa.field("module", pa.int64(), nullable=False), pa.field("flow", pa.float64(), nullable=False)])
 QUANTIZER_METADATA = b"faceflow"
 """Schema metadata of the centroids: JSON with shard_starts, margin, most and the predicted recall."""
 
@@ -148,10 +148,11 @@ class EdgeList(_Ragged):
 
 @dataclass(frozen=True)
 class Partition:
-    """One module per row (int64[N]) and its codelength in bits."""
+    """One module per row (int64[N]), its codelength in bits, and the rows' visit rates (float64[N]; None: not known)."""
 
     modules: np.ndarray
     codelength: float
+    flow: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         _check(self.modules.ndim == 1, "Partition: modules must be a vector")

@@ -86,7 +86,7 @@ def undirected_flow(graph: Graph, threads: int = 1) -> Flow:
     return Flow(strength / (total or 1.0), np.full(len(graph), 1.0 / total if total else 0.0), 0)
 
 
-def directed_flow(graph: Graph, threads: int = 1, start: np.ndarray | None = None) -> Flow:
+def directed_flow(graph: Graph, threads: int = 1, start: np.ndarray | None = None, tolerance: float = TOLERANCE) -> Flow:
     """PageRank flow as Infomap's `--directed` defines it.
 
     With probability ALPHA, and always from a row without out-edges, the walker teleports to a row in proportion to its
@@ -94,7 +94,8 @@ def directed_flow(graph: Graph, threads: int = 1, start: np.ndarray | None = Non
     without teleportation gives the edge flows, normalised to 1, and each row's flow is what comes in.
     Source: Lambiotte & Rosvall, "Ranking and clustering of nodes in networks with smart teleportation", Phys. Rev. E 85
     (2012) (recorded teleportation off, teleportation to links).
-    threads: CPU threads, without influence on the result; start: float64[n], visit rates to begin with.
+    threads: CPU threads, without influence on the result; start: float64[n], visit rates to begin with;
+    tolerance: change of the rates in one step, summed over rows, below which they count as stationary.
     """
     n = len(graph)
     strength = np.empty(n)
@@ -115,9 +116,9 @@ def directed_flow(graph: Graph, threads: int = 1, start: np.ndarray | None = Non
         after /= after.sum()
         change = float(np.abs(after - p).sum())
         p, after = after, p
-        if change < TOLERANCE:
+        if change < tolerance:
             break
-        if iterations % EXTRAPOLATE_EVERY == 0 and change > 100 * TOLERANCE:
+        if iterations % EXTRAPOLATE_EVERY == 0 and change > 100 * tolerance:
             p += (p - after) * ((1 - ALPHA) / ALPHA)
             np.maximum(p, 0, out=p)
             p /= p.sum()

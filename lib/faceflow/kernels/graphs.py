@@ -37,15 +37,15 @@ def load(parts: Iterable[Part], threads: int = 1, by_locality: bool = True) -> t
     """(the graph, the old row of each of its rows int64[n]): as `build_graph`, rows in `locality_order` if so asked."""
     use_threads(threads)
     counts, firsts, edges = [], [], 0
-    lowest, highest = 0, -1
+    lowest: int = 0
+    highest: int = -1
     for offsets, targets, weights in parts:
-        if len(targets):
-            lowest, highest = min(lowest, int(targets.min())), max(highest, int(targets.max()))
-            if not (np.isfinite(weights).all() and weights.min() >= 0):
-                raise InputError("edge weights must be finite and not negative")
         kept = np.empty(len(offsets) - 1, np.int64)
         first = np.full((len(kept) if by_locality else 0, FIRST_EDGES), -1, np.int32)
-        _survey(offsets, targets, weights, kept, first)
+        low, high, wrong = map(int, _survey(offsets, targets, weights, kept, first))
+        lowest, highest = min(lowest, low), max(highest, high)
+        if wrong:
+            raise InputError("edge weights must be finite and not negative")
         counts.append(kept)
         firsts.append(first)
         edges += int(kept.sum())
@@ -116,15 +116,23 @@ def transpose(offsets: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> 
 
 
 @numba.njit(cache=True, nogil=True, parallel=True)
-def _survey(offsets: np.ndarray, targets: np.ndarray, weights: np.ndarray, kept: np.ndarray, firsts: np.ndarray) -> None:
+def _survey(
+    offsets: np.ndarray, targets: np.ndarray, weights: np.ndarray, kept: np.ndarray, firsts: np.ndarray
+) -> tuple[int, int, int]:
+    # Lowest and highest target, and the weights that are negative or not finite.
+    lowest, highest, wrong = 0, -1, 0
     for i in numba.prange(len(kept)):
         count = 0
         for e in range(offsets[i], offsets[i + 1]):
+            lowest = min(lowest, np.int64(targets[e]))
+            highest = max(highest, np.int64(targets[e]))
+            wrong += not 0 <= weights[e] < np.inf
             if weights[e] > 0:
                 if count < FIRST_EDGES and len(firsts):
                     firsts[i, count] = targets[e]
                 count += 1
         kept[i] = count
+    return lowest, highest, wrong
 
 
 @numba.njit(cache=True, nogil=True)

@@ -6,6 +6,7 @@ not active is never looked at.
 
 from __future__ import annotations
 
+import numba
 import numpy as np
 
 from faceflow.kernels.search import Probes, by_cell
@@ -16,25 +17,26 @@ from faceflow.kernels.topk import Buffers, decode
 def search_cells(
     vectors: np.ndarray, rows: np.ndarray, probes: Probes, cells: range, active: np.ndarray, k: int, floor: float | None
 ) -> Buffers:
-    """Search every cell of one shard for pairs with an active face: one face of the pair is at home there, the other at home
-    there or visiting. Nobody is introduced, so active faces should probe more cells than others (`probing.Choice.alone`).
+    """Search every cell of one shard: the active faces that probe it against all that live there.
 
-    vectors, rows, probes, cells: as `search.search_cells`; active: bool[n]. Returns buffers with one slot per face: the pair's
-    other face, at both ends.
+    Nobody is introduced, and nobody finds an active face by his own probes, so active faces should probe more cells than
+    others (`probing.Choice.alone`). vectors, rows, probes, cells: as `search.search_cells`, of the faces that are active or at
+    home here; active: bool[n]. Returns buffers with one slot per face: the pair's other face, at both ends.
     """
     buffers = Buffers.empty(len(rows), k, floor)
     kernel = TileKernel(vectors, rows, buffers, probes)
     for members, visitors in by_cell(probes, cells):
-        new = members[active[members]]
-        old = members[~active[members]]
-        new_visitors, old_visitors = visitors[active[visitors]], visitors[~active[visitors]]
+        here = active[members]
+        new, old = members[here], members[~here]
         if len(new):
             new_vectors = vectors[new]
             kernel.within(new, new_vectors)
             kernel.across(old, new, new_vectors)
-            kernel.between(old_visitors, new, new_vectors)
-        if len(new_visitors):
-            kernel.between(new_visitors, members, vectors[members])
+        visitors = visitors[active[visitors]]
+        if len(visitors):
+            # An active member that probes the visitor's home finds it there; one that is not finds nobody by itself.
+            kernel.between(visitors, new, vectors[new])
+            kernel.across(old, visitors, vectors[visitors])
     return buffers
 
 
@@ -70,16 +72,87 @@ def carry_table(
     Returns (offsets, rows, similarities, state uint8[len(kept)]): 0: as it was; 1: has lost neighbors; 2: has lost some of k,
     which cut off others: it is given no neighbors, and must be searched again.
     """
-    counts = np.diff(offsets)[kept]
-    owner = np.repeat(np.arange(len(kept)), counts)
-    places = np.repeat(offsets[kept] - np.concatenate([[0], np.cumsum(counts)[:-1]]), counts) + np.arange(len(owner))
-    rows, values = new_rows[neighbors[places]], similarities[places]
-    there = rows >= 0
-    left = np.bincount(owner[there], minlength=len(kept))
-    state = np.where(left == counts, 0, np.where(counts >= k, 2, 1)).astype(np.uint8)
-    there &= state[owner] != 2
-    left[state == 2] = 0
-    return np.concatenate([[0], np.cumsum(left)]), rows[there], values[there], state
+    state = np.zeros(len(kept), np.uint8)
+    left = np.empty(len(kept) + 1, np.int64)
+    total = _count_left(offsets, neighbors, kept, new_rows, k, state, left)
+    rows, values = np.empty(total, np.int32), np.empty(total, np.float32)
+    _move_left(offsets, neighbors, similarities, kept, new_rows, left, rows, values)
+    return left, rows, values, state
+
+
+@numba.njit(cache=True, nogil=True)
+def _count_left(
+    offsets: np.ndarray,
+    neighbors: np.ndarray,
+    kept: np.ndarray,
+    new_rows: np.ndarray,
+    k: int,
+    state: np.ndarray,
+    left: np.ndarray,
+) -> int:
+    left[0] = 0
+    for i in range(len(kept)):
+        count = 0
+        begin, end = offsets[kept[i]], offsets[kept[i] + 1]
+        for e in range(begin, end):
+            count += new_rows[neighbors[e]] >= 0
+        if count < end - begin:
+            state[i] = 2 if end - begin >= k else 1
+            if state[i] == 2:
+                count = 0
+        left[i + 1] = left[i] + count
+    return left[-1]
+
+
+@numba.njit(cache=True, nogil=True)
+def _move_left(
+    offsets: np.ndarray, neighbors: np.ndarray, similarities: np.ndarray, kept: np.ndarray, new_rows: np.ndarray,
+    left: np.ndarray, rows: np.ndarray, values: np.ndarray,
+) -> None:  # fmt: skip
+    for i in range(len(kept)):
+        at = left[i]
+        if left[i + 1] > at:
+            for e in range(offsets[kept[i]], offsets[kept[i] + 1]):
+                row = new_rows[neighbors[e]]
+                if row >= 0:
+                    rows[at], values[at] = row, similarities[e]
+                    at += 1
+
+
+def take_rows(table: tuple[np.ndarray, np.ndarray], which: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The rows `which` (int[m]) of ragged rows (offsets, values): (offsets, values)."""
+    offsets, values = table
+    ends = np.zeros(len(which) + 1, np.int64)
+    np.cumsum(np.diff(offsets)[which], out=ends[1:])
+    out = np.empty(ends[-1], values.dtype)
+    _copy_rows(values, offsets, which, out, ends, np.arange(len(which)))
+    return ends, out
+
+
+def put_rows(
+    table: tuple[np.ndarray, np.ndarray, np.ndarray], which: np.ndarray, other: tuple[np.ndarray, np.ndarray, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A table (offsets, rows, similarities) in which the rows `which` (int[m], ascending) are those of `other`, in order."""
+    counts = np.diff(table[0])
+    counts[which] = np.diff(other[0])
+    ends = np.zeros(len(counts) + 1, np.int64)
+    np.cumsum(counts, out=ends[1:])
+    rest = np.delete(np.arange(len(counts)), which)
+    out = [np.empty(ends[-1], column.dtype) for column in table[1:]]
+    for column, old, new in zip(out, table[1:], other[1:], strict=True):
+        _copy_rows(old, table[0], rest, column, ends, rest)
+        _copy_rows(new, other[0], np.arange(len(which)), column, ends, which)
+    return ends, out[0], out[1]
+
+
+@numba.njit(cache=True, nogil=True)
+def _copy_rows(
+    values: np.ndarray, offsets: np.ndarray, rows: np.ndarray, out: np.ndarray, out_offsets: np.ndarray, out_rows: np.ndarray
+) -> None:
+    for i in range(len(rows)):
+        begin, at = offsets[rows[i]], out_offsets[out_rows[i]]
+        for e in range(offsets[rows[i] + 1] - begin):
+            out[at + e] = values[begin + e]
 
 
 def changed_rows(before: tuple[np.ndarray, np.ndarray], after: tuple[np.ndarray, np.ndarray]) -> np.ndarray:

@@ -4,13 +4,14 @@ Bergstrom, "The map equation", Eur. Phys. J. Special Topics 178 (2009)."""
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import numba
 import numpy as np
 
 from faceflow.errors import InputError
-from faceflow.kernels.flow import Flow, Graph, directed_flow, undirected_flow
+from faceflow.kernels.flow import TOLERANCE, Flow, Graph, directed_flow, undirected_flow
 from faceflow.kernels.graphs import Part, cut_by_edges, load, symmetric
 from faceflow.kernels.moves import first_modules, settle
 from faceflow.kernels.networks import Network, aggregate, dense, network_of, plogp
@@ -23,6 +24,9 @@ MAX_ROUNDS = 20
 
 PARALLEL_EDGES = 1_000_000
 """Edges below which one thread is faster: waking others takes longer than the loops do, the more so on a busy machine."""
+
+EARLIER_TOLERANCE = 1e-7
+"""As `flow.TOLERANCE`, where the flow continues from an earlier one: the codelength is right to about a millionth."""
 
 MOST_LOST = 1e-4
 """Share of the codelength that continuing from earlier modules may cost, as far as one coarse-tuning tells."""
@@ -131,12 +135,25 @@ def _coarse_tune(network: Network, module: np.ndarray, order: np.ndarray) -> np.
     return settle(smaller, above, np.arange(count, dtype=np.int32))[parts]
 
 
+@dataclass(frozen=True)
+class Earlier:
+    """Where to continue from: modules int64[n] of a graph that was nearly the same (any numbers; a new row has one of its own);
+    active bool[n], the rows whose edges are others now; flow float64[n], the rows' visit rates then (0 for a new one); check:
+    whether to see by one round of coarse-tuning if too much was lost that way."""
+
+    modules: np.ndarray
+    active: np.ndarray
+    flow: np.ndarray
+    check: bool = True
+
+
 def _continued(
-    graph: Graph, flow: Flow, network: Network, start: np.ndarray, active: np.ndarray, seed: int
+    graph: Graph, flow: Flow, network: Network, earlier: Earlier, order: np.ndarray, seed: int
 ) -> tuple[np.ndarray, float]:
-    """Modules from those of a graph that was nearly the same, where only `active` rows have other edges now; from scratch where
-    one round of coarse-tuning shows that too much was lost that way."""
-    found, length = optimize(graph, flow, start=start, active=active, network=network)
+    active = np.flatnonzero(earlier.active[order])
+    found, length = optimize(graph, flow, start=earlier.modules[order], active=active, network=network)
+    if not earlier.check:
+        return found, length
     tried = _coarse_tune(network, found, np.arange(len(graph), dtype=np.int32))
     new = codelength(graph, flow, tried)
     if length - new > MOST_LOST * length:
@@ -148,14 +165,13 @@ def _continued(
 
 def detect(
     parts: Iterable[Part], seed: int = 0, trials: int = 1, threads: int = 1, directed: bool = True,
-    start: tuple[np.ndarray, np.ndarray] | None = None,
+    earlier: Earlier | None = None,
 ) -> Partition:  # fmt: skip
     """Modules of the whole graph, the best of `trials` seeds: seed, seed + 1, …
 
     parts: consecutive blocks of rows, iterated twice (`graphs.load`). Rows without any edge are modules of their own.
     threads: CPU threads; neither they nor the machine change the result. directed: False counts every edge both ways
-    (`flow.undirected_flow`). start: (modules int64[n], active bool[n]) to continue from, in place of the seeds: the modules of
-    nearly the same graph (any numbers; a new row has one of its own) and the rows whose edges are others.
+    (`flow.undirected_flow`). earlier: what to continue from, in place of the seeds.
     Returns dense modules and the codelength in bits (0 without any edge).
     """
     graph, order = load(parts, threads)
@@ -164,21 +180,31 @@ def detect(
     n = len(graph)
     threads = threads if len(graph.targets) >= PARALLEL_EDGES else 1  # the flow sets it for all that follows
     linked = (np.diff(graph.out_offsets) > 0) | (np.diff(graph.in_offsets) > 0)
-    flow = directed_flow(graph, threads) if directed else undirected_flow(graph, threads)
+    rates = _start_of(earlier, order) if earlier is not None else (None, TOLERANCE)
+    flow = directed_flow(graph, threads, *rates) if directed else undirected_flow(graph, threads)
     best, length = np.arange(n), 0.0
     if linked.any():
         network = network_of(graph, flow, consume=True)
-        if start is not None:
-            best, length = _continued(graph, flow, network, start[0][order], np.flatnonzero(start[1][order]), seed)
-        for trial in range(trials if start is None else 0):
+        if earlier is not None:
+            best, length = _continued(graph, flow, network, earlier, order, seed)
+        for trial in range(trials if earlier is None else 0):
             found, new = optimize(graph, flow, seed + trial, network=network)
             if trial == 0 or new < length:
                 best, length = found, new
     modules = np.where(linked, best, -1)
     modules[~linked] = modules.max(initial=-1) + 1 + np.arange(int((~linked).sum()))
-    found = np.empty(n, np.int64)
-    found[order] = modules
-    return Partition(dense(found)[0] if n else found, length)
+    found, visits = np.empty(n, np.int64), np.empty(n)
+    found[order], visits[order] = modules, flow.rows
+    return Partition(dense(found)[0] if n else found, length, visits)
+
+
+def _start_of(earlier: Earlier, order: np.ndarray) -> tuple[np.ndarray | None, float]:
+    rates = earlier.flow[order]
+    if not rates.any():
+        return None, EARLIER_TOLERANCE
+    # A new row begins with the rate of the others, on average.
+    rates[rates == 0] = rates[rates > 0].mean()
+    return rates, EARLIER_TOLERANCE
 
 
 def map_equation(

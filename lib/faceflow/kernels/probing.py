@@ -105,7 +105,8 @@ def _within_margin(
 class Choice:
     """How faces probe, and what to expect of it.
 
-    rule: for a search in which visitors meet (`kernels.joins`); alone: for one in which they do not; mean_probes: cells that a
+    rule: for a search of all faces, in which visitors meet (`kernels.joins`); alone: for one in which a face must find its
+    neighbors at home, by its own probes (`kernels.incremental`); mean_probes: cells that a
     face probes by `rule`, on average; recall: the predicted edge recall (None: there was no pair to tell by).
     """
 
@@ -147,9 +148,9 @@ def choose_rule(
     probed, probe_key = probe_keys(vectors, centroids, ProbeRule(None, most))
     similarities, cells = decode(probe_key)
     short = np.repeat(similarities[probed[:-1]], np.diff(probed)) - similarities
-    home, met = np.empty(len(keys), np.float32), np.empty(len(keys), np.float32)
+    home, met, own = (np.empty(len(keys), np.float32) for _ in range(3))
     alone = np.empty(len(keys), np.bool_)
-    _margins(offsets, decode(keys)[1], probed, cells, short, len(centroids), home, met, alone)
+    _margins(offsets, decode(keys)[1], probed, cells, short, len(centroids), home, met, own, alone)
     owner = np.repeat(here, np.diff(offsets))
     weights = np.minimum(1.0, neighbors * n / (faces * np.diff(offsets)[owner]))
     margin, recall = _quantile(home if floor is None else met, weights, target)
@@ -178,10 +179,11 @@ def _quantile(needed: np.ndarray, weights: np.ndarray, target: float) -> tuple[f
 @numba.njit(cache=True, nogil=True)
 def _margins(
     offsets: np.ndarray, neighbors: np.ndarray, probed: np.ndarray, cells: np.ndarray, short: np.ndarray, count: int,
-    home: np.ndarray, met: np.ndarray, alone: np.ndarray,
+    home: np.ndarray, met: np.ndarray, own: np.ndarray, alone: np.ndarray,
 ) -> None:  # fmt: skip
     # For each pair (i, neighbor) the margin at which one probes the other's home, and that at which both probe one cell;
-    # infinite where that is not within the cells listed. alone: whether the two have no common neighbor.
+    # infinite where that is not within the cells listed. own: the margin at which i itself probes the other's home. alone:
+    # whether the two have no common neighbor.
     mine = np.full(count, np.float32(np.inf))
     known = np.full(len(offsets) - 1, -1, np.int64)
     for i in range(len(offsets) - 1):
@@ -193,6 +195,7 @@ def _margins(
             j = neighbors[e]
             least = mine[cells[probed[j]]]
             either = least
+            own[e] = least
             for p in range(probed[j], probed[j + 1]):
                 if cells[p] == cells[probed[i]]:
                     least = min(least, short[p])

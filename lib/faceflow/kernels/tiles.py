@@ -180,7 +180,7 @@ class TileKernel:
                 self._block(vectors[i : i + QUERY_BLOCK], vectors[j : j + MEMBER_BLOCK], i - j, q, m, self._nowhere)
 
     def across(self, queries: np.ndarray, members: np.ndarray, member_vectors: np.ndarray) -> None:
-        """All pairs (queries x members) of faces at home in one cell, two sets of positions without a common one."""
+        """All pairs (queries x members), two sets of positions without a common one, that no other tile finds."""
         for j in range(0, len(members), MEMBER_BLOCK):
             m = members[j : j + MEMBER_BLOCK]
             for i in range(0, len(queries), QUERY_BLOCK):

@@ -16,6 +16,9 @@ from faceflow.storage import layout
 from faceflow.storage.files import Store
 from faceflow.tables import MODULES_SCHEMA, SAME, EdgeList, Parts
 
+CHECK_EVERY = 5
+"""Nights after which one round of coarse-tuning shows what continuing from last night's modules has cost so far."""
+
 
 def run(context: Context) -> Outcome:
     """Detect modules over the whole graph; the driver sees only the counts."""
@@ -31,7 +34,7 @@ def run(context: Context) -> Outcome:
     return Outcome(counts, pieces)
 
 
-def _past_of(context: Context) -> tuple[Store, Parts] | None:
+def _past_of(context: Context) -> tuple[Store, Parts, bool] | None:
     """The run to continue from: last night's, where this night's edges are known to differ from its edges in part only."""
     past, config = context.past, context.config
     if past is None or config.engine != "native" or not context.done["quantize"].counts["incremental"]:
@@ -39,7 +42,7 @@ def _past_of(context: Context) -> tuple[Store, Parts] | None:
     before = past.done["detect"].fingerprint
     if (before["engine"], before["flow"]) != (config.engine, config.flow) or config.trials > 1:
         return None
-    return past.run, past.parts
+    return past.run, past.parts, context.done["quantize"].counts["nights"] % CHECK_EVERY == 0
 
 
 STAGE = Stage(
@@ -72,7 +75,7 @@ def detect(
     trials: int,
     verify: bool,
     threads: int,
-    past: tuple[Store, Parts] | None = None,
+    past: tuple[Store, Parts, bool] | None = None,
 ) -> tuple[dict[str, float], dict[str, int]]:
     """Run the engine over all edge parts and write one module per row, part by part; past: the run to continue from.
 
@@ -85,8 +88,8 @@ def detect(
     )
     arrays = _Again(lambda: ((e.offsets, e.rows, e.values) for e in edges))
     if engine == "native":
-        start = _earlier(run, parts, *past) if past is not None else None
-        partition = mapequation.detect(arrays, seed, trials, threads, directed, start)
+        earlier = mapequation.Earlier(*_earlier(run, parts, *past)) if past is not None else None
+        partition = mapequation.detect(arrays, seed, trials, threads, directed, earlier)
     else:
         partition = infomap_engine.detect(edges, parts.faces, seed, trials, directed)
     counts: dict[str, float] = {"codelength": partition.codelength, "modules": len(np.unique(partition.modules))}
@@ -99,17 +102,25 @@ def detect(
                 "please report it; --engine infomap avoids it"
             )
     pieces = {}
+    flow = partition.flow if partition.flow is not None else np.zeros(parts.faces)
     for part in range(len(parts)):
-        modules = partition.modules[parts.starts[part] : parts.starts[part + 1]]
+        here = slice(parts.starts[part], parts.starts[part + 1])
+        columns = [partition.modules[here], flow[here]]
         name = layout.part("modules", part)
-        pieces[name] = run.write_arrow(name, MODULES_SCHEMA, [pa.record_batch([modules], schema=MODULES_SCHEMA)])
+        pieces[name] = run.write_arrow(name, MODULES_SCHEMA, [pa.record_batch(columns, schema=MODULES_SCHEMA)])
     return counts, pieces
 
 
-def _earlier(run: Store, parts: Parts, past: Store, past_parts: Parts) -> tuple[np.ndarray, np.ndarray]:
-    """(last night's module of each face, one of its own for a new one; whether its neighbors are others now)."""
-    modules = np.concatenate([past.read_batch(layout.part("modules", p)).column(0).to_numpy() for p in range(len(past_parts))])
+def _earlier(
+    run: Store, parts: Parts, past: Store, past_parts: Parts, check: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
+    """Each face's module of last night, one of its own for a new one; whether its neighbors are others now; its visit rate of
+    last night, 0 for a new one; and whether to check what was lost."""
+    modules, flow = (
+        np.concatenate([past.read_batch(layout.part("modules", p)).column(c).to_numpy() for p in range(len(past_parts))])
+        for c in range(2)
+    )
     before = np.concatenate([run.read_batch(layout.part("past", p)).column(0).to_numpy() for p in range(len(parts))])
     active = np.concatenate([read_states(run, p) for p in range(len(parts))]) != SAME
     start = np.where(before >= 0, modules[before], int(modules.max(initial=-1)) + 1 + np.arange(len(before)))
-    return start, active
+    return start, active, np.where(before >= 0, flow[before], 0.0), check

@@ -15,7 +15,7 @@ from faceflow.stages.reading import matrix, read_quantizer, read_vectors, rows_t
 from faceflow.storage import layout
 from faceflow.storage.files import Store
 from faceflow.storage.manifests import is_whole
-from faceflow.tables import ACTIVE, CANDIDATES_SCHEMA, CHANGED, NEIGHBORS_SCHEMA, SAME, STATE_SCHEMA, NeighborTable, Parts
+from faceflow.tables import ACTIVE, CANDIDATES_SCHEMA, CHANGED, SAME, STATE_SCHEMA, NeighborTable, Parts
 
 QUERY_FACES = 16_384
 """Active faces that the exact plan compares with a part at once."""
@@ -25,12 +25,9 @@ def search_night(context: Context, past: Past) -> int:
     """Carry over last night's tables, and search for the active faces; returns the number of candidate files."""
     config, parts, run, executor = context.config, context.parts, context.stores.run, context.executor
     every = range(len(parts))
-    executor.map(
-        carry_rows,
-        [(run, past.run, past.parts, parts, part, config.neighbors) for part in every],
-        "carry",
-        sizes=[parts.rows(part) for part in every],
-    )
+    counts = context.done["ingest"].counts
+    gone = counts["removed"] + counts["changed"] > 0
+    executor.map(find_active, [(run, past.run, past.parts, parts, p, config.neighbors, gone) for p in every], "active")
     if context.done["quantize"].counts["index"] == "exact":
         executor.map(
             search_exact_part,
@@ -49,25 +46,37 @@ def search_night(context: Context, past: Past) -> int:
     return shards
 
 
-def carry_rows(run: Store, past: Store, past_parts: Parts, parts: Parts, part: int, neighbors: int) -> None:
-    """Write what last night knew of one part's faces, by tonight's rows, and the state of each."""
-    name = layout.part("carried", part)
+def find_active(run: Store, past: Store, past_parts: Parts, parts: Parts, part: int, neighbors: int, gone: bool) -> None:
+    """Write the state of each of one part's faces before the search: new ones, and those that lost neighbors out of a full
+    table, are active. gone: whether any face is gone."""
+    name = layout.part("before", part)
     if is_whole(run, name):
         return
-    before = run.read_batch(layout.part("past", part)).column(0).to_numpy()
-    if part < len(past_parts):
-        table = NeighborTable.from_batch(past.read_batch(layout.part("neighbors", part)), 0)
-        now = rows_tonight(run, past_parts.faces, parts)
-        *carried, state = incremental.carry_table(
-            table.offsets, table.rows, table.values, before - past_parts.starts[part], now, neighbors
-        )
+    if part >= len(past_parts):
+        state = np.full(parts.rows(part), ACTIVE, np.uint8)
+    elif gone:
+        state = _carried(run, past, past_parts, parts, part, neighbors)[1]
     else:
-        carried = [np.zeros(len(before) + 1, np.int64), np.empty(0, np.int32), np.empty(0, np.float32)]
-        state = np.full(len(before), ACTIVE, np.uint8)
-    run.write_arrow(
-        layout.part("before", part), STATE_SCHEMA, [pa.record_batch([pa.array(state, pa.uint8())], schema=STATE_SCHEMA)]
-    )
-    run.write_arrow(name, NEIGHBORS_SCHEMA, [NeighborTable(parts.starts[part], *carried).to_batch()])
+        state = np.full(parts.rows(part), SAME, np.uint8)
+    run.write_arrow(name, STATE_SCHEMA, [pa.record_batch([pa.array(state, pa.uint8())], schema=STATE_SCHEMA)])
+
+
+def _carried(
+    run: Store, past: Store, past_parts: Parts, parts: Parts, part: int, neighbors: int
+) -> tuple[NeighborTable, np.ndarray]:
+    """What last night knew of one part's faces, by tonight's rows, and the faces' states."""
+    before = run.read_batch(layout.part("past", part)).column(0).to_numpy()
+    first = parts.starts[part]
+    if part >= len(past_parts):
+        nothing = np.zeros(len(before) + 1, np.int64), np.empty(0, np.int32), np.empty(0, np.float32)
+        return NeighborTable(first, *nothing), np.full(len(before), ACTIVE, np.uint8)
+    table = NeighborTable.from_batch(past.read_batch(layout.part("neighbors", part)), 0)
+    now = rows_tonight(run, past_parts.faces, parts)
+    kept = before - past_parts.starts[part]
+    if np.array_equal(now, np.arange(past_parts.faces)):
+        return NeighborTable(first, table.offsets, table.rows, table.values), np.zeros(len(kept), np.uint8)
+    *carried, state = incremental.carry_table(table.offsets, table.rows, table.values, kept, now, neighbors)
+    return NeighborTable(first, *carried), state
 
 
 def _active(run: Store, part: int) -> np.ndarray:
@@ -93,24 +102,25 @@ def search_cells_shard(run: Store, parts: Parts, dim: int, shard: int, neighbors
     touched = np.zeros(int(starts[-1]), bool)
     for batch in fresh:
         touched[batch.column(1).flatten().to_numpy()] = True
-    rows, lists, vectors, active = [], [], [], []
+    batches, active = [], []
     for part, batch in enumerate(fresh):
-        old = _others(run.read_batch(layout.part("cells", part), shard), _active(run, part), touched, here)
-        for found, is_active in ((old, False), (batch, True)):
-            rows.append(found.column(0).to_numpy() + parts.starts[part])
-            lists.append(found.column(1))
-            active.append(np.full(found.num_rows, is_active))
-            if "vector" in found.schema.names:
-                vectors.append(matrix(found.column(2), dim))
-            else:
-                vectors.append(read_vectors(run, part, dim)[found.column(0).to_numpy()])
-    order = np.argsort(np.concatenate(rows), kind="stable")
-    every = np.concatenate(rows)[order].astype(np.int32)
-    probes = probes_of([pa.concat_arrays(lists).take(pa.array(order))])
-    x = np.concatenate(vectors)[order]
-    del vectors
-    buffers = incremental.search_cells(x, every, probes, here, np.concatenate(active)[order], neighbors, floor)
+        old = _at_home(run.read_batch(layout.part("cells", part), shard), _active(run, part), touched, here)
+        both = pa.concat_batches([old, batch])
+        order = np.argsort(both.column(0).to_numpy(), kind="stable")
+        batches.append(both.take(pa.array(order)) if batch.num_rows else old)
+        active.append((order >= old.num_rows) if batch.num_rows else np.zeros(old.num_rows, bool))
+    every = np.concatenate([b.column(0).to_numpy() + first for b, first in zip(batches, parts.starts, strict=False)])
+    every = every.astype(np.int32)
+    probes = probes_of([batch.column(1) for batch in batches])
     bounds = np.searchsorted(every, parts.starts)
+    x = np.empty((len(every), dim), np.float32)
+    for part, batch in enumerate(batches):
+        out = x[bounds[part] : bounds[part + 1]]
+        if "vector" in batch.schema.names:
+            out[:] = matrix(batch.column(2), dim)
+        elif len(out):
+            np.take(read_vectors(run, part, dim), batch.column(0).to_numpy(), axis=0, out=out, mode="clip")
+    buffers = incremental.search_cells(x, every, probes, here, np.concatenate(active), neighbors, floor)
     run.write_arrow(
         name,
         CANDIDATES_SCHEMA,
@@ -121,13 +131,14 @@ def search_cells_shard(run: Store, parts: Parts, dim: int, shard: int, neighbors
     )
 
 
-def _others(batch: pa.RecordBatch, active: np.ndarray, touched: np.ndarray, cells: range) -> pa.RecordBatch:
-    """The faces of a shard's batch that are not active and probe a cell that an active one probes."""
-    flat, offsets = batch.column(1).flatten().to_numpy(), batch.column(1).offsets.to_numpy()
-    meets = touched[flat] & (flat >= cells.start) & (flat < cells.stop)
-    ends = np.concatenate([[0], np.cumsum(meets)])[offsets - offsets[0]]
-    wanted = (np.diff(ends) > 0) & ~active[batch.column(0).to_numpy()]
-    return batch if wanted.all() else batch.filter(pa.array(wanted))
+def _at_home(batch: pa.RecordBatch, active: np.ndarray, touched: np.ndarray, cells: range) -> pa.RecordBatch:
+    """The faces of a shard's batch that are not active and live in one of its cells, which an active face probes."""
+    if batch.num_rows == 0:
+        return batch
+    offsets = batch.column(1).offsets.to_numpy()
+    home = batch.column(1).flatten().to_numpy()[offsets[:-1] - offsets[0]]
+    wanted = touched[home] & (home >= cells.start) & (home < cells.stop) & ~active[batch.column(0).to_numpy()]
+    return batch.filter(pa.array(wanted))
 
 
 def search_exact_part(run: Store, parts: Parts, part: int, dim: int, neighbors: int, floor: float | None) -> None:
@@ -161,20 +172,33 @@ def search_exact_part(run: Store, parts: Parts, part: int, dim: int, neighbors: 
     run.write_arrow(name, CANDIDATES_SCHEMA, batches())
 
 
-def merge_night(run: Store, parts: Parts, part: int, files: int, neighbors: int) -> NeighborTable:
+def merge_night(run: Store, past: Past, parts: Parts, part: int, files: int, neighbors: int) -> NeighborTable:
     """One part's neighbor table: what was carried over, and the new candidates. Writes the faces' states."""
-    state = run.read_batch(layout.part("before", part)).column(0).to_numpy()
-    carried = NeighborTable.from_batch(run.read_batch(layout.part("carried", part)), parts.starts[part])
-    here = np.arange(len(carried), dtype=np.int32)
-    lists = [(here, carried.offsets, topk.encode(carried.values, carried.rows))]
+    carried, state = _carried(run, past.run, past.parts, parts, part, neighbors)
     new = np.concatenate([run.read_batch(layout.part("past", p)).column(0).to_numpy() < 0 for p in range(len(parts))])
     names = [layout.candidates(index) for index in range(files)]
-    lists += [_unknown(found, state, new) for found in read_candidates(run, names, part)]
-    table = NeighborTable(parts.starts[part], *topk.merge(lists, len(carried), neighbors))
-    changed = incremental.changed_rows((carried.offsets, carried.rows), (table.offsets, table.rows))
+    found = [_unknown(lists, state, new) for lists in read_candidates(run, names, part)]
+    meets = np.zeros(len(carried), bool)
+    for owners, ends, _ in found:
+        meets[owners[np.diff(ends) > 0]] = True
+    # Only rows with candidates are merged, and put in the places of what they replace.
+    which = np.flatnonzero(meets)
+    at = np.full(len(carried), -1, np.int32)
+    at[which] = np.arange(len(which))
+    offsets, rows = incremental.take_rows((carried.offsets, carried.rows), which)
+    values = incremental.take_rows((carried.offsets, carried.values), which)[1]
+    every = np.arange(len(which), dtype=np.int32)
+    lists: list[topk.CandidateList] = [(every, offsets, topk.encode(values, rows))]
+    for owners, ends, keys in found:
+        here = np.flatnonzero(np.diff(ends) > 0)
+        lists.append((at[owners[here]], *incremental.take_rows((ends, keys), here)))
+    merged = topk.merge(lists, len(which), neighbors)
+    table = incremental.put_rows((carried.offsets, carried.rows, carried.values), which, merged)
+    changed = np.zeros(len(carried), bool)
+    changed[which] = incremental.changed_rows((offsets, rows), merged[:2])
     after = np.where(state == ACTIVE, ACTIVE, np.where(changed | (state == CHANGED), CHANGED, SAME)).astype(np.uint8)
     run.write_arrow(layout.part("state", part), STATE_SCHEMA, [pa.record_batch([pa.array(after)], schema=STATE_SCHEMA)])
-    return table
+    return NeighborTable(carried.first_row, *table)
 
 
 def _unknown(found: topk.CandidateList, state: np.ndarray, new: np.ndarray) -> topk.CandidateList:

@@ -14,7 +14,7 @@ from faceflow.cluster.executor import Resources
 from faceflow.kernels import probing, quantizer, recall, topk
 from faceflow.kernels import search as cpu
 from faceflow.stages import renewal
-from faceflow.stages.base import Context, Outcome, Stage, merge_pieces
+from faceflow.stages.base import Context, Outcome, Past, Stage, merge_pieces
 from faceflow.stages.candidates import candidates_batch, probes_of, read_candidates
 from faceflow.stages.reading import matrix, read_quantizer, read_vectors
 from faceflow.storage import layout
@@ -68,7 +68,10 @@ def run(context: Context) -> Outcome:
     sample = recall.sample_rows(parts.faces, config.recall_sample // (NIGHT_SHARE if night else 1), config.seed)
     results = context.executor.map(
         merge_part,
-        [(run, parts, part, context.dim, shards, config.neighbors, sample, night) for part in range(len(parts))],
+        [
+            (run, parts, part, context.dim, shards, config.neighbors, sample, context.past if night else None)
+            for part in range(len(parts))
+        ],
         "merge",
         sizes=[parts.rows(part) for part in range(len(parts))],
     )
@@ -90,8 +93,8 @@ def run(context: Context) -> Outcome:
 STAGE = Stage(
     name="search",
     reads=("vectors", "quantizer", "cells"),
-    writes=("carried", "before", "fresh", "candidates", "certificate", "neighbors", "state"),
-    scratch=("carried", "before", "fresh", "candidates", "certificate"),
+    writes=("before", "fresh", "candidates", "certificate", "neighbors", "state"),
+    scratch=("before", "fresh", "candidates", "certificate"),
     settings=("neighbors", "min_similarity", "recall_sample", "seed", "gpu_float16"),
     after=("ingest", "quantize"),
     packages=("faceflow", "numpy"),
@@ -249,15 +252,15 @@ def _that_probe(batch: pa.RecordBatch, cells: range) -> pa.RecordBatch:
 
 
 def merge_part(
-    run: Store, parts: Parts, part: int, dim: int, shards: int, neighbors: int, sample: np.ndarray, night: bool
+    run: Store, parts: Parts, part: int, dim: int, shards: int, neighbors: int, sample: np.ndarray, past: Past | None
 ) -> tuple[dict[str, int], int]:
     """Write one part's neighbor table, and beside it its sampled faces; returns its bytes and its number of neighbors."""
     name, first_row = layout.part("neighbors", part), parts.starts[part]
     if is_whole(run, name):
         table = NeighborTable.from_batch(run.read_batch(name), first_row)
     else:
-        if night:
-            table = renewal.merge_night(run, parts, part, shards, neighbors)
+        if past is not None:
+            table = renewal.merge_night(run, past, parts, part, shards, neighbors)
         else:
             lists = read_candidates(run, [layout.candidates(shard) for shard in range(shards)], part)
             table = NeighborTable(first_row, *topk.merge(lists, parts.rows(part), neighbors))
