@@ -124,8 +124,8 @@ def _survey(
     for i in numba.prange(len(kept)):
         count = 0
         for e in range(offsets[i], offsets[i + 1]):
-            lowest = min(lowest, np.int64(targets[e]))
-            highest = max(highest, np.int64(targets[e]))
+            lowest = min(lowest, int(targets[e]))
+            highest = max(highest, int(targets[e]))
             wrong += not 0 <= weights[e] < np.inf
             if weights[e] > 0:
                 if count < FIRST_EDGES and len(firsts):
