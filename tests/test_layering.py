@@ -29,7 +29,9 @@ HOMES = {
     "s3fs": {"storage"},
     "fsspec": {"storage"},
 }
-STAGE_HELPERS = {"base", "reading", "checking", "pieces", "intake", "arrivals", "cells", "renewal", "candidates", "history"}
+STAGE_HELPERS = {
+    "arrivals", "base", "candidates", "cells", "checking", "decisions", "history", "intake", "pieces", "reading", "renewal",
+}  # fmt: skip
 
 
 def modules() -> list[Path]:

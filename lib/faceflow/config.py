@@ -95,6 +95,9 @@ class ClusterConfig:
     work_dir: str | None = _setting(
         None, "where run directories lie (default: OUTPUT/_runs): a fast shared disk, or another bucket", metavar="DIR"
     )
+    constraints: str | None = _setting(
+        None, "Parquet or CSV file with id_a, id_b and kind: 'must' share a cluster, or 'cannot'", metavar="FILE"
+    )
     full_every: int = _setting(
         30, "nights after which everything is searched and detected anew; those between build on each other", metavar="N",
         nightly=True,

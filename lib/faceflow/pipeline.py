@@ -16,7 +16,7 @@ from faceflow import __version__
 from faceflow.cluster.executor import Executor, peak_memory
 from faceflow.config import ClusterConfig, digest
 from faceflow.errors import InputError, PublishError, QualityError, RunError, SettingsError
-from faceflow.stages import detect, ingest, link, publish, quantize, search
+from faceflow.stages import decisions, detect, ingest, link, publish, quantize, search
 from faceflow.stages.base import Context, Past, Stage
 from faceflow.storage import layout, manifests
 from faceflow.storage.files import Store
@@ -125,6 +125,8 @@ class _Job:
 
 def _run(config: ClusterConfig, output: Store, runs: Store, executor: Executor, begun: float, nightly: bool) -> RunResult:
     files = ingest.inputs(Context(config, RunStores.of(output, runs, ""), executor, {}))["input_files"]
+    if config.constraints is not None:
+        decisions.read(config.constraints, config.storage_options)  # a contradiction is said now, not after the search
     output.check_writable()
     runs.check_writable()
     parent_version = output.version(layout.LATEST)
@@ -168,6 +170,7 @@ def _nothing_new(config: ClusterConfig, past: Past, files: dict[str, Any]) -> bo
         made_from |= manifest.fingerprint
     now = config.public()
     same = all(made_from[key] == now[key] for stage in STAGES for key in stage.settings if key in made_from)
+    same &= made_from.get("constraints_file") == decisions.fingerprint(config).get("constraints_file")
     return same and not config.verify_content and made_from["input_files"] == files and config.run_id is None
 
 

@@ -184,6 +184,28 @@ def test_only_what_changed_is_read_and_counted(tmp_path: Path, caplog: pytest.Lo
     assert manifest(tmp_path / "out", verified.run_id, "ingest")["changed"] == 100
 
 
+def test_nights_on_which_nothing_comes(tmp_path: Path) -> None:
+    lake = Lake(tmp_path / "in", 11)
+    for i in range(5):
+        lake.add(f"{i}.parquet", 100)
+    labels = labels_of(tmp_path / "out", night(tmp_path / "in", tmp_path / "out").run_id)
+    (tmp_path / "in" / "2.parquet").unlink()  # faces only go
+    second = night(tmp_path / "in", tmp_path / "out")
+    assert second.faces == 400
+    labels = replay(tmp_path / "out", labels, second.run_id)
+    write_faces(tmp_path / "in" / "9.parquet", np.ones((0, 16), np.float32), pa.array([], pa.string()))  # a file without a face
+    third = night(tmp_path / "in", tmp_path / "out")
+    assert third.run_id != second.run_id
+    assert labels_of(tmp_path / "out", third.run_id) == labels == labels_of(tmp_path / "out", second.run_id)
+    for path in (tmp_path / "in").iterdir():
+        path.unlink()
+    with pytest.raises(InputError, match="holds no Parquet file"):
+        night(tmp_path / "in", tmp_path / "out")
+    write_faces(tmp_path / "in" / "9.parquet", np.ones((0, 16), np.float32), pa.array([], pa.string()))
+    with pytest.raises(InputError, match=r"has no face left in its 1 Parquet file\(s\)"):
+        night(tmp_path / "in", tmp_path / "out")
+
+
 def test_ids_that_two_files_hold_are_refused_or_set_aside(tmp_path: Path) -> None:
     lake = Lake(tmp_path / "in", 4)
     lake.add("a.parquet", 100)
@@ -320,6 +342,59 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     after = labels_of(tmp_path / "out", third["run_id"])
     before = labels_of(tmp_path / "out", second["run_id"])
     assert not set(after.values()) & set(before.values())  # without a past, no id is used twice
+
+
+def test_decisions_of_people_hold_every_night(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lake = Lake(tmp_path / "in", 10, people=6)
+    lake.add("a.parquet", 200)
+    free = labels_of(tmp_path / "free", night(tmp_path / "in", tmp_path / "free").run_id)
+    by_cluster: dict[int, list[str]] = {}
+    for face, cluster in free.items():
+        by_cluster.setdefault(cluster, []).append(face)
+    big = sorted(by_cluster.values(), key=len)[::-1]
+    must, cannot = [(big[0][0], big[1][0]), (big[1][1], "face-of-tomorrow")], [(big[2][0], big[2][-1]), (big[0][1], big[3][0])]
+
+    def write(path: Path) -> str:
+        rows = [(a, b, "must") for a, b in must] + [(a, b, "cannot") for a, b in cannot]
+        if path.suffix == ".csv":
+            path.write_text("id_a,id_b,kind\n" + "".join(f"{a},{b},{kind}\n" for a, b, kind in rows))
+        else:
+            pq.write_table(pa.table(dict(zip(("id_a", "id_b", "kind"), map(list, zip(*rows, strict=True)), strict=True))), path)
+        return str(path)
+
+    def holds(labels: dict[str, int]) -> bool:
+        return all(labels[a] == labels[b] for a, b in must if b in labels) and all(labels[a] != labels[b] for a, b in cannot)
+
+    assert not holds(free)
+    file = write(tmp_path / "c.csv")
+    run = night(tmp_path / "in", tmp_path / "out", constraints=file)
+    labels = labels_of(tmp_path / "out", run.run_id)
+    assert holds(labels)
+    assert manifest(tmp_path / "out", run.run_id, "detect")["constraints_of_absent"] == 1
+    assert labels_of(tmp_path / "out", night(tmp_path / "in", tmp_path / "out", constraints=file).run_id) == labels
+    lake.files["b.parquet"] = lake.faces(20) | {"face-of-tomorrow": lake.centers[5].astype(np.float32)}
+    lake.write("b.parquet")
+    run = night(tmp_path / "in", tmp_path / "out", constraints=file)
+    labels = replay(tmp_path / "out", labels, run.run_id)
+    assert holds(labels)
+    assert labels["face-of-tomorrow"] == labels[big[0][0]]
+    cannot.append((big[1][0], big[1][1]))  # a new decision, of the same files: a new night
+    run = night(tmp_path / "in", tmp_path / "out", constraints=write(tmp_path / "c.parquet"))
+    assert holds(labels_of(tmp_path / "out", run.run_id))
+    cannot.append((big[0][0], big[1][0]))
+    write(tmp_path / "c.csv")
+    arguments = ["nightly", str(tmp_path / "in"), str(tmp_path / "out"), "--constraints", file, "--quiet"]
+    assert main(arguments) == 2
+    a, b = big[0][0], big[1][0]
+    assert capsys.readouterr().err == (
+        f"error: constraints contradict each other: {a!r} must be with {b!r}; but {a!r} cannot be with {b!r}\n"
+    )
+    (tmp_path / "c.csv").write_text("id_a,id_b,kind\nx,y,maybe\n")
+    assert main(arguments) == 2
+    assert "row 0: kind is 'maybe'; it must be 'must' or 'cannot'" in capsys.readouterr().err
+    (tmp_path / "c.csv").write_text("id_a,id_c,kind\nx,y,must\n")
+    assert main(arguments) == 2
+    assert "no column 'id_b'; did you mean" in capsys.readouterr().err
 
 
 def test_diff_tells_what_the_nights_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

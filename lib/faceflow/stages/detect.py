@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pyarrow as pa
 
 from faceflow.cluster.executor import Resources
 from faceflow.errors import QualityError
+from faceflow.stages import decisions
 from faceflow.stages.base import Context, Outcome, Stage
 from faceflow.stages.reading import read_states
 from faceflow.storage import layout
@@ -27,7 +29,7 @@ def run(context: Context) -> Outcome:
     threads = executor.largest_machine_cpus if native else 1
     counts, pieces = executor.call(
         detect, context.stores.run, context.parts, config.engine, config.flow == "directed", config.seed, config.trials,
-        config.verify_codelength, threads, _past_of(context), label="detect",
+        config.verify_codelength, threads, _past_of(context), config.constraints, config.storage_options, label="detect",
         # infomap crashes where faiss, which GPU search loads, was imported after it.
         resources=Resources(cpus=0 if native else 1, apart=not native or config.verify_codelength),
     )  # fmt: skip
@@ -49,9 +51,10 @@ STAGE = Stage(
     name="detect",
     reads=("edges",),
     writes=("modules",),
-    settings=("engine", "flow", "seed", "trials"),
+    settings=("engine", "flow", "seed", "trials", "constraints"),
     after=("ingest", "link"),
     packages=("faceflow", "infomap"),
+    inputs=lambda context: decisions.fingerprint(context.config),
     run=run,
 )
 
@@ -76,8 +79,11 @@ def detect(
     verify: bool,
     threads: int,
     past: tuple[Store, Parts, bool] | None = None,
+    constraints: str | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, float], dict[str, int]]:
-    """Run the engine over all edge parts and write one module per row, part by part; past: the run to continue from.
+    """Run the engine over all edge parts and write one module per row, part by part; past: the run to continue from;
+    constraints: the file of constraints on them, and options of its store.
 
     Raises QualityError when the codelength is to be verified and the package's differs by more than 1e-6 of it.
     """
@@ -101,14 +107,29 @@ def detect(
                 f"the modules' codelength is {partition.codelength}, but the infomap package computes {theirs}: "
                 "please report it; --engine infomap avoids it"
             )
+    modules = partition.modules
+    if constraints is not None:
+        # The codelength is that of the modules before people had their say.
+        modules, bound = decisions.apply(constraints, options, run, parts, modules, functools.partial(_edges_within, edges))
+        counts |= {"modules": len(np.unique(modules)), **bound}
     pieces = {}
     flow = partition.flow if partition.flow is not None else np.zeros(parts.faces)
     for part in range(len(parts)):
         here = slice(parts.starts[part], parts.starts[part + 1])
-        columns = [partition.modules[here], flow[here]]
+        columns = [modules[here], flow[here]]
         name = layout.part("modules", part)
         pieces[name] = run.write_arrow(name, MODULES_SCHEMA, [pa.record_batch(columns, schema=MODULES_SCHEMA)])
     return counts, pieces
+
+
+def _edges_within(edges: Iterable[EdgeList], mask: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(sources, targets, weights) of the edges between rows that the mask bool[N] holds."""
+    found: list[tuple[np.ndarray, ...]] = []
+    for part in edges:
+        sources = part.sources()
+        kept = mask[sources] & mask[part.rows]
+        found.append((sources[kept].astype(np.int64), part.rows[kept].astype(np.int64), part.values[kept]))
+    return tuple(np.concatenate(columns) for columns in zip(*found, strict=True))  # type: ignore[return-value]
 
 
 def _earlier(

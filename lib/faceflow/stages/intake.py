@@ -62,8 +62,10 @@ def take_in(context: Context, store: Store, files: Mapping[str, int], run: Store
     ]
     check_types(footers)
     rows = sum(sum(footer.group_rows) for footer in footers)
-    if rows == 0 and dim is None:
-        raise InputError(f"input {config.input} has no rows in its {len(files)} Parquet file(s)")
+    if rows == 0:
+        if dim is None:
+            raise InputError(f"input {config.input} has no rows in its {len(files)} Parquet file(s)")
+        return Taken(dim, (0,), (0,), {}, checking.Tally())
     if rows > MAX_FACES:
         raise InputError(f"input {config.input} has {rows} rows; at most {MAX_FACES} are supported in one run")
     dim = (

@@ -80,8 +80,8 @@ def read_footers(store: Store, paths: Sequence[str], id_column: str, embedding_c
 
 
 def check_types(footers: list[Footer]) -> None:
-    first = footers[0]
-    for footer in footers:
+    for footer in footers[1:]:
+        first = footers[0]
         if footer.id_type != first.id_type:
             raise InputError(
                 f"ids are {first.id_type} in {one_line(first.path)} but {footer.id_type} in {one_line(footer.path)}: make them "

@@ -59,12 +59,29 @@ def list_parquet(address: str, options: Mapping[str, Any] | None) -> tuple[Store
         raise InputError(f"cannot read input {address}: {_reason(store, error)}") from None
     if not chosen:
         raise InputError(f"input {address} holds no Parquet file")
-    files = []
-    for path in sorted(chosen):
-        info = chosen[path]
-        version = info.get("ETag") or info.get("mtime") or info.get("LastModified") or ""
-        files.append(FileInfo(path, int(info["size"]), str(version).strip('"')))
-    return store, files
+    return store, [_file_info(path, chosen[path]) for path in sorted(chosen)]
+
+
+def list_file(address: str, options: Mapping[str, Any] | None) -> tuple[Store, FileInfo]:
+    """One file, whatever its kind. Raises InputError where it is not there."""
+    store = Store.at(address, options)
+    if not store.is_local:
+        check_endpoint(address, options)
+    try:
+        store.fs.invalidate_cache()
+        if not store.fs.isfile(store.root):
+            raise InputError(f"{one_line(address)} is not a file that is there")
+        info = store.fs.info(store.root)
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"cannot read {one_line(address)}: {_reason(store, error)}") from None
+    return store, _file_info(store.root, info)
+
+
+def _file_info(path: str, info: Mapping[str, Any]) -> FileInfo:
+    version = info.get("ETag") or info.get("mtime") or info.get("LastModified") or ""
+    return FileInfo(path, int(info["size"]), str(version).strip('"'))
 
 
 def check_endpoint(address: str, options: Mapping[str, Any] | None) -> None:

@@ -1,0 +1,139 @@
+"""Decisions of people about pairs of faces, imposed on modules: must-linked faces share one, cannot-linked never do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from faceflow.errors import InputError
+
+ROUNDS = 50
+"""Most rounds in which the faces of a module that must be split choose a side; each takes in the neighbors of the last."""
+
+Edges = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""(sources int64[m], targets int64[m], weights float[m])."""
+
+
+def must_groups(faces: int, must: np.ndarray) -> np.ndarray:
+    """int64[faces]: the group of each face, faces that `must` (int64[m, 2]) links directly or by a chain in one; a group is
+    named by its first face."""
+    group = np.arange(faces)
+    for a, b in must.tolist():
+        while group[a] != a:
+            group[a] = a = int(group[group[a]])
+        while group[b] != b:
+            group[b] = b = int(group[group[b]])
+        group[max(a, b)] = min(a, b)
+    while True:
+        up = group[group]
+        if np.array_equal(up, group):
+            return group
+        group = up
+
+
+def chain(must: np.ndarray, a: int, b: int) -> list[int]:
+    """The shortest chain of must-links from face a to face b, both included."""
+    links: dict[int, list[int]] = {}
+    for x, y in must.tolist():
+        links.setdefault(x, []).append(y)
+        links.setdefault(y, []).append(x)
+    came, front = {a: a}, [a]
+    while front and b not in came:
+        reached = [(x, y) for x in front for y in sorted(links.get(x, [])) if y not in came]
+        front = []
+        for x, y in reached:
+            if y not in came:
+                came[y] = x
+                front.append(y)
+    path = [b]
+    while path[-1] != a:
+        path.append(came[path[-1]])
+    return path[::-1]
+
+
+def check(must: np.ndarray, cannot: np.ndarray, faces: int, name: Callable[[int], str]) -> np.ndarray:
+    """The groups of `must_groups`. Raises InputError, with the chain of links, where two faces must and cannot be together.
+
+    must, cannot: int64[m, 2], pairs of faces 0..faces-1; name: what to call a face in a message.
+    """
+    group = must_groups(faces, must)
+    for a, b in cannot.tolist():
+        if group[a] == group[b]:
+            path = [name(face) for face in chain(must, a, b)]
+            links = "; ".join(f"{x} must be with {y}" for x, y in zip(path[:-1], path[1:], strict=True))
+            said = f"{links}; but {path[0]} cannot be with {path[-1]}" if links else f"{path[0]} cannot be with itself"
+            raise InputError(f"constraints contradict each other: {said}")
+    return group
+
+
+def impose(
+    modules: np.ndarray, rows: np.ndarray, must: np.ndarray, cannot: np.ndarray, edges: Callable[[np.ndarray], Edges]
+) -> np.ndarray:
+    """Modules, int64[N], in which every must-linked pair shares one and no cannot-linked pair does.
+
+    modules: int64[N], any numbers below 2**31; rows: int64[f], the rows of the faces that constraints name; must, cannot:
+    int64[m, 2], pairs of indices into rows, without contradiction (`check`); edges: gives all edges between rows of which
+    the mask bool[N] holds. Modules that a must-link connects become one. One that holds a cannot-linked pair is then split:
+    the linked faces, with their groups, take sides, and each other face follows the side to which its edges weigh most; a face
+    whom no edge connects to a side stays with the first. All other modules stay as they are.
+    """
+    modules = modules.copy()
+    merged = must_groups(int(modules.max(initial=-1)) + 1, modules[rows[must]]) if len(must) else None
+    if merged is not None:
+        modules = merged[modules]
+    group = must_groups(len(rows), must)
+    torn = modules[rows[cannot[:, 0]]] == modules[rows[cannot[:, 1]]] if len(cannot) else np.empty(0, bool)
+    if not torn.any():
+        return modules
+    broken = np.unique(modules[rows[cannot[torn, 0]]])
+    mask = np.isin(modules, broken)
+    sides = _sides(modules[rows], group, group[cannot[torn]], broken)
+    side = np.full(len(modules), -1, np.int64)
+    side[rows] = np.where(np.isin(modules[rows], broken), sides, -1)
+    # The faces of a group go together: one of them stands for all.
+    unit = np.arange(len(modules))
+    unit[rows] = rows[group]
+    sources, targets, weights = edges(mask)
+    side = _follow(side, modules, unit[sources], unit[targets], weights)[unit]
+    side[mask & (side < 0)] = 0
+    fresh = int(modules.max()) + 1
+    moved = np.flatnonzero(mask & (side > 0))
+    pairs = modules[moved] * (int(side.max()) + 1) + side[moved]
+    modules[moved] = fresh + np.unique(pairs, return_inverse=True)[1]
+    return modules
+
+
+def _sides(module: np.ndarray, group: np.ndarray, apart: np.ndarray, broken: np.ndarray) -> np.ndarray:
+    """int64[f]: the side of each constrained face within its module, -1 for one without a cannot-link there. Groups are taken
+    by falling size, ties by first face, and each takes the first side that nobody holds whom it cannot be with."""
+    enemies: dict[int, set[int]] = {}
+    for a, b in apart.tolist():
+        enemies.setdefault(a, set()).add(b)
+        enemies.setdefault(b, set()).add(a)
+    sizes = np.bincount(group, minlength=len(group))
+    chosen: dict[int, int] = {}
+    for g in sorted(enemies, key=lambda g: (-int(sizes[g]), g)):
+        taken = {chosen[e] for e in enemies[g] if e in chosen}
+        chosen[g] = next(s for s in range(len(taken) + 1) if s not in taken)
+    return np.array([chosen.get(int(g), -1) for g in group], np.int64)
+
+
+def _follow(side: np.ndarray, modules: np.ndarray, sources: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    inside = modules[sources] == modules[targets]
+    a = np.concatenate([sources[inside], targets[inside]])
+    b = np.concatenate([targets[inside], sources[inside]])
+    w = np.concatenate([weights[inside], weights[inside]]).astype(np.float64)
+    for _ in range(ROUNDS):
+        open_ = (side[a] < 0) & (side[b] >= 0)
+        if not open_.any():
+            break
+        width = int(side.max()) + 1
+        keys, at = np.unique(a[open_] * width + side[b[open_]], return_inverse=True)
+        total = np.bincount(at, w[open_])
+        face, choice = keys // width, keys % width
+        best = np.lexsort((choice, -total, face))
+        first = best[np.unique(face[best], return_index=True)[1]]
+        side = side.copy()
+        side[face[first]] = choice[first]
+    return side

@@ -1,0 +1,117 @@
+"""The file of constraints: pairs of ids that must, or cannot, share a cluster; read, checked, and found among the faces."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+from faceflow.config import ClusterConfig
+from faceflow.errors import InputError, did_you_mean, one_line
+from faceflow.kernels import constraints
+from faceflow.stages.reading import read_ids, read_rejected
+from faceflow.storage.files import Store, explain
+from faceflow.storage.inputs import list_file, open_input
+from faceflow.tables import Parts
+
+COLUMNS = ("id_a", "id_b", "kind")
+KINDS = ("must", "cannot")
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """Constraints by id: the distinct ids, and pairs of indices into them, int64[m, 2]."""
+
+    ids: pa.Array
+    must: np.ndarray
+    cannot: np.ndarray
+
+
+def fingerprint(config: ClusterConfig) -> dict[str, Any]:
+    """What the constraints' file is, for the manifest of the stage that honours it."""
+    if config.constraints is None:
+        return {}
+    info = list_file(config.constraints, config.storage_options)[1]
+    return {"constraints_file": [info.path, info.size, info.version]}
+
+
+def read(address: str, options: Mapping[str, Any] | None) -> Decisions:
+    """The constraints of a Parquet or CSV file with the columns id_a, id_b and kind (must or cannot).
+
+    Raises InputError for what cannot be read, and for constraints that contradict each other.
+    """
+    store, info = list_file(address, options)
+    name = one_line(address)
+    try:
+        with open_input(store, info.path) as source:
+            if address.lower().endswith(".csv"):
+                text = pyarrow.csv.ConvertOptions(column_types={column: pa.string() for column in COLUMNS})
+                table = pyarrow.csv.read_csv(source, convert_options=text)
+            else:
+                table = pq.read_table(source)
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"cannot read constraints {name}: {explain(error)}") from None
+    for column in COLUMNS:
+        if column not in table.column_names:
+            raise InputError(f"constraints {name}: no column {column!r}{did_you_mean(column, table.column_names)}")
+        if table[column].null_count:
+            row = pc.index(table[column].is_null(), True).as_py()
+            raise InputError(f"constraints {name}, row {row}: {column} is null")
+    kinds = table["kind"].to_pylist()
+    wrong = next((i for i, kind in enumerate(kinds) if kind not in KINDS), None)
+    if wrong is not None:
+        raise InputError(f"constraints {name}, row {wrong}: kind is {kinds[wrong]!r}; it must be 'must' or 'cannot'")
+    if table["id_a"].type != table["id_b"].type:
+        raise InputError(f"constraints {name}: id_a is {table['id_a'].type}, but id_b is {table['id_b'].type}")
+    both = pa.concat_arrays([*table["id_a"].chunks, *table["id_b"].chunks]) if len(table) else pa.array([], pa.string())
+    coded = both.dictionary_encode()
+    codes = coded.indices.to_numpy().astype(np.int64)
+    pairs = np.stack([codes[: len(kinds)], codes[len(kinds) :]], axis=1)
+    must, cannot = (pairs[np.array([k == kind for k in kinds], bool)] for kind in KINDS)
+    ids = coded.dictionary
+    constraints.check(must, cannot, len(ids), lambda i: repr(ids[i].as_py()))
+    return Decisions(ids, must, cannot)
+
+
+def apply(
+    address: str, options: Mapping[str, Any] | None, run: Store, parts: Parts, modules: np.ndarray, edges: Any
+) -> tuple[np.ndarray, dict[str, int]]:
+    """The modules with the constraints imposed, and how many were; those that name an id that is not there bind nobody.
+
+    edges: as `kernels.constraints.impose`.
+    """
+    decisions = read(address, options)
+    rows = np.full(len(decisions.ids), -1, np.int64)
+    for part in range(len(parts)):
+        ids = read_ids(run, part)
+        good = np.ones(len(ids), bool)
+        good[read_rejected(run, part).column("position").to_numpy()] = False
+        at = pc.index_in(ids.filter(pa.array(good)), value_set=_as(decisions.ids, ids.type, address))
+        here = np.flatnonzero(at.is_valid().to_numpy(zero_copy_only=False))
+        rows[at.drop_null().to_numpy()] = parts.starts[part] + here
+    there = np.flatnonzero(rows >= 0)
+    number = np.full(len(rows), -1, np.int64)
+    number[there] = np.arange(len(there))
+    # A chain holds although a face in its middle is gone.
+    group = constraints.must_groups(len(rows), decisions.must)
+    first: dict[int, int] = {}
+    must = np.array([[first.setdefault(int(group[i]), int(number[i])), number[i]] for i in there], np.int64).reshape(-1, 2)
+    must = must[must[:, 0] != must[:, 1]]
+    cannot = number[decisions.cannot]
+    cannot = cannot[(cannot >= 0).all(axis=1)]
+    bound = int((rows[decisions.must] >= 0).all(axis=1).sum()) + len(cannot)
+    found = constraints.impose(modules, rows[there], must, cannot, edges)
+    return found, {"constraints": bound, "constraints_of_absent": len(decisions.must) + len(decisions.cannot) - bound}
+
+
+def _as(ids: pa.Array, kind: pa.DataType, address: str) -> pa.Array:
+    try:
+        return ids.cast(kind)
+    except pa.ArrowException as error:
+        raise InputError(f"constraints {one_line(address)}: ids are not {kind}, as the faces' are: {explain(error)}") from None

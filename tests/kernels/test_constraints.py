@@ -1,0 +1,72 @@
+"""Constraints on modules: what they promise, on random graphs."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from faceflow.errors import InputError
+from faceflow.kernels.constraints import check, impose, must_groups
+
+PAIRS = st.lists(st.tuples(st.integers(0, 14), st.integers(0, 14)), max_size=12)
+
+
+def as_pairs(pairs: list[tuple[int, int]]) -> np.ndarray:
+    return np.array(pairs, np.int64).reshape(-1, 2)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.integers(0, 5), min_size=15, max_size=15), PAIRS, PAIRS, st.integers(0, 1000))
+def test_what_is_imposed_holds(
+    modules: list[int], must: list[tuple[int, int]], cannot: list[tuple[int, int]], seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    before, rows = np.array(modules), rng.permutation(15)
+    m, c = as_pairs(must), as_pairs(cannot)
+    try:
+        group = check(m, c, 15, str)
+    except InputError:
+        grouped = must_groups(15, m)
+        assert any(grouped[a] == grouped[b] for a, b in cannot)
+        return
+    assert all(group[a] != group[b] for a, b in cannot)
+    sources, targets = rng.integers(0, 15, (2, 40))
+    weights = rng.random(40)
+
+    def edges(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        kept = mask[sources] & mask[targets]
+        return sources[kept], targets[kept], weights[kept]
+
+    after = impose(before, rows, m, c, edges)
+    assert all(after[rows[a]] == after[rows[b]] for a, b in must)
+    assert all(after[rows[a]] != after[rows[b]] for a, b in cannot)
+    touched = set(before[rows[m.ravel()]].tolist()) | set(before[rows[c.ravel()]].tolist())
+    for module in set(modules) - touched:  # other modules stay as they are
+        here = before == module
+        assert len(set(after[here].tolist())) == 1
+        assert not np.isin(after[~here], after[here]).any()
+    np.testing.assert_array_equal(after, impose(before, rows, m, c, edges))
+
+
+def test_a_module_is_split_along_its_edges() -> None:
+    # Two cliques of four that one edge holds together; one face of each cannot be with the other.
+    pairs = [(i, j) for block in (range(4), range(4, 8)) for i in block for j in block if i < j] + [(3, 4)]
+    sources, targets = np.array(pairs).T
+    edges = sources, targets, np.ones(len(pairs))
+    found = impose(np.zeros(8, np.int64), np.array([0, 7]), as_pairs([]), as_pairs([(0, 1)]), lambda mask: edges)
+    assert found[:4].tolist() == [found[0]] * 4
+    assert found[4:].tolist() == [found[7]] * 4
+    assert found[0] != found[7]
+
+
+def test_a_contradiction_is_told_by_its_chain() -> None:
+    names = ["ann", "bob", "cleo", "dan"]
+    with pytest.raises(InputError) as caught:
+        check(as_pairs([(0, 1), (1, 2), (2, 3), (0, 3)]), as_pairs([(0, 2)]), 4, names.__getitem__)
+    assert str(caught.value) == (
+        "constraints contradict each other: ann must be with bob; bob must be with cleo; but ann cannot be with cleo"
+    )
+    with pytest.raises(InputError, match="ann cannot be with itself"):
+        check(as_pairs([]), as_pairs([(0, 0)]), 4, names.__getitem__)
