@@ -68,7 +68,7 @@ def test_secrets_stay_out_of_public_settings() -> None:
 
 def test_every_setting_has_a_flag_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        build_parser().parse_args(["cluster", "--help"])
+        build_parser().parse_args(["nightly", "--help"])
     text = capsys.readouterr().out
     for name, field in SETTINGS.items():
         if name not in ("input", "output"):

@@ -98,6 +98,10 @@ class ClusterConfig:
     constraints: str | None = _setting(
         None, "Parquet or CSV file with id_a, id_b and kind: 'must' share a cluster, or 'cannot'", metavar="FILE"
     )
+    exclusive_column: str | None = _setting(
+        None, "column whose value (a photo's id, say) two faces of one cluster should not share; a string or an integer",
+        metavar="TEXT",
+    )  # fmt: skip
     full_every: int = _setting(
         30, "nights after which everything is searched and detected anew; those between build on each other", metavar="N",
         nightly=True,

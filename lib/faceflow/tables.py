@@ -43,9 +43,9 @@ REJECTED_SCHEMA = pa.schema(
 )
 """Rows of one part that cannot be used: position among the part's input rows, verdict of `stages.checking`, and the place."""
 
-ORIGINS_SCHEMA = pa.schema([("file", pa.int32()), ("row", pa.int64()), ("hash", pa.uint64())])
-"""Where each entry of `ids/` came from: which of the run's input files, in sorted order, the row in it, and a hash of the
-embedding (0 for a row set aside)."""
+ORIGINS_SCHEMA = pa.schema([("file", pa.int32()), ("row", pa.int64()), ("hash", pa.uint64()), ("photo", pa.uint64())])
+"""Where each entry of `ids/` came from: which of the run's input files, in sorted order, the row in it, a hash of the embedding
+(0 for a row set aside), and one of the exclusive column's value (0 for none)."""
 
 PAST_SCHEMA = pa.schema([pa.field("past", pa.int32(), nullable=False), pa.field("face", pa.int32(), nullable=False)])
 """past: the row that each face of one part had in the run before, with the same embedding, else -1; face: the row of the same

@@ -397,6 +397,40 @@ def test_decisions_of_people_hold_every_night(tmp_path: Path, capsys: pytest.Cap
     assert "no column 'id_b'; did you mean" in capsys.readouterr().err
 
 
+def test_faces_of_one_photo_are_kept_apart_every_night(tmp_path: Path) -> None:
+    lake = Lake(tmp_path / "in", 12, people=4)
+
+    def write(name: str, count: int) -> None:
+        faces = lake.faces(count)
+        photos = pa.array([i // 2 for i in range(count)])  # pairs of faces, of a few people: often of the same one
+        vectors = pa.FixedSizeListArray.from_arrays(pa.array(np.array(list(faces.values())).ravel()), 16)
+        (tmp_path / "in").mkdir(exist_ok=True)
+        pq.write_table(pa.table({"id": list(faces), "embedding": vectors, "photo": photos}), tmp_path / "in" / name)
+
+    def crowded(run_id: str) -> int:
+        labels, found, clashes = labels_of(tmp_path / "out", run_id), set(), 0
+        for path in sorted((tmp_path / "in").iterdir()):
+            for row in pq.read_table(path, columns=["id", "photo"]).to_pylist():
+                key = (row["photo"], labels[row["id"]])
+                clashes += key in found
+                found.add(key)
+        return clashes
+
+    write("a.parquet", 100)
+    free = night(tmp_path / "in", tmp_path / "out")
+    assert crowded(free.run_id) > 5
+    run = night(tmp_path / "in", tmp_path / "out", exclusive_column="photo")
+    assert crowded(run.run_id) == 0
+    assert manifest(tmp_path / "out", run.run_id, "ingest")["added"] == 0  # read again for the column, but known
+    assert manifest(tmp_path / "out", run.run_id, "detect")["exclusive_moved"] > 5
+    write("b.parquet", 20)
+    run = night(tmp_path / "in", tmp_path / "out", exclusive_column="photo")
+    assert manifest(tmp_path / "out", run.run_id, "quantize")["incremental"]
+    assert crowded(run.run_id) == 0
+    with pytest.raises(InputError, match=r"has no column 'foto'; did you mean 'photo'\? \(set --exclusive-column\)"):
+        night(tmp_path / "in", tmp_path / "out", exclusive_column="foto")
+
+
 def test_diff_tells_what_the_nights_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lake = Lake(tmp_path / "in", 9)
     for i in range(3):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from faceflow.errors import InputError
-from faceflow.kernels.constraints import check, impose, must_groups
+from faceflow.kernels.constraints import check, impose, must_groups, separate
 
 PAIRS = st.lists(st.tuples(st.integers(0, 14), st.integers(0, 14)), max_size=12)
 
@@ -70,3 +70,37 @@ def test_a_contradiction_is_told_by_its_chain() -> None:
     )
     with pytest.raises(InputError, match="ann cannot be with itself"):
         check(as_pairs([]), as_pairs([(0, 0)]), 4, names.__getitem__)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 4), st.booleans()), min_size=2, max_size=20), st.integers(0, 99))
+def test_faces_of_one_photo_are_kept_apart(faces: list[tuple[int, int, bool]], seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    modules, photos = np.array([m for m, _, _ in faces]), np.array([p for _, p, _ in faces], np.uint64)
+    fixed, n = np.array([f for _, _, f in faces]), len(faces)
+    sources, targets = rng.integers(0, n, (2, 3 * n))
+    weights = rng.random(3 * n)
+
+    def edges(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        kept = mask[sources] | mask[targets]
+        return sources[kept], targets[kept], weights[kept]
+
+    after, moved, stayed = separate(modules, photos, fixed, edges)
+    assert moved == int((after != modules).sum())
+    assert not (after != modules)[fixed | (photos == 0)].any()
+    left = 0
+    for photo in range(1, 5):
+        here = photos == photo
+        for module in set(after[here].tolist()):
+            crowd = here & (after == module)
+            left += max(0, int(crowd.sum()) - 1)
+            assert not crowd.any() or (crowd & ~fixed).sum() <= (0 if (crowd & fixed).any() else 1)
+    assert left == stayed
+
+
+def test_the_nearest_stays_and_the_other_goes_where_it_is_drawn() -> None:
+    modules, photos = np.array([0, 0, 0, 1, 1]), np.array([0, 7, 7, 0, 0], np.uint64)
+    edges = np.array([1, 2, 2]), np.array([0, 0, 3]), np.array([0.9, 0.6, 0.5])
+    after, moved, stayed = separate(modules, photos, np.zeros(5, bool), lambda mask: edges)
+    assert after.tolist() == [0, 0, 1, 1, 1]
+    assert (moved, stayed) == (1, 0)

@@ -28,9 +28,7 @@ def ingest_all(folder: Path, run: Path) -> tuple[np.ndarray, pa.Array]:
     store, files = list_parquet(str(folder), None)
     footers = cutting.read_footers(store, [f.path for f in files], "id", "embedding")
     cutting.check_types(footers)
-    dim = next((f.dim for f in footers if f.dim), None) or cutting.first_dimension(
-        store, [f.path for f in files], "id", "embedding"
-    )
+    dim = next((f.dim for f in footers if f.dim), None) or cutting.first_dimension(store, [f.path for f in files], "embedding")
     pieces = plan_pieces(footers, cutting.part_faces(10**9, dim))
     out = Store.at(str(run))
     buckets = 3
@@ -41,7 +39,7 @@ def ingest_all(folder: Path, run: Path) -> tuple[np.ndarray, pa.Array]:
     tally = checking.Tally()
     for piece in pieces:
         tally.include(
-            intake.ingest_piece(piece, tuple(range(len(piece.spans))), store, out, ("id", "embedding"), dim, buckets)[2]
+            intake.ingest_piece(piece, tuple(range(len(piece.spans))), store, out, ("id", "embedding", None), dim, buckets)[2]
         )
     if tally.total:
         raise InputError(tally.text())

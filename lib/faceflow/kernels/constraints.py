@@ -137,3 +137,55 @@ def _follow(side: np.ndarray, modules: np.ndarray, sources: np.ndarray, targets:
         side = side.copy()
         side[face[first]] = choice[first]
     return side
+
+
+def separate(
+    modules: np.ndarray, photos: np.ndarray, fixed: np.ndarray, edges: Callable[[np.ndarray], Edges]
+) -> tuple[np.ndarray, int, int]:
+    """Modules in which two faces of one photo share a module only where a decision holds them there.
+
+    modules: int64[N]; photos: uint64[N], equal for faces of one photo, 0 for none; fixed: bool[N], faces that may not be
+    moved; edges: gives all edges with an end at a row of which the mask bool[N] holds. Of the faces of one photo in one
+    module, the one stays to which its edges there weigh most, ties to the first row, and each other one moves to the module
+    to which its edges weigh most among those that hold no face of the photo, else to one of its own.
+    Returns (modules, faces moved, faces that had to stay).
+    """
+    order = np.lexsort((np.arange(len(modules)), modules, photos))
+    same = (photos[order][1:] == photos[order][:-1]) & (modules[order][1:] == modules[order][:-1]) & (photos[order][1:] != 0)
+    crowded = np.zeros(len(modules), bool)
+    crowded[order[1:][same]] = crowded[order[:-1][same]] = True
+    if not crowded.any():
+        return modules, 0, 0
+    modules = modules.copy()
+    pulls = _pulls(crowded, modules, *edges(crowded))
+    held = set(zip(modules[photos != 0].tolist(), photos[photos != 0].tolist(), strict=True))
+    groups: dict[tuple[int, int], list[int]] = {}
+    for row in np.flatnonzero(crowded).tolist():
+        groups.setdefault((int(modules[row]), int(photos[row])), []).append(row)
+    fresh, moved, stayed = int(modules.max()) + 1, 0, 0
+    for (module, photo), rows in sorted(groups.items()):
+        ranked = sorted(rows, key=lambda row: (not fixed[row], -pulls[row].get(module, 0.0), row))
+        for row in ranked[1:]:
+            if fixed[row]:
+                stayed += 1
+                continue
+            others = sorted((-weight, m) for m, weight in pulls[row].items() if m != module and (m, photo) not in held)
+            target, fresh = (others[0][1], fresh) if others else (fresh, fresh + 1)
+            modules[row] = target
+            held.add((target, photo))
+            moved += 1
+    return modules, moved, stayed
+
+
+def _pulls(
+    rows: np.ndarray, modules: np.ndarray, sources: np.ndarray, targets: np.ndarray, weights: np.ndarray
+) -> dict[int, dict[int, float]]:
+    """For each row that the mask holds, the weight of its edges, either way, to each module."""
+    found: dict[int, dict[int, float]] = {row: {} for row in np.flatnonzero(rows).tolist()}
+    for ends, others in ((sources, targets), (targets, sources)):
+        here = rows[ends]
+        for row, module, weight in zip(
+            ends[here].tolist(), modules[others[here]].tolist(), weights[here].tolist(), strict=True
+        ):
+            found[row][module] = found[row].get(module, 0.0) + weight
+    return found

@@ -70,6 +70,18 @@ def _hash_texts(offsets: np.ndarray, data: np.ndarray, out: np.ndarray) -> None:
         out[i] = h ^ (h >> np.uint64(32))
 
 
+def hash_integers(values: np.ndarray) -> np.ndarray:
+    """uint64[n]: a hash of each integer, never 0. Multiplication by 2**64 over the golden ratio (Knuth)."""
+    return (values.astype(np.int64).view(np.uint64) * np.uint64(0x9E3779B97F4A7C15)) | np.uint64(1)
+
+
+def hash_texts(offsets: np.ndarray, data: np.ndarray) -> np.ndarray:
+    """uint64[n]: a hash, never 0, of each text data[offsets[i]:offsets[i + 1]] (as `buckets_of_texts`)."""
+    out = np.empty(len(offsets) - 1, np.uint64)
+    _hash_texts(offsets, data, out)
+    return out | np.uint64(1)
+
+
 def buckets_of_texts(offsets: np.ndarray, data: np.ndarray, buckets: int) -> np.ndarray:
     """int64[n]: a bucket 0..buckets-1 for each text data[offsets[i]:offsets[i + 1]], equal texts in one.
 

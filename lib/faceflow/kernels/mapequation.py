@@ -28,7 +28,7 @@ PARALLEL_EDGES = 1_000_000
 EARLIER_TOLERANCE = 1e-7
 """As `flow.TOLERANCE`, where the flow continues from an earlier one: the codelength is right to about a millionth."""
 
-MOST_LOST = 1e-4
+MOST_LOST = 3e-5
 """Share of the codelength that continuing from earlier modules may cost, as far as one coarse-tuning tells."""
 
 SUM_CHUNKS = 16

@@ -30,10 +30,15 @@ GONE, KEPT, CHANGED, DROPPED, REPEATED = range(5)
 """What becomes of an entry of last night (KEPT: read again, and the same; CHANGED: its embedding is another; GONE: the rest),
 and of one that was read tonight (DROPPED: it was there already; REPEATED: its id is that of a face in another file)."""
 
-MATCHES_SCHEMA = pa.schema([("entry", pa.int64()), ("verdict", pa.uint8()), ("file", pa.int32()), ("row", pa.int64())])
+MATCHES_SCHEMA = pa.schema(
+    [("entry", pa.int64()), ("verdict", pa.uint8()), ("file", pa.int32()), ("row", pa.int64()), ("photo", pa.uint64())]
+)
+
+READ_BY = ("id_column", "embedding_column", "exclusive_column")
+"""Settings without which a file that is as it was would not be read the same."""
 
 
-_ORIGIN = (("file", np.int32), ("row", np.int64), ("hash", np.uint64))
+_ORIGIN = (np.int32, np.int64, np.uint64, np.uint64)
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,10 @@ def run(context: Context) -> Outcome:
     store, files = list_parquet(context.config.input, context.config.storage_options)
     before: Mapping[str, Any] = past.done["ingest"].fingerprint["input_files"]
     numbers = {f.path: i for i, f in enumerate(files)}
-    same = {f.path for f in files if before.get(f.path) == [f.size, f.version]} if not context.config.verify_content else set()
+    same = {f.path for f in files if before.get(f.path) == [f.size, f.version]}
+    settings = past.done["ingest"].fingerprint
+    if context.config.verify_content or any(settings[key] != getattr(context.config, key) for key in READ_BY):
+        same = set()
     read = {path: number for path, number in numbers.items() if path not in same}
     # By last night's numbers of the files: tonight's, or -1 where a file is gone or was read again.
     carried = np.array([numbers[path] if path in same else -1 for path in before], np.int32)
@@ -145,9 +153,11 @@ def match_bucket(run: Store, old: Side, new: Side, carried: np.ndarray, bucket: 
     after = [_read_bucket(new, part, bucket, buckets) for part in range(len(new.entries) - 1)]
     entries = np.concatenate([np.empty(0, np.int64), *(a.entries for a in after)])
     ids = pa.concat_arrays([a.ids for a in after]) if after else None
-    file, row, hashes = (np.concatenate([np.empty(0, t), *(a.origins.column(c).to_numpy() for a in after)]) for c, t in _ORIGIN)
+    file, row, hashes, photo = (
+        np.concatenate([np.empty(0, t), *(a.origins.column(c).to_numpy() for a in after)]) for c, t in enumerate(_ORIGIN)
+    )
     verdicts, faces = np.full(len(entries), -1, np.int16), np.zeros(len(entries), np.int64)
-    known = [[np.empty(0, np.int64)] for _ in MATCHES_SCHEMA]
+    known = [[np.empty(0, f.type.to_pandas_dtype())] for f in MATCHES_SCHEMA]
     for part in range(len(old.entries) - 1):
         before = _read_bucket(old, part, bucket, buckets)
         # Where each id of last night stands among those read tonight, and -1 where it does not.
@@ -163,13 +173,13 @@ def match_bucket(run: Store, old: Side, new: Side, carried: np.ndarray, bucket: 
         equal = before.origins.column("hash").to_numpy()[back] == hashes[there]
         verdicts[there], faces[there] = np.where(equal, DROPPED, CHANGED), before.rows[back]
         for column, values in zip(
-            known, (before.entries[back], np.where(equal, KEPT, CHANGED), file[there], row[there]), strict=True
+            known, (before.entries[back], np.where(equal, KEPT, CHANGED), file[there], row[there], photo[there]), strict=True
         ):
             column.append(values)
     told = np.flatnonzero(verdicts >= 0)
     batches = (
         [np.concatenate(column) for column in known],
-        [entries[told], verdicts[told], np.zeros(len(told)), faces[told]],  # the row that the face had
+        [entries[told], verdicts[told], np.zeros(len(told)), faces[told], photo[told]],  # the row that the face had
     )
     run.write_arrow(name, MATCHES_SCHEMA, [_batch(columns, MATCHES_SCHEMA) for columns in batches])
 
@@ -182,7 +192,7 @@ def _batch(columns: Sequence[np.ndarray], schema: pa.Schema) -> pa.RecordBatch:
 def _read_matches(run: Store, buckets: int, which: int, begin: int, end: int) -> list[np.ndarray]:
     """[entries from `begin`, verdicts, files, rows] of the entries begin <= e < end, over all buckets, ascending."""
     found = [run.read_batch(layout.matches(bucket), which) for bucket in range(buckets)]
-    columns = [np.concatenate([batch.column(c).to_numpy() for batch in found]) for c in range(4)]
+    columns = [np.concatenate([batch.column(c).to_numpy() for batch in found]) for c in range(len(MATCHES_SCHEMA))]
     here = (columns[0] >= begin) & (columns[0] < end)
     order = np.argsort(columns[0][here], kind="stable")
     return [columns[0][here][order] - begin, *(column[here][order] for column in columns[1:])]
@@ -195,9 +205,10 @@ def carry_part(
     ids, rejected = read_ids(past, part), read_rejected(past, part)
     origins = past.read_batch(layout.part("origins", part))
     files, rows = carried[origins.column("file").to_numpy()].copy(), origins.column("row").to_numpy().copy()
-    entry, verdict, new_files, new_rows = _read_matches(run, buckets, 0, first_entry, first_entry + len(ids))
+    entry, verdict, new_files, new_rows, new_photos = _read_matches(run, buckets, 0, first_entry, first_entry + len(ids))
     stayed = verdict == KEPT
-    files[entry[stayed]], rows[entry[stayed]] = new_files[stayed], new_rows[stayed]
+    photos = origins.column("photo").to_numpy().copy()
+    files[entry[stayed]], rows[entry[stayed]], photos[entry[stayed]] = new_files[stayed], new_rows[stayed], new_photos[stayed]
     kept = files >= 0
     good = np.ones(len(ids), bool)
     good[rejected.column("position").to_numpy()] = False
@@ -211,7 +222,7 @@ def carry_part(
         _write_part(
             run, names, dim, read_vectors(past, part, dim)[faces], ids.filter(pa.array(kept)), _left(rejected, kept), sizes
         )
-    columns = [files[kept], rows[kept], origins.column("hash").to_numpy()[kept]]
+    columns = [files[kept], rows[kept], origins.column("hash").to_numpy()[kept], photos[kept]]
     _write(run, names["origins"], ORIGINS_SCHEMA, columns, sizes)
     row_before = (first_row + np.flatnonzero(faces)).astype(np.int32)
     _write(run, names["past"], PAST_SCHEMA, [row_before, row_before], sizes)
@@ -224,7 +235,7 @@ def place_part(
     """Write the new faces of one part that was read tonight."""
     ids, rejected = read_ids(staging, part), read_rejected(staging, part)
     origins = staging.read_batch(layout.part("origins", part))
-    entry, verdict, _, row_before = _read_matches(run, buckets, 1, first_entry, first_entry + len(ids))
+    entry, verdict, _, row_before, _ = _read_matches(run, buckets, 1, first_entry, first_entry + len(ids))
     kept, good = np.ones(len(ids), bool), np.ones(len(ids), bool)
     kept[entry[verdict == DROPPED]] = False
     good[rejected.column("position").to_numpy()] = False

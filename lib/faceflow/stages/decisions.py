@@ -16,6 +16,7 @@ from faceflow.config import ClusterConfig
 from faceflow.errors import InputError, did_you_mean, one_line
 from faceflow.kernels import constraints
 from faceflow.stages.reading import read_ids, read_rejected
+from faceflow.storage import layout
 from faceflow.storage.files import Store, explain
 from faceflow.storage.inputs import list_file, open_input
 from faceflow.tables import Parts
@@ -79,10 +80,25 @@ def read(address: str, options: Mapping[str, Any] | None) -> Decisions:
     return Decisions(ids, must, cannot)
 
 
+def keep_apart(
+    run: Store, parts: Parts, modules: np.ndarray, fixed: np.ndarray, edges: Any
+) -> tuple[np.ndarray, dict[str, int]]:
+    """The modules with faces of one photo set apart (`kernels.constraints.separate`), and how many were, and could not be."""
+    photos = []
+    for part in range(len(parts)):
+        found = run.read_batch(layout.part("origins", part)).column("photo").to_numpy()
+        good = np.ones(len(found), bool)
+        good[read_rejected(run, part).column("position").to_numpy()] = False
+        photos.append(found[good])
+    modules, moved, stayed = constraints.separate(modules, np.concatenate(photos), fixed, edges)
+    return modules, {"exclusive_moved": moved, "exclusive_left": stayed}
+
+
 def apply(
     address: str, options: Mapping[str, Any] | None, run: Store, parts: Parts, modules: np.ndarray, edges: Any
-) -> tuple[np.ndarray, dict[str, int]]:
-    """The modules with the constraints imposed, and how many were; those that name an id that is not there bind nobody.
+) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
+    """The modules with the constraints imposed, the faces that they name (bool[N]), and how many there were; those that name
+    an id that is not there bind nobody.
 
     edges: as `kernels.constraints.impose`.
     """
@@ -107,7 +123,9 @@ def apply(
     cannot = cannot[(cannot >= 0).all(axis=1)]
     bound = int((rows[decisions.must] >= 0).all(axis=1).sum()) + len(cannot)
     found = constraints.impose(modules, rows[there], must, cannot, edges)
-    return found, {"constraints": bound, "constraints_of_absent": len(decisions.must) + len(decisions.cannot) - bound}
+    named = np.zeros(len(modules), bool)
+    named[rows[there]] = True
+    return found, named, {"constraints": bound, "constraints_of_absent": len(decisions.must) + len(decisions.cannot) - bound}
 
 
 def _as(ids: pa.Array, kind: pa.DataType, address: str) -> pa.Array:

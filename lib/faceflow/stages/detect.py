@@ -29,7 +29,8 @@ def run(context: Context) -> Outcome:
     threads = executor.largest_machine_cpus if native else 1
     counts, pieces = executor.call(
         detect, context.stores.run, context.parts, config.engine, config.flow == "directed", config.seed, config.trials,
-        config.verify_codelength, threads, _past_of(context), config.constraints, config.storage_options, label="detect",
+        config.verify_codelength, threads, _past_of(context), config.constraints, config.storage_options,
+        config.exclusive_column is not None, label="detect",
         # infomap crashes where faiss, which GPU search loads, was imported after it.
         resources=Resources(cpus=0 if native else 1, apart=not native or config.verify_codelength),
     )  # fmt: skip
@@ -51,7 +52,7 @@ STAGE = Stage(
     name="detect",
     reads=("edges",),
     writes=("modules",),
-    settings=("engine", "flow", "seed", "trials", "constraints"),
+    settings=("engine", "flow", "seed", "trials", "constraints", "exclusive_column"),
     after=("ingest", "link"),
     packages=("faceflow", "infomap"),
     inputs=lambda context: decisions.fingerprint(context.config),
@@ -81,9 +82,10 @@ def detect(
     past: tuple[Store, Parts, bool] | None = None,
     constraints: str | None = None,
     options: Mapping[str, Any] | None = None,
+    exclusive: bool = False,
 ) -> tuple[dict[str, float], dict[str, int]]:
     """Run the engine over all edge parts and write one module per row, part by part; past: the run to continue from;
-    constraints: the file of constraints on them, and options of its store.
+    constraints: the file of constraints on them, and options of its store; exclusive: whether to keep faces of one photo apart.
 
     Raises QualityError when the codelength is to be verified and the package's differs by more than 1e-6 of it.
     """
@@ -107,11 +109,17 @@ def detect(
                 f"the modules' codelength is {partition.codelength}, but the infomap package computes {theirs}: "
                 "please report it; --engine infomap avoids it"
             )
-    modules = partition.modules
+    modules, fixed = partition.modules, np.zeros(parts.faces, bool)
+    # The codelength is that of the modules before people had their say.
     if constraints is not None:
-        # The codelength is that of the modules before people had their say.
-        modules, bound = decisions.apply(constraints, options, run, parts, modules, functools.partial(_edges_within, edges))
-        counts |= {"modules": len(np.unique(modules)), **bound}
+        within = functools.partial(_edges_of, edges, np.logical_and)
+        modules, fixed, bound = decisions.apply(constraints, options, run, parts, modules, within)
+        counts |= bound
+    if exclusive:
+        touching = functools.partial(_edges_of, edges, np.logical_or)
+        modules, moved = decisions.keep_apart(run, parts, modules, fixed, touching)
+        counts |= moved
+    counts["modules"] = len(np.unique(modules))
     pieces = {}
     flow = partition.flow if partition.flow is not None else np.zeros(parts.faces)
     for part in range(len(parts)):
@@ -122,12 +130,12 @@ def detect(
     return counts, pieces
 
 
-def _edges_within(edges: Iterable[EdgeList], mask: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(sources, targets, weights) of the edges between rows that the mask bool[N] holds."""
+def _edges_of(edges: Iterable[EdgeList], ends: np.ufunc, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(sources, targets, weights) of the edges with both ends, or either, at a row that the mask bool[N] holds."""
     found: list[tuple[np.ndarray, ...]] = []
     for part in edges:
         sources = part.sources()
-        kept = mask[sources] & mask[part.rows]
+        kept = ends(mask[sources], mask[part.rows])
         found.append((sources[kept].astype(np.int64), part.rows[kept].astype(np.int64), part.values[kept]))
     return tuple(np.concatenate(columns) for columns in zip(*found, strict=True))  # type: ignore[return-value]
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from faceflow.cluster.executor import chunks
 from faceflow.errors import InputError, one_line
-from faceflow.kernels.identity import buckets_of_texts
+from faceflow.kernels.identity import buckets_of_texts, hash_integers, hash_texts
 from faceflow.kernels.vectors import hash_rows
 from faceflow.stages import checking
 from faceflow.stages.base import Context, merge_pieces
@@ -33,6 +33,9 @@ log = logging.getLogger("faceflow")
 
 FOOTERS_PER_TASK = 16
 
+Columns = tuple[str, str, str | None]
+"""Names of the columns with the id, the embedding and, if there is one, the exclusive value."""
+
 BUCKET_IDS = 2_000_000
 """Ids that one task compares for repeats: some 200 MB."""
 
@@ -53,7 +56,7 @@ def take_in(context: Context, store: Store, files: Mapping[str, int], run: Store
     """Read, check and write these files, in the order given, each with its number among the run's input files; `run` is where
     the parts go, dim what the embeddings must have, if that is known."""
     config, executor = context.config, context.executor
-    columns = (config.id_column, config.embedding_column)
+    columns = (config.id_column, config.embedding_column, config.exclusive_column)
     groups = list(chunks(list(files), FOOTERS_PER_TASK))
     footers = [
         footer
@@ -71,7 +74,7 @@ def take_in(context: Context, store: Store, files: Mapping[str, int], run: Store
     dim = (
         dim
         or next((f.dim for f in footers if f.dim), None)
-        or executor.call(first_dimension, store, tuple(f.path for f in footers if sum(f.group_rows)), *columns, label="probe")
+        or executor.call(first_dimension, store, tuple(f.path for f in footers if sum(f.group_rows)), columns[1], label="probe")
     )
     pieces = plan_pieces(footers, part_faces(rows, dim))
     numbers = [tuple(files[path] for path, _, _ in piece.spans) for piece in pieces]
@@ -133,10 +136,27 @@ def buckets_of(ids: pa.Array, buckets: int) -> np.ndarray:
         return np.zeros(len(ids), np.int64)
     if pa.types.is_integer(ids.type):
         return np.asarray(ids.fill_null(0).to_numpy(zero_copy_only=False)).astype(np.int64) % buckets
-    texts = ids.fill_null("").cast(pa.large_string())
+    return buckets_of_texts(*_texts(ids), buckets)
+
+
+def _texts(values: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+    """(offsets, bytes) of a string column; nulls are empty."""
+    texts = values.fill_null("").cast(pa.large_string())
     data = np.frombuffer(texts.buffers()[2] or b"", np.uint8)
-    offsets = np.frombuffer(texts.buffers()[1], np.int64)[texts.offset : texts.offset + len(texts) + 1]
-    return buckets_of_texts(offsets, data, buckets)
+    return np.frombuffer(texts.buffers()[1], np.int64)[texts.offset : texts.offset + len(texts) + 1], data
+
+
+def _hashes(batch: pa.RecordBatch, column: str | None) -> np.ndarray:
+    """uint64[n]: a hash of each row's value, 0 for a null or where there is no such column."""
+    if column is None:
+        return np.zeros(batch.num_rows, np.uint64)
+    values = batch.column(batch.schema.get_field_index(column))
+    if pa.types.is_integer(values.type):
+        found = hash_integers(values.fill_null(0).to_numpy(zero_copy_only=False))
+    else:
+        found = hash_texts(*_texts(values))
+    found[values.is_null().to_numpy(zero_copy_only=False)] = 0
+    return found
 
 
 def find_repeated(run: Store, pieces: int, bucket: int) -> None:
@@ -157,7 +177,7 @@ def _repeated_rows(run: Store, buckets: int, begin: int, end: int) -> np.ndarray
 
 
 def ingest_piece(
-    piece: Piece, files: tuple[int, ...], source: Store, run: Store, columns: tuple[str, str], dim: int, buckets: int
+    piece: Piece, files: tuple[int, ...], source: Store, run: Store, columns: Columns, dim: int, buckets: int
 ) -> tuple[dict[str, int], list[int], checking.Tally]:
     """Write the vectors, ids, rejected rows and origins of one piece's parts; files: the number of each span's file.
 
@@ -168,9 +188,10 @@ def ingest_piece(
         again = _repeated_rows(run, buckets, piece.starts[0], piece.starts[-1])
         position, at = piece.starts[0], 0
         numbers = {path: number for (path, _, _), number in zip(piece.spans, files, strict=True)}
-        for path, first, batch in read_batches(piece, source, columns):
+        for path, first, batch in read_batches(piece, source, [*dict.fromkeys(filter(None, columns))]):
             ids = batch.column(batch.schema.get_field_index(columns[0]))
             verdict, lengths, x = checking.check_batch(ids, batch.column(batch.schema.get_field_index(columns[1])), dim)
+            photos = _hashes(batch, columns[2])
             here = again[(again >= position) & (again < position + len(ids))] - position
             here = here[verdict[here] == checking.GOOD]
             if len(here):
@@ -184,7 +205,7 @@ def ingest_piece(
                 kept = int((verdict[done : done + take] == checking.GOOD).sum())
                 parts[at].add(
                     ids.slice(done, take), verdict[done : done + take], lengths[done : done + take], x[used : used + kept],
-                    path, numbers[path], first + done,
+                    path, numbers[path], first + done, photos[done : done + take],
                 )  # fmt: skip
                 done, used = done + take, used + kept
                 if parts[at].room == 0:
@@ -240,16 +261,18 @@ class PartWriter:
         return self._rows - self._filled
 
     def add(
-        self, ids: pa.Array, verdict: np.ndarray, lengths: np.ndarray, x: np.ndarray, path: str, number: int, first: int
-    ) -> None:
-        """Take consecutive rows; x holds the unit vectors of the good ones, number is the file's, first the row in it."""
+        self, ids: pa.Array, verdict: np.ndarray, lengths: np.ndarray, x: np.ndarray, path: str, number: int, first: int,
+        photos: np.ndarray,
+    ) -> None:  # fmt: skip
+        """Take consecutive rows; x holds the unit vectors of the good ones, number is the file's, first the row in it, photos
+        the hashes of their exclusive values."""
         if self._vectors is None:
             self._vectors = np.empty((self._rows, self._dim), np.float32)
         self._vectors[self._kept : self._kept + len(x)] = x
         self._ids.append(ids)
         hashes = np.zeros(len(ids), np.uint64)
         hashes[verdict == checking.GOOD] = hash_rows(x)
-        origins = [np.full(len(ids), number, np.int32), np.arange(first, first + len(ids)), hashes]
+        origins = [np.full(len(ids), number, np.int32), np.arange(first, first + len(ids)), hashes, photos]
         self._origins.append(pa.record_batch([pa.array(column) for column in origins], schema=ORIGINS_SCHEMA))
         for i in np.flatnonzero(verdict != checking.GOOD).tolist():
             reason = checking.REASONS[int(verdict[i])].format(length=int(lengths[i]), dim=self._dim)

@@ -51,13 +51,22 @@ def _value_type(field: pa.Field) -> pa.DataType | None:
     return None
 
 
-def read_footers(store: Store, paths: Sequence[str], id_column: str, embedding_column: str) -> list[Footer]:
+def read_footers(
+    store: Store, paths: Sequence[str], id_column: str, embedding_column: str, exclusive_column: str | None = None
+) -> list[Footer]:
     """Check each file's columns and note its row groups. Raises InputError naming the file and what is wrong."""
     found = []
     for path in paths:
         with readable(store, path) as parquet:
             schema = parquet.schema_arrow
-            for column, flag in ((id_column, "--id-column"), (embedding_column, "--embedding-column")):
+            named = (
+                (id_column, "--id-column"),
+                (embedding_column, "--embedding-column"),
+                (exclusive_column, "--exclusive-column"),
+            )
+            for column, flag in named:
+                if column is None:
+                    continue
                 if schema.names.count(column) != 1:
                     count = schema.names.count(column)
                     detail = f"{did_you_mean(column, schema.names)} (set {flag})" if count == 0 else f" {count} times"
@@ -65,6 +74,12 @@ def read_footers(store: Store, paths: Sequence[str], id_column: str, embedding_c
             id_type, embedding = schema.field(id_column).type, schema.field(embedding_column)
             if not (pa.types.is_integer(id_type) or pa.types.is_string(id_type) or pa.types.is_large_string(id_type)):
                 raise InputError(f"{one_line(path)}: column {id_column!r} is {id_type}; an id must be a string or an integer")
+            if exclusive_column is not None:
+                kind = schema.field(exclusive_column).type
+                if not (pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+                    raise InputError(
+                        f"{one_line(path)}: column {exclusive_column!r} is {kind}; it must be a string or an integer"
+                    )
             value = _value_type(embedding)
             if value is None or not pa.types.is_floating(value):
                 raise InputError(
@@ -96,7 +111,7 @@ def check_types(footers: list[Footer]) -> None:
             )
 
 
-def first_dimension(store: Store, paths: Sequence[str], id_column: str, embedding_column: str) -> int:
+def first_dimension(store: Store, paths: Sequence[str], embedding_column: str) -> int:
     """Dimension of the first embedding that is there. Raises InputError when there is none."""
     for path in paths:
         with readable(store, path) as parquet:
