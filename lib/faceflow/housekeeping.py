@@ -81,6 +81,7 @@ def clean(
     for run in removed if not dry_run else []:
         out.delete(layout.label_folder(run.run_id))
         out.delete(layout.rejected_folder(run.run_id))
+        out.delete(layout.moves_folder(run.run_id))
         for name in runs.names(run.run_id):
             if name != layout.RUN_RECORD:
                 runs.delete(f"{run.run_id}/{name}")

@@ -138,7 +138,7 @@ def _run(config: ClusterConfig, output: Store, runs: Store, executor: Executor, 
         if past is not None and _nothing_new(config, past, files):
             log.info("nothing has changed since run %s: its labels stay in force", past.run_id)
             return _result(past.run_id, output, past.done, executor, {"total": round(time.perf_counter() - begun, 3)})
-    run_id = _choose_run(config, runs, parent.get("run_id"), night)
+    run_id = _choose_run(config, output, runs, parent.get("run_id"), night)
     if past is not None and past.run_id == run_id:
         raise SettingsError(f"run {run_id} is published: a night needs another --run-id")
     job = _Job(config, RunStores.of(output, runs, run_id), executor, begun, parent, parent_version, past, night)
@@ -201,7 +201,7 @@ def _advance_all(job: _Job) -> RunResult:
         done[stage.name] = _advance(stage, job.context(done, effort))
         while stage.name == "search" and not _recall_holds(config, done):
             effort += 1
-            _search_again(job, effort)
+            _search_again(job, effort, bool(done["quantize"].counts["incremental"]))
             for again in (quantize.STAGE, search.STAGE):
                 done[again.name] = _advance(again, job.context(done, effort))
     seconds = {name: manifest.seconds for name, manifest in done.items()}
@@ -225,7 +225,7 @@ def _advance_all(job: _Job) -> RunResult:
             "created": _now().isoformat(timespec="seconds"),
         }
         _publish(stores.output, pointer, job.parent_version)
-    job.record("published")
+    job.record("published", effort=effort)
     log.info(
         "run %s: %d faces in %d clusters (%d singletons), %.1f s; labels in %s",
         result.run_id, result.faces, result.clusters, result.singletons, seconds["total"], result.labels,
@@ -264,16 +264,19 @@ def _recall_holds(config: ClusterConfig, done: dict[str, Manifest]) -> bool:
     raise QualityError(f"{shown} is below --min-recall {config.min_recall}: {advice}; nothing was published")
 
 
-def _search_again(job: _Job, effort: int) -> None:
-    """Forget the assignment and the tables; the quantizer stays."""
+def _search_again(job: _Job, effort: int, night: bool) -> None:
+    """Forget the assignment and the tables; the quantizer stays, unless it is a night's, who had it from the past.
+
+    The new effort is recorded last: a run that is interrupted on the way finds its recall too low once more.
+    """
     stores = job.stores
     log.info("recall   too low: searching again with more probes (attempt %d)", effort + 1)
-    job.record("begun", effort=effort)
     for stage in (search.STAGE, quantize.STAGE):
         stores.run.delete(layout.manifest(stage.name))
         stores.run.delete(layout.plan(stage.name))
-    for folder in ("cells", *search.STAGE.writes):
+    for folder in ("cells", *search.STAGE.writes, *(["quantizer"] if night else [])):
         stores.run.delete(folder)
+    job.record("begun", effort=effort)
 
 
 def _advance(stage: Stage, context: Context) -> Manifest:
@@ -326,7 +329,7 @@ def _record(config: ClusterConfig, state: str, night: dict[str, Any] | None) -> 
     return record | ({"night": night} if night is not None else {})
 
 
-def _choose_run(config: ClusterConfig, runs: Store, published: str | None, night: dict[str, Any] | None = None) -> str:
+def _choose_run(config: ClusterConfig, output: Store, runs: Store, published: str | None, night: dict[str, Any] | None) -> str:
     """The run to work on: the named one, the newest unfinished one with these settings (a night's: also of the same input,
     after the same run, as last night's failure must not stand in tonight's way), or a new one."""
     wanted = _identity(config.public())
@@ -348,6 +351,8 @@ def _choose_run(config: ClusterConfig, runs: Store, published: str | None, night
             raise SettingsError(f"run {run_id} is published: it cannot be begun again; choose another --run-id")
         log.info("run %s is begun again: what it had done is removed", run_id)
         runs.delete(run_id)
+        for folder in (layout.label_folder, layout.rejected_folder, layout.moves_folder, layout.events_folder):
+            output.delete(folder(run_id))
     if runs.read_json(f"{run_id}/{layout.RUN_RECORD}") is None:
         runs.write_json(f"{run_id}/{layout.RUN_RECORD}", _record(config, "begun", night))
     return run_id

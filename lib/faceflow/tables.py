@@ -67,7 +67,14 @@ def queries_schema(dim: int) -> pa.Schema:
 
 NEIGHBORS_SCHEMA = pa.schema([pa.field("neighbors", pa.large_list(pa.field("item", _LINK, nullable=False)))])
 EDGES_SCHEMA = pa.schema([pa.field("edges", pa.large_list(pa.field("item", _LINK, nullable=False)))])
-MODULES_SCHEMA = pa.schema([pa.field("module", pa.int64(), nullable=False), pa.field("flow", pa.float64(), nullable=False)])
+MODULES_SCHEMA = pa.schema(
+    [
+        pa.field("module", pa.int64(), nullable=False),
+        pa.field("flow", pa.float64(), nullable=False),
+        pa.field("found", pa.int64(), nullable=False),
+    ]
+)
+"""Each row's module, its visit rate, and the module that was found before decisions of people were imposed."""
 QUANTIZER_METADATA = b"faceflow"
 """Schema metadata of the centroids: JSON with shard_starts, margin, most and the predicted recall."""
 

@@ -19,6 +19,7 @@ from faceflow.errors import FingerprintError, InputError, PublishError
 from faceflow.evaluation import evaluate
 from faceflow.storage import layout
 from faceflow.storage.files import Store
+from tests.conftest import write_faces
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -253,3 +254,30 @@ def test_a_full_disk_stops_the_run_and_room_lets_it_continue(
     assert main(["cluster", *arguments[1:2], str(tmp_path / "other"), "--min-similarity", "0.5", "--quiet"]) == 0
     tables = [read(tmp_path / o / json.loads((tmp_path / o / "latest.json").read_text())["labels"]) for o in ("out", "other")]
     assert tables[0].equals(tables[1])
+
+
+def test_restart_leaves_nothing_of_the_labels_before(tmp_path: Path, blobs: Blobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    from faceflow.stages import intake
+
+    x, _ = blobs()
+    write_faces(tmp_path / "in" / "a.parquet", x)
+    with monkeypatch.context() as patch:
+        patch.setattr(intake, "part_faces", lambda faces, dim: 50)
+        run_clustering(ClusterConfig(str(tmp_path / "in"), str(tmp_path / "out"), run_id="x"), progress=False)
+    run_clustering(ClusterConfig(str(tmp_path / "in"), str(tmp_path / "out"), run_id="y"), progress=False)
+    write_faces(tmp_path / "in" / "a.parquet", x[:60])
+    run_clustering(ClusterConfig(str(tmp_path / "in"), str(tmp_path / "out"), run_id="x", restart=True), progress=False)
+    assert len(read(tmp_path / "out" / "labels" / "run=x")) == 60
+
+
+def test_the_same_command_after_raised_probes_is_skipped(tmp_path: Path, blobs: Blobs) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((3000, 8)).astype(np.float32)
+    write_faces(tmp_path / "in" / "a.parquet", x)
+    config = ClusterConfig(
+        str(tmp_path / "in"), str(tmp_path / "out"), run_id="x", index="cells", cells=40, probes=1, raise_probes=True,
+        min_similarity=0.7, min_recall=0.99,
+    )  # fmt: skip
+    first = run_clustering(config, progress=False)
+    assert json.loads((tmp_path / "out" / "_runs" / "x" / "run.json").read_text())["effort"] > 0
+    assert run_clustering(config, progress=False).recall == first.recall

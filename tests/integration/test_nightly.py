@@ -212,7 +212,7 @@ def test_ids_that_two_files_hold_are_refused_or_set_aside(tmp_path: Path) -> Non
     first = night(tmp_path / "in", tmp_path / "out")
     lake.files["b.parquet"] = lake.faces(20) | {"face-7": np.ones(16, np.float32)}
     lake.write("b.parquet")
-    with pytest.raises(InputError, match=r"1 of 21 rows cannot be used:\n  .*b\.parquet, row 20: the id occurred before"):
+    with pytest.raises(InputError, match=r"1 of 121 rows cannot be used:\n  .*b\.parquet, row 20: the id occurred before"):
         night(tmp_path / "in", tmp_path / "out")
     assert json.loads((tmp_path / "out" / "latest.json").read_text())["run_id"] == first.run_id
     aside = {"bad_rows": "quarantine", "max_bad_fraction": 0.5}
@@ -221,10 +221,86 @@ def test_ids_that_two_files_hold_are_refused_or_set_aside(tmp_path: Path) -> Non
     lake.add("c.parquet", 5)
     third = night(tmp_path / "in", tmp_path / "out", **aside)
     assert (third.faces, third.rejected) == (125, 1)
+    lake.files["d.parquet"] = {"face-8": np.ones(16, np.float32)}  # nothing but a bad row: a small share of all the same
+    lake.write("d.parquet")
+    fourth = night(tmp_path / "in", tmp_path / "out", **aside | {"max_bad_fraction": 0.02})
+    assert (fourth.faces, fourth.rejected) == (125, 2)
     lines = pq.read_table(
         next((tmp_path / "out" / "rejected" / f"run={third.run_id}").glob("*")), partitioning=None
     ).to_pylist()
     assert [(line["id"], line["row"]) for line in lines] == [("face-7", 20)]
+
+
+def test_another_column_is_read_again(tmp_path: Path) -> None:
+    lake = Lake(tmp_path / "in", 13)
+    lake.add("a.parquet", 100)
+    table = pq.read_table(tmp_path / "in" / "a.parquet")
+    other = pa.array((-np.array(table["embedding"].to_pylist())[::-1]).tolist(), pa.list_(pa.float32()))
+    pq.write_table(table.append_column("other", other), tmp_path / "in" / "a.parquet")
+    night(tmp_path / "in", tmp_path / "out")
+    run = night(tmp_path / "in", tmp_path / "out", embedding_column="other")
+    assert manifest(tmp_path / "out", run.run_id, "ingest")["changed"] == 100
+    config = ClusterConfig(str(tmp_path / "in"), str(tmp_path / "full"), embedding_column="other", **SETTINGS)
+    full = run_clustering(config, progress=False)
+    assert table_of(tmp_path / "out", run.run_id) == table_of(tmp_path / "full", full.run_id)
+
+
+def test_a_night_with_too_low_a_recall_searches_in_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lake = Lake(tmp_path / "in", 14, people=60)
+    for i in range(3):
+        lake.add(f"{i}.parquet", 300)
+    settings = {"index": "cells", "cells": 12}
+    night(tmp_path / "in", tmp_path / "out", **settings)
+    lake.add("3.parquet", 30)
+    real, seen = pipeline._recall_holds, []
+
+    def low_once(config: Any, done: Any) -> bool:
+        seen.append(done["quantize"].counts["incremental"])
+        if len(seen) == 1:
+            done["search"].counts["recall"]["estimate"] = 0.5
+        return real(config, done)
+
+    monkeypatch.setattr(pipeline, "_recall_holds", low_once)
+    run = night(tmp_path / "in", tmp_path / "out", **settings)
+    assert seen == [True, False]
+    counts = manifest(tmp_path / "out", run.run_id, "quantize")
+    assert counts["because"] == "the measured recall was too low"
+    assert counts["trained_faces"] == 930
+    again = night(tmp_path / "in", tmp_path / "out", **settings)
+    assert again.run_id == run.run_id
+
+
+def test_a_quantizer_that_drifted_is_trained_anew_even_if_that_is_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lake = Lake(tmp_path / "in", 15, people=60)
+    for i in range(3):
+        lake.add(f"{i}.parquet", 400)
+    settings = {"index": "cells", "cells": 16}
+    night(tmp_path / "in", tmp_path / "out", **settings)
+    lake.centers = np.random.default_rng(99).standard_normal((3, 16))  # three people whom no cell was made for
+    lake.add("3.parquet", 250)
+    shutil.copytree(tmp_path / "out", tmp_path / "calm")
+    calm = night(tmp_path / "in", tmp_path / "calm", **settings)
+    counts = manifest(tmp_path / "calm", calm.run_id, "quantize")
+    assert not counts["incremental"]
+    assert "near their centroids" in counts["because"] or "uneven" in counts["because"]
+    from faceflow.storage import manifests
+
+    real = manifests.finish
+
+    def stop(run: Store, found: Any) -> None:
+        if found.stage == "quantize":
+            raise OSError("the machine is gone")
+        real(run, found)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(manifests, "finish", stop)
+        with pytest.raises(Exception, match="the machine is gone"):
+            night(tmp_path / "in", tmp_path / "out", **settings)
+    run = night(tmp_path / "in", tmp_path / "out", **settings)
+    assert not manifest(tmp_path / "out", run.run_id, "quantize")["incremental"]
+    assert labels_of(tmp_path / "out", run.run_id) == labels_of(tmp_path / "calm", calm.run_id)
 
 
 def test_other_settings_and_every_nth_night_do_everything(tmp_path: Path) -> None:
@@ -378,6 +454,8 @@ def test_decisions_of_people_hold_every_night(tmp_path: Path, capsys: pytest.Cap
     labels = replay(tmp_path / "out", labels, run.run_id)
     assert holds(labels)
     assert labels["face-of-tomorrow"] == labels[big[0][0]]
+    withdrawn = night(tmp_path / "in", tmp_path / "out")
+    assert not holds(labels_of(tmp_path / "out", withdrawn.run_id))
     cannot.append((big[1][0], big[1][1]))  # a new decision, of the same files: a new night
     run = night(tmp_path / "in", tmp_path / "out", constraints=write(tmp_path / "c.parquet"))
     assert holds(labels_of(tmp_path / "out", run.run_id))

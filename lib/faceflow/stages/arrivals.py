@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from faceflow import __version__
 from faceflow.errors import InputError
 from faceflow.stages import checking, intake
 from faceflow.stages.base import Context, Outcome, merge_pieces
@@ -22,7 +23,7 @@ from faceflow.storage import layout
 from faceflow.storage.files import Store
 from faceflow.storage.inputs import list_parquet
 from faceflow.storage.manifests import is_whole
-from faceflow.tables import ORIGINS_SCHEMA, PAST_SCHEMA, REJECTED_SCHEMA, Parts, vectors_schema
+from faceflow.tables import MAX_FACES, ORIGINS_SCHEMA, PAST_SCHEMA, REJECTED_SCHEMA, Parts, vectors_schema
 
 log = logging.getLogger("faceflow")
 
@@ -34,7 +35,7 @@ MATCHES_SCHEMA = pa.schema(
     [("entry", pa.int64()), ("verdict", pa.uint8()), ("file", pa.int32()), ("row", pa.int64()), ("photo", pa.uint64())]
 )
 
-READ_BY = ("id_column", "embedding_column", "exclusive_column")
+READ_BY = ("id_column", "embedding_column", "exclusive_column", "bad_rows", "version of faceflow")
 """Settings without which a file that is as it was would not be read the same."""
 
 
@@ -59,7 +60,8 @@ def run(context: Context) -> Outcome:
     numbers = {f.path: i for i, f in enumerate(files)}
     same = {f.path for f in files if before.get(f.path) == [f.size, f.version]}
     settings = past.done["ingest"].fingerprint
-    if context.config.verify_content or any(settings[key] != getattr(context.config, key) for key in READ_BY):
+    now = context.config.public() | {"version of faceflow": __version__}
+    if context.config.verify_content or any(settings[key] != now[key] for key in READ_BY):
         same = set()
     read = {path: number for path, number in numbers.items() if path not in same}
     # By last night's numbers of the files: tonight's, or -1 where a file is gone or was read again.
@@ -92,12 +94,14 @@ def run(context: Context) -> Outcome:
         ],
         "place",
     )
-    bad = checking.Tally()
-    for part in new_parts:
-        bad.include(part.rejected)
-    intake.judge(context, bad, max(1, taken.entries[-1]))
     every = [*carried_parts, *new_parts]
+    bad = checking.Tally()
+    for part in every:
+        bad.include(part.rejected)
+    intake.judge(context, bad, sum(part.entries for part in every))
     faces = [part.faces for part in every]
+    if sum(faces) > MAX_FACES:
+        raise InputError(f"input {context.config.input} has {sum(faces)} faces; at most {MAX_FACES} are supported in one run")
     if sum(faces) == 0:
         raise InputError(f"input {context.config.input} has no face left in its {len(files)} Parquet file(s)")
     stayed = sum(part.faces for part in carried_parts)
@@ -113,8 +117,8 @@ def run(context: Context) -> Outcome:
 
 @dataclass(frozen=True)
 class PlacedPart:
-    """One part of tonight: bytes of its files, faces, entries (rows set aside included), changed faces, and, of what was read
-    tonight, the tally of rows set aside."""
+    """One part of tonight: bytes of its files, faces, entries (rows set aside included), changed faces, and the tally of rows
+    set aside."""
 
     sizes: dict[str, int]
     faces: int
@@ -226,7 +230,7 @@ def carry_part(
     _write(run, names["origins"], ORIGINS_SCHEMA, columns, sizes)
     row_before = (first_row + np.flatnonzero(faces)).astype(np.int32)
     _write(run, names["past"], PAST_SCHEMA, [row_before, row_before], sizes)
-    return PlacedPart(sizes, int(faces.sum()), int(kept.sum()), 0, checking.Tally())
+    return PlacedPart(sizes, int(faces.sum()), int(kept.sum()), 0, intake.tally_of(_left(rejected, kept)))
 
 
 def place_part(

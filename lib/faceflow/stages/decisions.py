@@ -42,8 +42,9 @@ def fingerprint(config: ClusterConfig) -> dict[str, Any]:
     return {"constraints_file": [info.path, info.size, info.version]}
 
 
-def read(address: str, options: Mapping[str, Any] | None) -> Decisions:
-    """The constraints of a Parquet or CSV file with the columns id_a, id_b and kind (must or cannot).
+def read(address: str, options: Mapping[str, Any] | None, id_type: pa.DataType | None = None) -> Decisions:
+    """The constraints of a Parquet or CSV file with the columns id_a, id_b and kind (must or cannot); their ids as id_type, if
+    that is known.
 
     Raises InputError for what cannot be read, and for constraints that contradict each other.
     """
@@ -71,6 +72,8 @@ def read(address: str, options: Mapping[str, Any] | None) -> Decisions:
     if table["id_a"].type != table["id_b"].type:
         raise InputError(f"constraints {name}: id_a is {table['id_a'].type}, but id_b is {table['id_b'].type}")
     both = pa.concat_arrays([*table["id_a"].chunks, *table["id_b"].chunks]) if len(table) else pa.array([], pa.string())
+    if id_type is not None:
+        both = _as(both, id_type, address)
     coded = both.dictionary_encode()
     codes = coded.indices.to_numpy().astype(np.int64)
     pairs = np.stack([codes[: len(kinds)], codes[len(kinds) :]], axis=1)
@@ -102,13 +105,13 @@ def apply(
 
     edges: as `kernels.constraints.impose`.
     """
-    decisions = read(address, options)
+    decisions = read(address, options, read_ids(run, 0).type)
     rows = np.full(len(decisions.ids), -1, np.int64)
     for part in range(len(parts)):
         ids = read_ids(run, part)
         good = np.ones(len(ids), bool)
         good[read_rejected(run, part).column("position").to_numpy()] = False
-        at = pc.index_in(ids.filter(pa.array(good)), value_set=_as(decisions.ids, ids.type, address))
+        at = pc.index_in(ids.filter(pa.array(good)), value_set=decisions.ids)
         here = np.flatnonzero(at.is_valid().to_numpy(zero_copy_only=False))
         rows[at.drop_null().to_numpy()] = parts.starts[part] + here
     there = np.flatnonzero(rows >= 0)

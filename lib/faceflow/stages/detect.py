@@ -124,7 +124,7 @@ def detect(
     flow = partition.flow if partition.flow is not None else np.zeros(parts.faces)
     for part in range(len(parts)):
         here = slice(parts.starts[part], parts.starts[part + 1])
-        columns = [modules[here], flow[here]]
+        columns = [modules[here], flow[here], partition.modules[here]]
         name = layout.part("modules", part)
         pieces[name] = run.write_arrow(name, MODULES_SCHEMA, [pa.record_batch(columns, schema=MODULES_SCHEMA)])
     return counts, pieces
@@ -147,7 +147,7 @@ def _earlier(
     last night, 0 for a new one; and whether to check what was lost."""
     modules, flow = (
         np.concatenate([past.read_batch(layout.part("modules", p)).column(c).to_numpy() for p in range(len(past_parts))])
-        for c in range(2)
+        for c in (2, 1)
     )
     before = np.concatenate([run.read_batch(layout.part("past", p)).column(0).to_numpy() for p in range(len(parts))])
     active = np.concatenate([read_states(run, p) for p in range(len(parts))]) != SAME

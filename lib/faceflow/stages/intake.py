@@ -13,7 +13,7 @@ from faceflow.cluster.executor import chunks
 from faceflow.errors import InputError, one_line
 from faceflow.kernels.identity import buckets_of_texts, hash_integers, hash_texts
 from faceflow.kernels.vectors import hash_rows
-from faceflow.stages import checking
+from faceflow.stages import checking, decisions
 from faceflow.stages.base import Context, merge_pieces
 from faceflow.stages.pieces import (
     Piece,
@@ -64,6 +64,8 @@ def take_in(context: Context, store: Store, files: Mapping[str, int], run: Store
         for footer in found
     ]
     check_types(footers)
+    if config.constraints is not None and footers:
+        decisions.read(config.constraints, config.storage_options, pa.type_for_alias(footers[0].id_type))
     rows = sum(sum(footer.group_rows) for footer in footers)
     if rows == 0:
         if dim is None:

@@ -55,11 +55,14 @@ how uneven the cells have become (the mean size of the cell that a face lives in
 def run(context: Context) -> Outcome:
     """Fix the plan; train, order and cut the cells; assign every part. A night keeps last night's, unless `why_anew`."""
     if context.past is not None:
-        reason = why_anew(context)
+        decided = context.stores.run.read_json(layout.ANEW)
+        reason = why_anew(context) if decided is None else str(decided["because"])
         if reason is None:
             outcome, reason = carry(context, context.past)
             if reason is None:
                 return outcome
+        if decided is not None and not decided.get("cleared"):
+            _clear(context.stores.run, reason)
         log.info("plan     every pair is searched again: %s", reason)
         return _run_in_full(context, {"incremental": False, "because": reason, "nights": 0})
     return _run_in_full(context, {"incremental": False, "nights": 0})
@@ -138,9 +141,17 @@ def carry(context: Context, past: Past) -> tuple[Outcome, str | None]:
     if counts["uneven"] > MOST_UNEVEN * before["trained_uneven"]:
         reason = f"cells are {counts['uneven']:.2f} uneven, and were {before['trained_uneven']:.2f}"
     if reason is not None:
-        for folder in ("quantizer", "cells"):
-            run.delete(folder)
+        _clear(run, reason)
     return Outcome(counts, pieces), reason
+
+
+def _clear(run: Store, reason: str) -> None:
+    """Forget what was carried over. First it is said, then done: whoever continues an interrupted run must not take the cells
+    of one quantizer for those of another."""
+    run.write_json(layout.ANEW, {"because": reason, "cleared": False})
+    for folder in ("quantizer", "cells"):
+        run.delete(folder)
+    run.write_json(layout.ANEW, {"because": reason, "cleared": True})
 
 
 def _tell(results: Sequence[cells.Assigned], faces: int, dim: int) -> dict[str, Any]:

@@ -65,13 +65,12 @@ def run(context: Context) -> Outcome:
             resources=resources,
             smaller=in_smaller_steps,
         )
-    sample = recall.sample_rows(parts.faces, config.recall_sample // (NIGHT_SHARE if night else 1), config.seed)
+    sampled = max(1, config.recall_sample // NIGHT_SHARE) if night else config.recall_sample
+    sample = recall.sample_rows(parts.faces, sampled, config.seed)
+    past = context.past if night else None
     results = context.executor.map(
         merge_part,
-        [
-            (run, parts, part, context.dim, shards, config.neighbors, sample, context.past if night else None)
-            for part in range(len(parts))
-        ],
+        [(run, parts, part, context.dim, shards, config.neighbors, sample, past) for part in range(len(parts))],
         "merge",
         sizes=[parts.rows(part) for part in range(len(parts))],
     )
@@ -256,7 +255,8 @@ def merge_part(
 ) -> tuple[dict[str, int], int]:
     """Write one part's neighbor table, and beside it its sampled faces; returns its bytes and its number of neighbors."""
     name, first_row = layout.part("neighbors", part), parts.starts[part]
-    if is_whole(run, name):
+    names = [name, *([layout.part("state", part)] if past is not None else [])]
+    if all(is_whole(run, each) for each in names):
         table = NeighborTable.from_batch(run.read_batch(name), first_row)
     else:
         if past is not None:
@@ -275,7 +275,7 @@ def merge_part(
     ]
     batch = pa.record_batch([c.cast(f.type) for c, f in zip(columns, schema, strict=True)], schema=schema)
     run.write_arrow(layout.queries(part), schema, [batch])
-    return {name: run.size(name) or 0}, len(table.rows)
+    return {each: run.size(each) or 0 for each in names}, len(table.rows)
 
 
 def _read_queries(run: Store, parts: Parts) -> pa.Table:

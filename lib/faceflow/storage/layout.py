@@ -53,6 +53,9 @@ def plan(stage: str) -> str:
     return f"manifests/{stage}.begun.json"
 
 
+ANEW = "manifests/quantize.anew.json"
+"""Why a night, although it began to build on the one before, does everything anew: decided once."""
+
 CENTROIDS = "quantizer/centroids.arrow"
 CLUSTERS = "clusters/clusters.arrow"
 
