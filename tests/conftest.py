@@ -133,7 +133,8 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
     flags = [f"-{name}={port}" for name, port in ports.items()]
     with open(folder / "log", "w") as log:
         server = subprocess.Popen(
-            [binary, "server", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-s3", "-volume.max=100", "-s3.port.iceberg=0", "-s3.port.lance=0",
+            [binary, "server", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-s3", "-volume.max=100",
+             "-s3.port.iceberg=0", "-s3.port.lance=0",  # off: their ports are fixed
              "-master.volumeSizeLimitMB=64", f"-s3.config={folder / 'identities.json'}", *flags],
             stdout=log, stderr=subprocess.STDOUT,
         )  # fmt: skip
