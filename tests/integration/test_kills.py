@@ -128,6 +128,7 @@ def test_labels_survive_kills(tmp_path: Path, two_machines: TwoMachines) -> None
             assert start(arguments, log).wait(300) == 0, what + log.read_text()[-3000:]
         assert labels_of(output).equals(truth[attempt % 2]), what
         two_machines.mend()
+        print(f"{attempt + 1} attempts, {sum(killed.values())} kills, {runs} runs, {reader.reads} reads", flush=True)
         for run in set((output / "_runs").iterdir()):
             shutil.rmtree(run / "vectors", ignore_errors=True)  # the disk is not what is tested here
     reader.stop()

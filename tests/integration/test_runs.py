@@ -105,8 +105,8 @@ def test_publishes_what_the_readme_promises(tmp_path: Path, blobs: Callable[...,
     assert (np.diff(sizes) <= 0).all()
     pointer = json.loads((tmp_path / "out" / "latest.json").read_text())
     assert set(pointer) == {
-        "run_id", "labels", "faces", "rejected", "clusters", "singletons", "edges", "parent_run_id", "settings", "seconds",
-        "recall", "recall_interval", "created",
+        "run_id", "labels", "faces", "rejected", "clusters", "singletons", "edges", "parent_run_id", "next_id", "settings",
+        "seconds", "recall", "recall_interval", "created",
     }  # fmt: skip
     assert (pointer["faces"], pointer["clusters"], pointer["parent_run_id"]) == (200, 20, None)
     assert set(pointer["seconds"]) == {"ingest", "quantize", "search", "link", "detect", "publish", "total"}
