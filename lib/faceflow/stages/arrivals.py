@@ -18,12 +18,12 @@ from faceflow import __version__
 from faceflow.errors import InputError
 from faceflow.stages import checking, intake
 from faceflow.stages.base import Context, Outcome, merge_pieces
-from faceflow.stages.reading import read_ids, read_rejected, read_vectors
+from faceflow.stages.reading import good_entries, read_ids, read_rejected, read_vectors
 from faceflow.storage import layout
 from faceflow.storage.files import Store
 from faceflow.storage.inputs import list_parquet
 from faceflow.storage.manifests import is_whole
-from faceflow.tables import MAX_FACES, ORIGINS_SCHEMA, PAST_SCHEMA, REJECTED_SCHEMA, Parts, vectors_schema
+from faceflow.tables import MAX_FACES, ORIGINS_SCHEMA, PAST_SCHEMA, REJECTED_SCHEMA, Parts
 
 log = logging.getLogger("faceflow")
 
@@ -139,8 +139,7 @@ class _Bucket:
 
 def _read_bucket(side: Side, part: int, bucket: int, buckets: int) -> _Bucket:
     ids = read_ids(side.run, part)
-    good = np.ones(len(ids), bool)
-    good[read_rejected(side.run, part).column("position").to_numpy()] = False
+    good = good_entries(read_rejected(side.run, part), len(ids))
     here = np.flatnonzero((intake.buckets_of(ids, buckets) == bucket) & good)
     origins = side.run.read_batch(layout.part("origins", part))
     if len(here) < len(ids):
@@ -214,8 +213,7 @@ def carry_part(
     photos = origins.column("photo").to_numpy().copy()
     files[entry[stayed]], rows[entry[stayed]], photos[entry[stayed]] = new_files[stayed], new_rows[stayed], new_photos[stayed]
     kept = files >= 0
-    good = np.ones(len(ids), bool)
-    good[rejected.column("position").to_numpy()] = False
+    good = good_entries(rejected, len(ids))
     names = {kind: layout.part(kind, part) for kind in ("vectors", "ids", "rejected", "origins", "past")}
     sizes: dict[str, int] = {}
     faces = kept[good]
@@ -223,9 +221,8 @@ def carry_part(
         for kind in ("vectors", "ids", "rejected"):
             sizes[names[kind]] = run.share(past, names[kind], names[kind])
     else:
-        _write_part(
-            run, names, dim, read_vectors(past, part, dim)[faces], ids.filter(pa.array(kept)), _left(rejected, kept), sizes
-        )
+        vectors = read_vectors(past, part, dim)[faces]
+        sizes |= intake.write_faces(run, part, dim, vectors, ids.filter(pa.array(kept)), _left(rejected, kept))
     columns = [files[kept], rows[kept], origins.column("hash").to_numpy()[kept], photos[kept]]
     _write(run, names["origins"], ORIGINS_SCHEMA, columns, sizes)
     row_before = (first_row + np.flatnonzero(faces)).astype(np.int32)
@@ -240,18 +237,17 @@ def place_part(
     ids, rejected = read_ids(staging, part), read_rejected(staging, part)
     origins = staging.read_batch(layout.part("origins", part))
     entry, verdict, _, row_before, _ = _read_matches(run, buckets, 1, first_entry, first_entry + len(ids))
-    kept, good = np.ones(len(ids), bool), np.ones(len(ids), bool)
+    kept, good = np.ones(len(ids), bool), good_entries(rejected, len(ids))
     kept[entry[verdict == DROPPED]] = False
-    good[rejected.column("position").to_numpy()] = False
     repeated = entry[verdict == REPEATED]
     if len(repeated):
         rejected = _with_repeated(rejected, repeated, origins.take(pa.array(repeated)), paths)
     faces = kept[good]
     faces[np.searchsorted(np.flatnonzero(good), repeated)] = False
-    names = {kind: layout.part(kind, number) for kind in ("vectors", "ids", "rejected", "origins", "past")}
-    sizes: dict[str, int] = {}
+    names = {kind: layout.part(kind, number) for kind in ("origins", "past")}
     left = _left(rejected, kept)
-    _write_part(run, names, dim, read_vectors(staging, part, dim)[faces], ids.filter(pa.array(kept)), left, sizes)
+    vectors = read_vectors(staging, part, dim)[faces]
+    sizes = intake.write_faces(run, number, dim, vectors, ids.filter(pa.array(kept)), left)
     _write(run, names["origins"], ORIGINS_SCHEMA, [c.to_numpy()[kept] for c in origins.columns], sizes)
     was = np.full(len(ids), -1, np.int32)
     was[entry[verdict == CHANGED]] = row_before[verdict == CHANGED]
@@ -283,15 +279,3 @@ def _left(rejected: pa.RecordBatch, kept: np.ndarray) -> pa.RecordBatch:
 
 def _write(run: Store, name: str, schema: pa.Schema, columns: Sequence[np.ndarray], sizes: dict[str, int]) -> None:
     sizes[name] = run.write_arrow(name, schema, [pa.record_batch([pa.array(c) for c in columns], schema=schema)])
-
-
-def _write_part(
-    run: Store, names: Mapping[str, str], dim: int, vectors: np.ndarray, ids: pa.Array, rejected: pa.RecordBatch,
-    sizes: dict[str, int],
-) -> None:  # fmt: skip
-    schema = vectors_schema(dim)
-    column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), dim).cast(schema.field(0).type)
-    sizes[names["vectors"]] = run.write_arrow(names["vectors"], schema, [pa.record_batch([column], schema=schema)])
-    id_schema = pa.schema([pa.field("id", ids.type)])
-    sizes[names["ids"]] = run.write_arrow(names["ids"], id_schema, [pa.record_batch([ids], schema=id_schema)])
-    sizes[names["rejected"]] = run.write_arrow(names["rejected"], REJECTED_SCHEMA, [rejected])

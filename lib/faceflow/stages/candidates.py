@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 
 from faceflow.kernels import topk
 from faceflow.kernels.search import Probes
+from faceflow.stages.reading import matrix, read_vectors
 from faceflow.storage.files import Store
-from faceflow.tables import CANDIDATES_SCHEMA
+from faceflow.tables import CANDIDATES_SCHEMA, Parts
 
 
 def probes_of(columns: Sequence[pa.ListArray]) -> Probes:
@@ -18,6 +20,43 @@ def probes_of(columns: Sequence[pa.ListArray]) -> Probes:
     offsets = np.zeros(len(counts) + 1, np.int64)
     np.cumsum(counts, out=offsets[1:])
     return offsets, np.concatenate([column.flatten().to_numpy() for column in columns])
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Faces of all parts that meet in one shard: rows int32[n], ascending; probes, of each; vectors float32[n, dim]; bounds
+    int64[parts + 1], where each part's begin."""
+
+    rows: np.ndarray
+    probes: Probes
+    vectors: np.ndarray
+    bounds: np.ndarray
+
+
+def gather(run: Store, parts: Parts, dim: int, batches: Sequence[pa.RecordBatch]) -> Gathered:
+    """The faces of one batch of `cells/` a part, in row order, with their vectors from the batch or the part itself."""
+    rows = np.concatenate([batch.column(0).to_numpy() + first for batch, first in zip(batches, parts.starts, strict=False)])
+    bounds = np.searchsorted(rows, parts.starts)
+    vectors = np.empty((len(rows), dim), np.float32)
+    for part, batch in enumerate(batches):
+        out = vectors[bounds[part] : bounds[part + 1]]
+        if "vector" in batch.schema.names:
+            out[:] = matrix(batch.column(2), dim)
+        elif len(out):
+            np.take(read_vectors(run, part, dim), batch.column(0).to_numpy(), axis=0, out=out, mode="clip")
+    return Gathered(rows.astype(np.int32), probes_of([batch.column(1) for batch in batches]), vectors, bounds)
+
+
+def write_candidates(run: Store, name: str, parts: Parts, rows: np.ndarray, bounds: np.ndarray, buffers: topk.Buffers) -> None:
+    """Write what was found for gathered faces, one record batch a part."""
+    run.write_arrow(
+        name,
+        CANDIDATES_SCHEMA,
+        (
+            candidates_batch(rows[b:e] - first, *buffers.take(np.arange(b, e)))
+            for b, e, first in zip(bounds[:-1], bounds[1:], parts.starts, strict=False)
+        ),
+    )
 
 
 def candidates_batch(rows: np.ndarray, offsets: np.ndarray, keys: np.ndarray) -> pa.RecordBatch:

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from faceflow.config import ClusterConfig
 from faceflow.errors import InputError, did_you_mean, one_line
 from faceflow.kernels import constraints
-from faceflow.stages.reading import read_ids, read_rejected
+from faceflow.stages.reading import good_entries, read_ids, read_rejected
 from faceflow.storage import layout
 from faceflow.storage.files import Store, explain
 from faceflow.storage.inputs import list_file, open_input
@@ -90,9 +90,7 @@ def keep_apart(
     photos = []
     for part in range(len(parts)):
         found = run.read_batch(layout.part("origins", part)).column("photo").to_numpy()
-        good = np.ones(len(found), bool)
-        good[read_rejected(run, part).column("position").to_numpy()] = False
-        photos.append(found[good])
+        photos.append(found[good_entries(read_rejected(run, part), len(found))])
     modules, moved, stayed = constraints.separate(modules, np.concatenate(photos), fixed, edges)
     return modules, {"exclusive_moved": moved, "exclusive_left": stayed}
 
@@ -109,8 +107,7 @@ def apply(
     rows = np.full(len(decisions.ids), -1, np.int64)
     for part in range(len(parts)):
         ids = read_ids(run, part)
-        good = np.ones(len(ids), bool)
-        good[read_rejected(run, part).column("position").to_numpy()] = False
+        good = good_entries(read_rejected(run, part), len(ids))
         at = pc.index_in(ids.filter(pa.array(good)), value_set=decisions.ids)
         here = np.flatnonzero(at.is_valid().to_numpy(zero_copy_only=False))
         rows[at.drop_null().to_numpy()] = parts.starts[part] + here

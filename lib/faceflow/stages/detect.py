@@ -13,7 +13,7 @@ from faceflow.cluster.executor import Resources
 from faceflow.errors import QualityError
 from faceflow.stages import decisions
 from faceflow.stages.base import Context, Outcome, Stage
-from faceflow.stages.reading import read_states
+from faceflow.stages.reading import read_column
 from faceflow.storage import layout
 from faceflow.storage.files import Store
 from faceflow.tables import MODULES_SCHEMA, SAME, EdgeList, Parts
@@ -100,7 +100,7 @@ def detect(
         partition = mapequation.detect(arrays, seed, trials, threads, directed, earlier)
     else:
         partition = infomap_engine.detect(edges, parts.faces, seed, trials, directed)
-    counts: dict[str, float] = {"codelength": partition.codelength, "modules": len(np.unique(partition.modules))}
+    counts: dict[str, float] = {"codelength": partition.codelength}
     if verify:
         theirs = infomap_engine.score(edges, partition.modules, directed)
         counts["verified_codelength"] = theirs
@@ -145,11 +145,8 @@ def _earlier(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
     """Each face's module of last night, one of its own for a new one; whether its neighbors are others now; its visit rate of
     last night, 0 for a new one; and whether to check what was lost."""
-    modules, flow = (
-        np.concatenate([past.read_batch(layout.part("modules", p)).column(c).to_numpy() for p in range(len(past_parts))])
-        for c in (2, 1)
-    )
-    before = np.concatenate([run.read_batch(layout.part("past", p)).column(0).to_numpy() for p in range(len(parts))])
-    active = np.concatenate([read_states(run, p) for p in range(len(parts))]) != SAME
+    modules, flow = (read_column(past, "modules", range(len(past_parts)), column) for column in (2, 1))
+    before = read_column(run, "past", range(len(parts)))
+    active = read_column(run, "state", range(len(parts))) != SAME
     start = np.where(before >= 0, modules[before], int(modules.max(initial=-1)) + 1 + np.arange(len(before)))
     return start, active, np.where(before >= 0, flow[before], 0.0), check

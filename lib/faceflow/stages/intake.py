@@ -244,7 +244,7 @@ class PartWriter:
 
     def __init__(self, run: Store, piece: Piece, index: int, dim: int) -> None:
         number = piece.first_part + index
-        self._run, self._dim = run, dim
+        self._run, self._dim, self._number = run, dim, number
         self._names = [layout.part(kind, number) for kind in ("vectors", "ids", "rejected", "origins")]
         self._rows = piece.starts[index + 1] - piece.starts[index]
         self._filled = self._kept = 0
@@ -284,18 +284,12 @@ class PartWriter:
     def close(self) -> None:
         """Write the files and let the memory go."""
         assert self._vectors is not None
-        schema = vectors_schema(self._dim)
-        column = pa.FixedSizeListArray.from_arrays(pa.array(self._vectors[: self._kept].ravel()), self._dim)
-        self._run.write_arrow(self._names[0], schema, [pa.record_batch([column.cast(schema.field(0).type)], schema=schema)])
-        ids = pa.concat_arrays(self._ids)
-        id_schema = pa.schema([pa.field("id", ids.type)])
-        self._run.write_arrow(self._names[1], id_schema, [pa.record_batch([ids], schema=id_schema)])
         columns = zip(*self._rejected, strict=True) if self._rejected else [[] for _ in REJECTED_SCHEMA]
         arrays = [pa.array(list(values), field.type) for values, field in zip(columns, REJECTED_SCHEMA, strict=True)]
-        self._run.write_arrow(self._names[2], REJECTED_SCHEMA, [pa.record_batch(arrays, schema=REJECTED_SCHEMA)])
-        self._run.write_arrow(
-            self._names[3], ORIGINS_SCHEMA, pa.Table.from_batches(self._origins).combine_chunks().to_batches()
-        )
+        rejected = pa.record_batch(arrays, schema=REJECTED_SCHEMA)
+        write_faces(self._run, self._number, self._dim, self._vectors[: self._kept], pa.concat_arrays(self._ids), rejected)
+        origins = pa.Table.from_batches(self._origins).combine_chunks().to_batches()
+        self._run.write_arrow(self._names[3], ORIGINS_SCHEMA, origins)
         self._vectors, self._ids, self._rejected, self._origins = None, [], [], []
 
     def written(self) -> WrittenPart:
@@ -303,6 +297,20 @@ class PartWriter:
         rejected = self._run.read_batch(self._names[2])
         sizes = {name: self._run.size(name) or 0 for name in self._names}
         return WrittenPart(sizes, self._rows - rejected.num_rows, tally_of(rejected))
+
+
+def write_faces(
+    run: Store, part: int, dim: int, vectors: np.ndarray, ids: pa.Array, rejected: pa.RecordBatch
+) -> dict[str, int]:
+    """Write the vectors, ids and rejected rows of one part; returns the bytes of each file."""
+    schema, id_schema = vectors_schema(dim), pa.schema([pa.field("id", ids.type)])
+    column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), dim).cast(schema.field(0).type)
+    batches = {
+        "vectors": pa.record_batch([column], schema=schema), "ids": pa.record_batch([ids], schema=id_schema),
+        "rejected": rejected,
+    }  # fmt: skip
+    names = {kind: layout.part(kind, part) for kind in batches}
+    return {names[kind]: run.write_arrow(names[kind], batch.schema, [batch]) for kind, batch in batches.items()}
 
 
 def tally_of(rejected: pa.RecordBatch) -> checking.Tally:

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from faceflow.kernels.identity import canonical_order, stable_clusters, transitions
 from faceflow.stages.base import Context, Outcome, Stage
 from faceflow.stages.history import events, moves_schema
-from faceflow.stages.reading import read_ids, read_rejected
+from faceflow.stages.reading import good_entries, read_column, read_ids, read_rejected
 from faceflow.storage import layout
 from faceflow.storage.files import Store
 from faceflow.tables import Parts
@@ -58,21 +58,14 @@ STAGE = Stage(
 )
 
 
-def _modules(run: Store, parts: int) -> np.ndarray:
-    return np.concatenate([run.read_batch(layout.part("modules", p)).column(0).to_numpy() for p in range(parts)])
-
-
 def _before(run: Store, parts: Iterable[int]) -> np.ndarray:
     """The row that each face of these parts, by its id, had in the run before; -1 for a new one."""
-    return np.concatenate(
-        [np.empty(0, np.int32), *(run.read_batch(layout.part("past", p)).column(1).to_numpy() for p in parts)]
-    )
+    return read_column(run, "past", parts, 1)
 
 
 def _clusters(run: Store, parts: Iterable[int]) -> np.ndarray:
     """The cluster of each face of these parts of a finished run."""
-    lookup = run.read_batch(layout.CLUSTERS).column(0).to_numpy()
-    return np.concatenate([lookup[run.read_batch(layout.part("modules", p)).column(0).to_numpy()] for p in parts])
+    return run.read_batch(layout.CLUSTERS).column(0).to_numpy()[read_column(run, "modules", parts)]
 
 
 def name_clusters(
@@ -80,7 +73,7 @@ def name_clusters(
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Write the module -> cluster lookup: ids from first_id on by falling size, ties by first row; after a night, the ids
     that the clusters had (`kernels.identity.stable_clusters`), and the events."""
-    modules = _modules(run, len(parts))
+    modules = read_column(run, "modules", range(len(parts)))
     lookup, sizes = canonical_order(modules)
     lookup[lookup >= 0] += first_id
     counts = {"clusters": len(sizes), "singletons": int((sizes == 1).sum()), "next_id": first_id + len(sizes)}
@@ -109,22 +102,20 @@ def publish_part(run: Store, output: Store, run_id: str, part: int, parts: int, 
     under `moves/`.
     """
     ids, rejected = read_ids(run, part), read_rejected(run, part)
-    modules = run.read_batch(layout.part("modules", part)).column(0).to_numpy()
-    aside = np.zeros(len(ids), bool)
-    aside[rejected.column("position").to_numpy()] = True
+    good = good_entries(rejected, len(ids))
     clusters = np.zeros(len(ids), np.int64)
-    clusters[~aside] = run.read_batch(layout.CLUSTERS).column(0).to_numpy()[modules]
+    clusters[good] = _clusters(run, [part])
     schema = pa.schema([pa.field("id", ids.type), pa.field("cluster", pa.int64())])
     if rejected.num_rows:
         lines = {"id": ids.take(rejected.column("position"))} | {n: rejected.column(n) for n in ("file", "row", "reason")}
         with output.open_write(layout.rejected_part(run_id, part), durable=True) as file:
             pq.write_table(pa.table(lines), file, compression="zstd")
     if past is not None:
-        moved = _moves(run, part, parts, ids.filter(pa.array(~aside)), clusters[~aside], past)
+        moved = _moves(run, part, parts, ids.filter(pa.array(good)), clusters[good], past)
         with output.open_write(layout.moves_part(run_id, part), durable=True) as file:
             pq.write_table(moved, file, compression="zstd")
     with output.open_write(layout.label_part(run_id, part), durable=True) as file:
-        pq.write_table(pa.table([ids, pa.array(clusters, mask=aside)], schema=schema), file, compression="zstd")
+        pq.write_table(pa.table([ids, pa.array(clusters, mask=~good)], schema=schema), file, compression="zstd")
         return int(file.tell())
 
 
@@ -146,9 +137,9 @@ def _moves(run: Store, part: int, parts: int, ids: pa.Array, clusters: np.ndarra
         elsewhere = _before(run, [part, *range(len(old_parts), parts)]) - first
         gone = np.ones(len(old), bool)
         gone[elsewhere[(elsewhere >= 0) & (elsewhere < len(old))]] = False
-        good = np.ones(old_parts.rows(part) + read_rejected(store, part).num_rows, bool)
-        good[read_rejected(store, part).column("position").to_numpy()] = False
-        left = read_ids(store, part).take(pa.array(np.flatnonzero(good)[gone]))
+        ids_before = read_ids(store, part)
+        good = good_entries(read_rejected(store, part), len(ids_before))
+        left = ids_before.take(pa.array(np.flatnonzero(good)[gone]))
         ended = [left, pa.array(old[gone]), pa.nulls(len(left), pa.int64())]
         columns = [pa.concat_arrays(both) for both in zip(columns, ended, strict=True)]
     return pa.table(columns, schema=moves_schema(ids.type))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 
 import numpy as np
 import pyarrow as pa
@@ -32,6 +33,18 @@ def read_rejected(run: Store, part: int) -> pa.RecordBatch:
     return run.read_batch(layout.part("rejected", part))
 
 
+def good_entries(rejected: pa.RecordBatch, entries: int) -> np.ndarray:
+    """bool[entries]: which entries of a part's ids are faces, as they were not set aside."""
+    good = np.ones(entries, bool)
+    good[rejected.column("position").to_numpy()] = False
+    return good
+
+
+def read_column(run: Store, kind: str, parts: Iterable[int], column: int = 0) -> np.ndarray:
+    """One column of these parts' files (`past`, `modules`, `state`), one after the other."""
+    return np.concatenate([run.read_batch(layout.part(kind, part)).column(column).to_numpy() for part in parts])
+
+
 def read_quantizer(run: Store, dim: int) -> tuple[np.ndarray, np.ndarray]:
     """(centroids float32[cells, dim], first cell of each shard and the end int64[shards + 1])."""
     batch = run.read_batch(layout.CENTROIDS)
@@ -47,8 +60,3 @@ def rows_tonight(run: Store, past_faces: int, parts: Parts) -> np.ndarray:
         there = np.flatnonzero(before >= 0)
         rows[before[there]] = parts.starts[part] + there
     return rows
-
-
-def read_states(run: Store, part: int) -> np.ndarray:
-    """uint8[n] of one part: `tables.STATE_SCHEMA`."""
-    return run.read_batch(layout.part("state", part)).column(0).to_numpy()

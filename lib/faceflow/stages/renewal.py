@@ -10,8 +10,8 @@ import pyarrow as pa
 from faceflow.kernels import incremental, topk
 from faceflow.stages import cells
 from faceflow.stages.base import Context, Past
-from faceflow.stages.candidates import candidates_batch, probes_of, read_candidates
-from faceflow.stages.reading import matrix, read_quantizer, read_vectors, rows_tonight
+from faceflow.stages.candidates import candidates_batch, gather, read_candidates, write_candidates
+from faceflow.stages.reading import read_column, read_quantizer, read_vectors, rows_tonight
 from faceflow.storage import layout
 from faceflow.storage.files import Store
 from faceflow.storage.manifests import is_whole
@@ -52,9 +52,7 @@ def find_active(run: Store, past: Store, past_parts: Parts, parts: Parts, part: 
     name = layout.part("before", part)
     if is_whole(run, name):
         return
-    if part >= len(past_parts):
-        state = np.full(parts.rows(part), ACTIVE, np.uint8)
-    elif gone:
+    if gone or part >= len(past_parts):
         state = _carried(run, past, past_parts, parts, part, neighbors)[1]
     else:
         state = np.full(parts.rows(part), SAME, np.uint8)
@@ -109,26 +107,9 @@ def search_cells_shard(run: Store, parts: Parts, dim: int, shard: int, neighbors
         order = np.argsort(both.column(0).to_numpy(), kind="stable")
         batches.append(both.take(pa.array(order)) if batch.num_rows else old)
         active.append((order >= old.num_rows) if batch.num_rows else np.zeros(old.num_rows, bool))
-    every = np.concatenate([b.column(0).to_numpy() + first for b, first in zip(batches, parts.starts, strict=False)])
-    every = every.astype(np.int32)
-    probes = probes_of([batch.column(1) for batch in batches])
-    bounds = np.searchsorted(every, parts.starts)
-    x = np.empty((len(every), dim), np.float32)
-    for part, batch in enumerate(batches):
-        out = x[bounds[part] : bounds[part + 1]]
-        if "vector" in batch.schema.names:
-            out[:] = matrix(batch.column(2), dim)
-        elif len(out):
-            np.take(read_vectors(run, part, dim), batch.column(0).to_numpy(), axis=0, out=out, mode="clip")
-    buffers = incremental.search_cells(x, every, probes, here, np.concatenate(active), neighbors, floor)
-    run.write_arrow(
-        name,
-        CANDIDATES_SCHEMA,
-        (
-            candidates_batch(every[b:e] - first, *buffers.take(np.arange(b, e)))
-            for b, e, first in zip(bounds[:-1], bounds[1:], parts.starts, strict=False)
-        ),
-    )
+    found = gather(run, parts, dim, batches)
+    buffers = incremental.search_cells(found.vectors, found.rows, found.probes, here, np.concatenate(active), neighbors, floor)
+    write_candidates(run, name, parts, found.rows, found.bounds, buffers)
 
 
 def _at_home(batch: pa.RecordBatch, active: np.ndarray, touched: np.ndarray, cells: range) -> pa.RecordBatch:
@@ -175,7 +156,7 @@ def search_exact_part(run: Store, parts: Parts, part: int, dim: int, neighbors: 
 def merge_night(run: Store, past: Past, parts: Parts, part: int, files: int, neighbors: int) -> NeighborTable:
     """One part's neighbor table: what was carried over, and the new candidates. Writes the faces' states."""
     carried, state = _carried(run, past.run, past.parts, parts, part, neighbors)
-    new = np.concatenate([run.read_batch(layout.part("past", p)).column(0).to_numpy() < 0 for p in range(len(parts))])
+    new = read_column(run, "past", range(len(parts))) < 0
     names = [layout.candidates(index) for index in range(files)]
     found = [_unknown(lists, state, new) for lists in read_candidates(run, names, part)]
     meets = np.zeros(len(carried), bool)

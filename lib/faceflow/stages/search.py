@@ -15,7 +15,7 @@ from faceflow.kernels import probing, quantizer, recall, topk
 from faceflow.kernels import search as cpu
 from faceflow.stages import renewal
 from faceflow.stages.base import Context, Outcome, Past, Stage, merge_pieces
-from faceflow.stages.candidates import candidates_batch, probes_of, read_candidates
+from faceflow.stages.candidates import candidates_batch, gather, read_candidates, write_candidates
 from faceflow.stages.reading import matrix, read_quantizer, read_vectors
 from faceflow.storage import layout
 from faceflow.storage.files import Store
@@ -212,33 +212,16 @@ def _search_cells(
 ) -> None:  # fmt: skip
     """Gather the faces that probe these cells of a shard, search them, and write the candidates of every part."""
     batches = [_that_probe(run.read_batch(layout.part("cells", part), shard), cells) for part in range(len(parts))]
-    rows = np.concatenate([batch.column(0).to_numpy() + first for batch, first in zip(batches, parts.starts, strict=False)])
-    rows = rows.astype(np.int32)
-    probes = probes_of([batch.column(1) for batch in batches])
-    bounds = np.searchsorted(rows, parts.starts)
-    vectors = np.empty((len(rows), dim), np.float32)
-    for part, batch in enumerate(batches):
-        here = slice(bounds[part], bounds[part + 1])
-        if "vector" in batch.schema.names:
-            vectors[here] = matrix(batch.column(2), dim)
-        elif bounds[part] < bounds[part + 1]:
-            np.take(read_vectors(run, part, dim), rows[here] - parts.starts[part], axis=0, out=vectors[here], mode="clip")
-    del batches
+    found = gather(run, parts, dim, batches)
     if on_gpu:
         from faceflow.kernels import gpu
 
-        buffers = gpu.search_cells(vectors, rows, probes, cells, neighbors, floor, float16)
+        buffers = gpu.search_cells(found.vectors, found.rows, found.probes, cells, neighbors, floor, float16)
     else:
-        buffers = cpu.search_cells(vectors, rows, probes, cells, neighbors, floor)
-    del vectors
-    run.write_arrow(
-        name,
-        CANDIDATES_SCHEMA,
-        (
-            candidates_batch(rows[b:e] - first, *buffers.take(np.arange(b, e)))
-            for b, e, first in zip(bounds[:-1], bounds[1:], parts.starts, strict=False)
-        ),
-    )
+        buffers = cpu.search_cells(found.vectors, found.rows, found.probes, cells, neighbors, floor)
+    rows, bounds = found.rows, found.bounds
+    del batches, found  # the vectors are most of the memory
+    write_candidates(run, name, parts, rows, bounds, buffers)
 
 
 def _that_probe(batch: pa.RecordBatch, cells: range) -> pa.RecordBatch:
@@ -297,10 +280,7 @@ def search_truth(run: Store, parts: Parts, part: int, dim: int, neighbors: int, 
 def certify(run: Store, parts: Parts, dim: int, sampled: int, neighbors: int, floor: float | None) -> recall.Certificate:
     """Compare what was found for the sampled faces with the truth."""
     queries = _read_queries(run, parts)
-    lists = []
-    for part in range(len(parts)):
-        batch = run.read_batch(layout.truth(part))
-        lists.append((batch.column(0).to_numpy(), batch.column(1).offsets.to_numpy(), batch.column(1).values.to_numpy()))
+    lists = read_candidates(run, [layout.truth(part) for part in range(len(parts))], 0)
     offsets, rows, similarities = topk.merge(lists, sampled, neighbors + 1)
     found = NeighborTable.from_batch(pa.record_batch([queries["neighbors"].chunk(0)], names=["neighbors"]), 0)
     counts = np.zeros((2, sampled), np.int64)

@@ -43,10 +43,9 @@ def load(run: Store, stage: str, fingerprint: Mapping[str, Any]) -> Manifest | N
         record = run.read_json(name)
         if record is not None:
             _compare(run, stage, record["fingerprint"], json.loads(json.dumps(fingerprint)))
-    record = run.read_json(layout.manifest(stage))
-    if record is None:
+    manifest = read(run, stage)
+    if manifest is None:
         return None
-    manifest = Manifest(**record)
     if run.is_local and any(run.size(path) != size for path, size in manifest.pieces.items()):
         return None  # a power cut after the stage: its pieces are made again
     return manifest
