@@ -112,15 +112,31 @@ class Executor:
                 self._connect(ray)
                 self._owned = True
             self._connected = ray
-            if self._warm_up is not None:
-                # Nobody waits for these: they start every worker process and load its modules while the first stage reads.
-                task = ray.remote(_hold).options(num_cpus=1, scheduling_strategy="SPREAD", name="warm-up")
-                for _ in range(min(self.cpus, self.workers or self.cpus)):
-                    task.remote(self._warm_up)
+            self._warm()
         return self._connected
 
+    def _warm(self) -> None:
+        if self._warm_up is not None:
+            # Nobody waits for these: they start every worker process and load its modules while the first stage reads.
+            task = self._connected.remote(_hold).options(num_cpus=1, scheduling_strategy="SPREAD", name="warm-up")
+            for _ in range(min(self.cpus, self.workers or self.cpus)):
+                task.remote(self._warm_up)
+
+    @property
+    def _wanted_address(self) -> str:
+        return self.address or os.environ.get("RAY_ADDRESS") or "local"
+
+    def _start_anew(self) -> None:
+        """After the death of this machine's raylet, without which Ray runs nothing for this process."""
+        if not self._owned or self._wanted_address != "local":
+            raise RunError(f"the raylet of this machine died, so this process has lost its cluster; {KEPT}")
+        log.warning("the raylet of this command's own Ray died: starting Ray again")
+        self._connected.shutdown()
+        self._connect(self._connected)
+        self._warm()
+
     def _connect(self, ray: Any) -> None:
-        address = self.address or os.environ.get("RAY_ADDRESS") or "local"
+        address = self._wanted_address
         options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
         if address == "local":
             # More workers than CPUs is the caller's wish.
@@ -221,6 +237,12 @@ class Executor:
                         except _Again as failure:
                             log.warning("%s", attempts[index].failed(failure.cause, str(failure), time.monotonic()))
                             again.append(index)
+                            if failure.cause is Cause.RAY:
+                                # With it went all that was in flight.
+                                again.extend(flying.values())
+                                flying.clear()
+                                self._start_anew()
+                                break
                         else:
                             bar.update(sizes[index] if sizes else 1)
             except BaseException:
@@ -275,7 +297,9 @@ class Executor:
             raise RunError(f"{label}: a worker failed with {type(cause).__name__}: {first_line}") from error
         except exceptions.OutOfMemoryError as error:
             raise _Again(Cause.MEMORY, "Ray ended its worker, as the machine ran short of memory") from error
-        except (exceptions.LocalRayletDiedError, exceptions.NodeDiedError) as error:
+        except exceptions.LocalRayletDiedError as error:
+            raise _Again(Cause.RAY, str(error).splitlines()[0]) from error
+        except exceptions.NodeDiedError as error:
             raise _Again(Cause.MACHINE, str(error).splitlines()[0]) from error
         except exceptions.RayError as error:
             raise _Again(Cause.DEATH, str(error).splitlines()[0]) from error

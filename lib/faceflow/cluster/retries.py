@@ -39,6 +39,7 @@ class Cause(enum.Enum):
     IO = "an I/O error"
     DEATH = "its worker died"
     MACHINE = "its machine died"
+    RAY = "the Ray of this command died"
     MEMORY = "it ran out of memory"
 
 
