@@ -4,9 +4,9 @@
     FACEFLOW_KILLS=100 python -m pytest -m slow -s tests/integration/test_kills.py # a soak
 
 The job runs as users run it, as a process of its own: with its own Ray, and on a cluster of two raylets. A killed worker, or a
-killed node of the cluster, costs its pieces, a killed raylet of its own Ray a new start of that Ray, and the command still succeeds;
-a killed driver ends the command, and the same command again must continue. The labels must be those of an undisturbed run. All the while a reader
-follows latest.json and must find whole labels, old or new.
+killed node of the cluster, costs its pieces, a killed raylet of its own Ray a new start of that Ray, and the command still
+succeeds; a killed driver ends the command, and the same command again must continue. The labels must be those of an undisturbed
+run. All the while a reader follows latest.json and must find whole labels, old or new.
 """
 
 from __future__ import annotations
