@@ -39,12 +39,22 @@ class ClusterConfig:
         choices=("fail", "quarantine"),
     )
     max_bad_fraction: float = _setting(0.01, "share of rows that may be set aside; more are refused", metavar="X")
-    neighbors: int = _setting(80, "neighbors kept per face (k), at most", metavar="K")
-    min_similarity: float | None = _setting(
-        0.58,
-        "cosine similarity below which two faces are never neighbors; 'none' keeps the plain K nearest. The right floor "
-        "depends on the embedding: look at a few known pairs",
+    neighbors: int = _setting(
+        200,
+        "neighbors kept per face (k), at most: a cap, not a knob; people with more photos than this may be split",
+        metavar="K",
+    )
+    min_similarity: float | str | None = _setting(
+        "auto",
+        "cosine similarity below which two faces are not neighbors. auto: found from the similarities of a sample of pairs, "
+        "without labels; 'none' keeps the plain K nearest",
         metavar="COS",
+    )
+    edges: str = _setting(
+        "auto",
+        "how neighbors become weighted edges. threshold: the cosine; shared: cosine x overlap of the two faces' neighbors; "
+        "nep, facemap, tpdi: as published; auto: our own, which also keeps pairs below the floor that neighbors vouch for",
+        choices=("auto", "threshold", "shared", "nep", "facemap", "tpdi"),
     )
     index: str = _setting(
         "auto",
@@ -140,8 +150,9 @@ class ClusterConfig:
         self._range("recall_sample", 1, 100_000)
         self._range("trials", 1, 1000)
         self._range("full_every", 1, 10_000)
-        if self.min_similarity is not None and not -1 <= self.min_similarity <= 1:
-            raise SettingsError(f"min_similarity is {self.min_similarity}: a cosine lies between -1 and 1; or 'none'")
+        floor = self.min_similarity
+        if floor not in (None, "auto") and not (isinstance(floor, int | float) and -1 <= floor <= 1):
+            raise SettingsError(f"min_similarity is {floor}: a cosine lies between -1 and 1; or 'auto', or 'none'")
         for name, setting in SETTINGS.items():
             choices = setting.metadata.get("choices")
             if choices and getattr(self, name) not in choices:
@@ -186,6 +197,7 @@ _CONVERT: dict[str, Any] = {
     "float": float,
     "int | None": int,
     "float | None": float,
+    "float | str | None": float,
     "str | None": str,
 }
 
@@ -212,6 +224,8 @@ def parse_setting(name: str, value: Any) -> Any:
         return None
     if name == "memory_limit":
         return _parse_bytes(name, value)
+    if name == "min_similarity" and str(value).lower() == "auto":
+        return "auto"
     if kind == "bool":
         if isinstance(value, bool) or str(value).lower() in ("true", "false"):
             return value if isinstance(value, bool) else value.lower() == "true"

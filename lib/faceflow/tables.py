@@ -65,6 +65,11 @@ def queries_schema(dim: int) -> pa.Schema:
     return pa.schema([("row", pa.int32()), ("vector", pa.list_(pa.float32(), dim)), ("neighbors", pa.large_list(_LINK))])
 
 
+def sample_schema(dim: int) -> pa.Schema:
+    """Sampled faces of one part: global row, vector."""
+    return pa.schema([("row", pa.int32()), ("vector", pa.list_(pa.float32(), dim))])
+
+
 NEIGHBORS_SCHEMA = pa.schema([pa.field("neighbors", pa.large_list(pa.field("item", _LINK, nullable=False)))])
 EDGES_SCHEMA = pa.schema([pa.field("edges", pa.large_list(pa.field("item", _LINK, nullable=False)))])
 MODULES_SCHEMA = pa.schema(

@@ -1,10 +1,36 @@
-"""Edge recipes: pure functions (neighbor table, parameters) -> edge list."""
+"""Edge recipes: pure functions (neighbor table, parameters) -> weighted edges.
+
+`threshold` takes a table part by part; the others compare the lists of two rows, so they take all rows as one block
+`offsets int64[n + 1], rows int32[m], values float32[m]` (`graphs.compress`), each row's neighbors by falling similarity, and
+return such a block. Where a formula needs a row's own probability, a face has similarity 1 to itself."""
 
 from __future__ import annotations
 
+import numba
 import numpy as np
 
+from faceflow.kernels.graphs import cut_by_edges
 from faceflow.tables import EdgeList, NeighborTable
+
+Block = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+RECIPES = ("auto", "threshold", "shared", "nep", "facemap", "tpdi")
+
+CHUNKS = 64
+"""Blocks of rows whose lists are compared side by side."""
+
+NEP_TEMPERATURE, NEP_LEAST = 0.5, 0.22
+FACEMAP_NEIGHBORS, FACEMAP_WINDOW = 256, 20
+TPDI_TEMPERATURE, TPDI_MOST = 0.05, 0.7
+
+WITNESSED = 0.5
+"""Share of a neighbor's own neighbors that must be near a face for the two to be joined by an edge below the floor."""
+
+BASE_WEIGHT, DENSE_POWER, DENSE_NEIGHBORS = 0.15, 2.0, 60
+"""Of `auto`: weight of an edge at the weak floor, in units of the mean excess over it; how much the power of the excess
+grows, from 1, with the number of neighbors; and the number at which it has grown so much."""
+
+LEAST_WEIGHT = 1e-6
 
 
 def threshold(table: NeighborTable, neighbors: int, min_similarity: float | None) -> EdgeList:
@@ -18,6 +44,196 @@ def threshold(table: NeighborTable, neighbors: int, min_similarity: float | None
     keep = (rank < neighbors) & (table.values > 0)
     if min_similarity is not None:
         keep &= table.values >= np.float32(min_similarity)
-    offsets = np.zeros(len(table) + 1, np.int64)
-    np.cumsum(np.bincount(sources[keep], minlength=len(table)), out=offsets[1:])
-    return EdgeList(table.first_row, offsets, table.rows[keep], table.values[keep])
+    return EdgeList(table.first_row, *_kept((table.offsets, table.rows, table.values), keep))
+
+
+def shared(block: Block) -> Block:
+    """Weight cosine x Jaccard overlap of the two neighbor sets, each with the row itself."""
+    offsets, rows, values = block
+    return offsets, rows, _positive(values * overlap(offsets, rows))
+
+
+def nep(block: Block) -> Block:
+    """Early stop by neighbor-based edge probability: with p_ij proportional to exp(-(2 - 2 cos) / 0.5) over i and its
+    neighbors, NEP(i, j) = half the sum of p_it + p_jt over shared neighbors t; neighbors are kept in their order up to the
+    first with NEP < 0.22, with weight NEP. Source: FC-ES, "Face Clustering via Early Stopping and Edge Recall", 2024."""
+    offsets, rows, values = block
+    similarity = np.clip(values, 0, 1)
+    likely = np.exp(-(2 - 2 * similarity) / NEP_TEMPERATURE, dtype=np.float32)
+    total = 1 + _row_sums(offsets, likely)
+    likely /= np.repeat(total, np.diff(offsets))
+    own, one = (1 / total).astype(np.float32), np.float32(1)
+    ones, all_ones = np.broadcast_to(one, len(rows)), np.broadcast_to(one, len(own))
+    weight = (_shared_sum(block, likely, ones, own, all_ones) + _shared_sum(block, ones, likely, all_ones, own)) / 2
+    stop = weight < NEP_LEAST
+    # An edge is kept while no edge before it, of the same row, has stopped it.
+    stopped = np.cumsum(stop)
+    before = np.concatenate([[0], stopped])[offsets[:-1]]
+    return _kept((offsets, rows, weight), stopped == np.repeat(before, np.diff(offsets)))
+
+
+def facemap(block: Block) -> Block:
+    """Outlier cut: with P_r the share of the r-th of up to 256 neighbors in the sum of their cosines and D_r = P_r - P_{r+1},
+    a row keeps its neighbors up to the rank where the mean of D over a window of 20 ranks about it lies farthest above the
+    mean of the rest, in units of the deviation of the rest; weight P. Source: FaceMap (arXiv 2203.10090)."""
+    offsets, rows, values = block
+    weight = np.zeros(len(values), np.float32)
+    _facemap(offsets, values, weight)
+    return _kept((offsets, rows, weight), weight > 0)
+
+
+def tpdi(block: Block) -> Block:
+    """Transition-probability distance: with Q_i the softmax of -(1 - cos) / 0.05 over i's neighbors, TPDi(i, j) =
+    1 - sum over shared neighbors t of sqrt(Q_it Q_jt); an edge where it is below 0.7, with weight 1 - TPDi.
+    Source: "On Mitigating Hard Clusters for Face Clustering", ECCV 2022."""
+    offsets, rows, values = block
+    root = np.exp((values.astype(np.float64) - 1) / (2 * TPDI_TEMPERATURE))
+    total = _row_sums(offsets, root**2)
+    root = (root / np.repeat(np.sqrt(np.maximum(total, 1e-300)), np.diff(offsets))).astype(np.float32)
+    none = np.zeros(len(offsets) - 1, np.float32)
+    weight = _shared_sum(block, root, root, none, none)
+    return _kept((offsets, rows, weight), weight > 1 - TPDI_MOST)
+
+
+def auto(block: Block, strong: float, weak: float, scale: float | None = None) -> Block:
+    """Our own, without a parameter of the data set: the floors come from the data (`impostors.Floors`).
+
+    Edges from `strong` on are kept, and those from `weak` on that are `supported`. The weight is (excess + 0.15)^p x Jaccard
+    overlap of the neighbor sets, excess the similarity over the weak floor in units of `scale`, p from 1 for rows of few
+    neighbors to 3 for rows of 60: in dense sets the flow must prefer near faces to the many less near ones, and can afford
+    to."""
+    offsets, rows, values = _kept(block, supported(block, strong, weak))
+    if len(rows) == 0:
+        return offsets, rows, values
+    degrees = np.diff(offsets)
+    fewest = np.minimum(np.repeat(degrees, degrees), degrees[rows])
+    power = (1 + DENSE_POWER * np.minimum(1, fewest / DENSE_NEIGHBORS)).astype(np.float32)
+    excess = np.maximum(values - np.float32(weak), 0) / np.float32(scale or mean_excess(values, weak))
+    return offsets, rows, _positive((excess + np.float32(BASE_WEIGHT)) ** power * overlap(offsets, rows))
+
+
+def mean_excess(values: np.ndarray, weak: float) -> float:
+    """Mean similarity over the weak floor, at least 1e-6."""
+    return max(1e-6, float(np.mean(values, dtype=np.float64)) - weak)
+
+
+def supported(block: Block, strong: float, weak: float) -> np.ndarray:
+    """bool[m]: edges from `strong` on, and those from `weak` on whose target's strong neighbors bear witness: at least half
+    of them, of two or more, are neighbors of the source too."""
+    offsets, rows, values = block
+    is_strong = values >= np.float32(strong)
+    strong_ends = offsets[:-1] + _row_sums(offsets, is_strong).astype(np.int64)
+    if strong <= weak or is_strong.all():
+        return is_strong
+    none = np.zeros(len(offsets) - 1, np.float32)
+    ones = np.broadcast_to(np.float32(1), len(rows))
+    witnesses = _shared_sum(block, ones, ones, none, none, begins=strong_ends, ends=strong_ends)
+    theirs = (strong_ends - offsets[:-1])[rows]
+    return is_strong | ((values >= np.float32(weak)) & (theirs >= 2) & (witnesses >= WITNESSED * theirs))
+
+
+def overlap(offsets: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """float32[m]: Jaccard overlap of the neighbor sets of an edge's two rows, each with the row itself."""
+    n = len(offsets) - 1
+    ones, own = np.broadcast_to(np.float32(1), len(rows)), np.broadcast_to(np.float32(1), n)
+    common = _shared_sum((offsets, rows, ones), ones, ones, own, own)
+    degrees = np.diff(offsets) + 1
+    union = np.repeat(degrees, degrees - 1) + degrees[rows] - common
+    return (common / union).astype(np.float32)
+
+
+def _positive(weights: np.ndarray) -> np.ndarray:
+    return np.maximum(weights, np.float32(LEAST_WEIGHT), dtype=np.float32)
+
+
+def _kept(block: Block, keep: np.ndarray) -> Block:
+    offsets, rows, values = block
+    new = np.zeros(len(offsets), np.int64)
+    new[1:] = np.concatenate([[0], np.cumsum(keep)])[offsets[1:]]
+    return new, rows[keep], values[keep]
+
+
+def _row_sums(offsets: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """float64[n]: each row's sum, in the order of its edges, whatever the rows before it."""
+    out = np.zeros(len(offsets) - 1)
+    _sum_rows(offsets, values, out)
+    return out
+
+
+@numba.njit(cache=True, nogil=True, parallel=True)
+def _sum_rows(offsets: np.ndarray, values: np.ndarray, out: np.ndarray) -> None:
+    for i in numba.prange(len(out)):
+        for e in range(offsets[i], offsets[i + 1]):
+            out[i] += values[e]
+
+
+def _shared_sum(
+    block: Block, here: np.ndarray, there: np.ndarray, own_here: np.ndarray, own_there: np.ndarray,
+    begins: np.ndarray | None = None, ends: np.ndarray | None = None,
+) -> np.ndarray:  # fmt: skip
+    """For each edge (i, j) the sum of here[i, t] x there[j, t] over all t in both rows' lists, a row itself being in its own
+    with own_here, own_there: float32[m]. Only edges from begins[i] on, the others are 0; only j's list up to ends[j]."""
+    offsets, rows, _ = block
+    out = np.zeros(len(rows), np.float32)
+    starts = offsets[:-1] if begins is None else begins
+    stops = offsets[1:] if ends is None else ends
+    cuts = cut_by_edges(offsets, CHUNKS)
+    _sum_shared(offsets, starts, stops, rows, here, there, own_here, own_there, cuts, out)
+    return out
+
+
+@numba.njit(cache=True, nogil=True, parallel=True)
+def _sum_shared(
+    offsets: np.ndarray, starts: np.ndarray, stops: np.ndarray, rows: np.ndarray, here: np.ndarray, there: np.ndarray,
+    own_here: np.ndarray, own_there: np.ndarray, cuts: np.ndarray, out: np.ndarray,
+) -> None:  # fmt: skip
+    for c in numba.prange(len(cuts) - 1):
+        at = np.zeros(len(offsets), np.int64)  # 1 + the edge by which the row in hand reaches a row; 0 for none
+        for i in range(cuts[c], cuts[c + 1]):
+            if starts[i] == offsets[i + 1]:
+                continue
+            for e in range(offsets[i], offsets[i + 1]):
+                at[rows[e]] = e + 1
+            for e in range(starts[i], offsets[i + 1]):
+                j = rows[e]
+                total = np.float64(own_here[i]) * 0.0
+                for f in range(offsets[j], stops[j]):
+                    t = rows[f]
+                    if t == i:
+                        total += np.float64(own_here[i]) * there[f]
+                    elif at[t] > 0:
+                        total += np.float64(here[at[t] - 1]) * there[f]
+                total += np.float64(here[e]) * own_there[j]
+                out[e] = total
+            for e in range(offsets[i], offsets[i + 1]):
+                at[rows[e]] = 0
+
+
+@numba.njit(cache=True, nogil=True, parallel=True)
+def _facemap(offsets: np.ndarray, values: np.ndarray, weight: np.ndarray) -> None:
+    for i in numba.prange(len(offsets) - 1):
+        begin = offsets[i]
+        count = min(offsets[i + 1] - begin, FACEMAP_NEIGHBORS)
+        total = 0.0
+        for r in range(count):
+            total += max(np.float64(values[begin + r]), 0.0)
+        if total <= 0:
+            continue
+        drops = max(count - 1, 0)
+        cut = count
+        if drops > FACEMAP_WINDOW:
+            drop = np.empty(drops)
+            for r in range(drops):
+                drop[r] = (max(values[begin + r], 0.0) - max(values[begin + r + 1], 0.0)) / total
+            whole, squares, best = drop.sum(), (drop * drop).sum(), -np.inf
+            for r in range(drops):
+                low = min(max(r - FACEMAP_WINDOW // 2, 0), drops - FACEMAP_WINDOW)
+                inside = drop[low : low + FACEMAP_WINDOW]
+                rest = drops - FACEMAP_WINDOW
+                mean = (whole - inside.sum()) / rest
+                spread = np.sqrt(max((squares - (inside * inside).sum()) / rest - mean * mean, 0.0))
+                stands_out = (inside.sum() / FACEMAP_WINDOW - mean) / max(spread, 1e-12)
+                if stands_out > best:
+                    best, cut = stands_out, r + 1
+        for r in range(cut):
+            weight[begin + r] = max(np.float64(values[begin + r]), 0.0) / total

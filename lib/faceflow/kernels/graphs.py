@@ -35,6 +35,16 @@ def build_graph(parts: Iterable[Part], threads: int = 1) -> Graph:
 
 def load(parts: Iterable[Part], threads: int = 1, by_locality: bool = True) -> tuple[Graph, np.ndarray]:
     """(the graph, the old row of each of its rows int64[n]): as `build_graph`, rows in `locality_order` if so asked."""
+    offsets, targets, weights, order = compress(parts, threads, by_locality)
+    return Graph(offsets, targets, weights, *transpose(offsets, targets, weights)), order
+
+
+def compress(
+    parts: Iterable[Part], threads: int = 1, by_locality: bool = True
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """The rows of all parts as one block (offsets int64[n + 1], targets int32[m], weights float32[m]), each row's edges in the
+    order they came in, and the old row of each of its rows int64[n]. Rows are in `locality_order` if so asked, and targets
+    numbered so. Raises as `build_graph`."""
     use_threads(threads)
     counts, firsts, edges = [], [], 0
     lowest: int = 0
@@ -66,7 +76,7 @@ def load(parts: Iterable[Part], threads: int = 1, by_locality: bool = True) -> t
     for offsets, targets, weights in parts:
         _copy_rows(offsets, targets, weights, row, number, out_offsets, targets_out, weights_out)
         row += len(offsets) - 1
-    return Graph(out_offsets, targets_out, weights_out, *transpose(out_offsets, targets_out, weights_out)), order
+    return out_offsets, targets_out, weights_out, order
 
 
 def locality_order(firsts: np.ndarray) -> np.ndarray:

@@ -49,6 +49,13 @@ class Context:
         return Parts(tuple(self.done["ingest"].counts["starts"]))
 
     @property
+    def floors(self) -> tuple[float | None, float | None]:
+        """Similarity from which faces are neighbors, and from which a table holds them in case others bear witness: both from
+        the quantize manifest; None: no floor."""
+        counts = self.done["quantize"].counts
+        return counts["floor"], counts["weak_floor"]
+
+    @property
     def dim(self) -> int:
         return int(self.done["ingest"].counts["dim"])
 

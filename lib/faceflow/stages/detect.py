@@ -37,7 +37,7 @@ def run(context: Context) -> Outcome:
     return Outcome(counts, pieces)
 
 
-def _past_of(context: Context) -> tuple[Store, Parts, bool] | None:
+def _past_of(context: Context) -> tuple[Store, Parts, bool, bool] | None:
     """The run to continue from: last night's, where this night's edges are known to differ from its edges in part only."""
     past, config = context.past, context.config
     if past is None or config.engine != "native" or not context.done["quantize"].counts["incremental"]:
@@ -45,7 +45,7 @@ def _past_of(context: Context) -> tuple[Store, Parts, bool] | None:
     before = past.done["detect"].fingerprint
     if (before["engine"], before["flow"]) != (config.engine, config.flow) or config.trials > 1:
         return None
-    return past.run, past.parts, context.done["quantize"].counts["nights"] % CHECK_EVERY == 0
+    return past.run, past.parts, context.done["quantize"].counts["nights"] % CHECK_EVERY == 0, config.edges != "threshold"
 
 
 STAGE = Stage(
@@ -79,7 +79,7 @@ def detect(
     trials: int,
     verify: bool,
     threads: int,
-    past: tuple[Store, Parts, bool] | None = None,
+    past: tuple[Store, Parts, bool, bool] | None = None,
     constraints: str | None = None,
     options: Mapping[str, Any] | None = None,
     exclusive: bool = False,
@@ -96,7 +96,7 @@ def detect(
     )
     arrays = _Again(lambda: ((e.offsets, e.rows, e.values) for e in edges))
     if engine == "native":
-        earlier = mapequation.Earlier(*_earlier(run, parts, *past)) if past is not None else None
+        earlier = mapequation.Earlier(*_earlier(run, parts, edges, *past)) if past is not None else None
         partition = mapequation.detect(arrays, seed, trials, threads, directed, earlier)
     else:
         partition = infomap_engine.detect(edges, parts.faces, seed, trials, directed)
@@ -141,12 +141,18 @@ def _edges_of(edges: Iterable[EdgeList], ends: np.ufunc, mask: np.ndarray) -> tu
 
 
 def _earlier(
-    run: Store, parts: Parts, past: Store, past_parts: Parts, check: bool
+    run: Store, parts: Parts, edges: Iterable[EdgeList], past: Store, past_parts: Parts, check: bool, spread: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
-    """Each face's module of last night, one of its own for a new one; whether its neighbors are others now; its visit rate of
-    last night, 0 for a new one; and whether to check what was lost."""
+    """Each face's module of last night, one of its own for a new one; whether its edges are others now; its visit rate of
+    last night, 0 for a new one; and whether to check what was lost. spread: whether an edge's weight depends on the neighbors
+    of both its ends."""
     modules, flow = (read_column(past, "modules", range(len(past_parts)), column) for column in (2, 1))
     before = read_column(run, "past", range(len(parts)))
-    active = read_column(run, "state", range(len(parts))) != SAME
+    changed = active = read_column(run, "state", range(len(parts))) != SAME
+    if spread:
+        active = changed.copy()
+        for part in edges:
+            sources = part.sources()
+            active[sources[changed[part.rows]]] = True
     start = np.where(before >= 0, modules[before], int(modules.max(initial=-1)) + 1 + np.arange(len(before)))
     return start, active, np.where(before >= 0, flow[before], 0.0), check

@@ -1,43 +1,101 @@
-"""Stage 4, link: neighbor tables -> the pruned graph, by an edge recipe, part by part."""
+"""Stage 4, link: neighbor tables -> the pruned graph, by an edge recipe."""
 
 from __future__ import annotations
 
-from faceflow.kernels import edges
+from collections.abc import Iterator
+
+import numpy as np
+
+from faceflow.cluster.executor import Resources
+from faceflow.kernels import edges, graphs
+from faceflow.kernels.incremental import take_rows
 from faceflow.stages.base import Context, Outcome, Stage, merge_pieces
 from faceflow.storage import layout
 from faceflow.storage.files import Store
 from faceflow.storage.manifests import is_whole
-from faceflow.tables import EDGES_SCHEMA, NeighborTable
+from faceflow.tables import EDGES_SCHEMA, EdgeList, NeighborTable, Parts
 
 
 def run(context: Context) -> Outcome:
-    """Apply the threshold recipe to every part."""
-    config, parts = context.config, context.parts
-    results = context.executor.map(
-        link_part,
-        [(context.stores.run, p, parts.starts[p], config.neighbors, config.min_similarity) for p in range(len(parts))],
-        "link",
-        sizes=[parts.rows(part) for part in range(len(parts))],
-    )
-    return Outcome({"edges": sum(count for _, count in results)}, merge_pieces([pieces for pieces, _ in results]))
+    """Apply the recipe: part by part where an edge depends on its row alone, else in one task beside the data."""
+    config, parts, run = context.config, context.parts, context.stores.run
+    floor, weak = context.floors
+    if config.edges == "threshold":
+        results = context.executor.map(
+            link_part,
+            [(run, p, parts.starts[p], config.neighbors, floor) for p in range(len(parts))],
+            "link",
+            sizes=[parts.rows(part) for part in range(len(parts))],
+        )
+        return Outcome({"edges": sum(count for _, count in results)}, merge_pieces([pieces for pieces, _ in results]))
+    # A night keeps the scale: else every weight would be another one.
+    past = context.past if context.done["quantize"].counts["incremental"] else None
+    scale = past.done["link"].counts.get("scale") if past is not None else None
+    pieces, count, scale = context.executor.call(
+        link_all, run, parts, config.edges, floor, weak, scale, context.executor.largest_machine_cpus,
+        label="link", resources=Resources(cpus=0),
+    )  # fmt: skip
+    return Outcome({"edges": count, "scale": scale}, pieces)
 
 
 STAGE = Stage(
     name="link",
     reads=("neighbors",),
     writes=("edges",),
-    settings=("neighbors", "min_similarity"),
-    after=("ingest", "search"),
+    settings=("neighbors", "min_similarity", "edges"),
+    after=("ingest", "quantize", "search"),
     packages=("faceflow",),
     run=run,
 )
 
 
 def link_part(run: Store, part: int, first_row: int, neighbors: int, floor: float | None) -> tuple[dict[str, int], int]:
-    """Write one part's edges; returns the file's bytes and the number of edges."""
+    """Write one part's edges by the threshold recipe; returns the file's bytes and the number of edges."""
     name = layout.part("edges", part)
     if is_whole(run, name):
         return {name: run.size(name) or 0}, len(run.read_batch(name).column(0).flatten())
     table = NeighborTable.from_batch(run.read_batch(layout.part("neighbors", part)), first_row)
     found = edges.threshold(table, neighbors, floor)
     return {name: run.write_arrow(name, EDGES_SCHEMA, [found.to_batch()])}, len(found.rows)
+
+
+class _Tables:
+    """The neighbor tables of all parts, one at a time, each time it is iterated. A similarity of zero or less makes no edge."""
+
+    def __init__(self, run: Store, parts: Parts) -> None:
+        self._run, self._parts = run, parts
+
+    def __iter__(self) -> Iterator[graphs.Part]:
+        for part in range(len(self._parts)):
+            table = NeighborTable.from_batch(self._run.read_batch(layout.part("neighbors", part)), self._parts.starts[part])
+            yield table.offsets, table.rows, np.maximum(table.values, 0)
+
+
+def link_all(
+    run: Store, parts: Parts, recipe: str, floor: float | None, weak: float | None, scale: float | None, threads: int
+) -> tuple[dict[str, int], int, float]:
+    """Write the edges of all parts by a recipe that compares the neighbors of two rows.
+
+    scale: of the excess over the weak floor, in the auto recipe (None: the mean). Returns the files' bytes, the number of
+    edges, and the scale.
+    """
+    *block, order = graphs.compress(_Tables(run, parts), threads)
+    low = weak if weak is not None else 0.0
+    if recipe == "auto":
+        scale = scale if scale is not None else round(edges.mean_excess(block[2], low), 6)
+        offsets, rows, weights = edges.auto((block[0], block[1], block[2]), floor if floor is not None else 0.0, low, scale)
+    else:
+        make = {"shared": edges.shared, "nep": edges.nep, "facemap": edges.facemap, "tpdi": edges.tpdi}[recipe]
+        offsets, rows, weights = make((block[0], block[1], block[2]))
+    del block
+    number = np.empty(len(order), np.int64)
+    number[order] = np.arange(len(order))
+    pieces = {}
+    for part in range(len(parts)):
+        here = number[parts.starts[part] : parts.starts[part + 1]]
+        ends, targets = take_rows((offsets, rows), here)
+        values = take_rows((offsets, weights), here)[1]
+        found = EdgeList(parts.starts[part], ends, order[targets].astype(np.int32), values)
+        name = layout.part("edges", part)
+        pieces[name] = run.write_arrow(name, EDGES_SCHEMA, [found.to_batch()])
+    return pieces, len(rows), scale or 0.0

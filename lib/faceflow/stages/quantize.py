@@ -15,7 +15,7 @@ from faceflow import __version__
 from faceflow.cluster.executor import Resources
 from faceflow.errors import SettingsError
 from faceflow.kernels import plans, probing, quantizer, tiles
-from faceflow.stages import cells
+from faceflow.stages import cells, floors
 from faceflow.stages.base import Context, Outcome, Past, Stage, merge_pieces
 from faceflow.stages.reading import read_quantizer, read_vectors
 from faceflow.storage import layout
@@ -46,6 +46,9 @@ MOST_ACTIVE = 0.25
 
 MOST_GROWN = 1.5
 """Growth of the data set since the quantizer was trained, past which its cells are too few."""
+
+FLOORS = ("floor", "weak_floor", "valley", "impostors_a_face")
+"""What a night takes over from the one before: other floors would make other graphs."""
 
 FAREST, MOST_UNEVEN = 0.9, 1.5
 """Drift of the quantizer: how near new faces are to their centroids, on average, relative to the faces it was trained on, and
@@ -93,7 +96,17 @@ def why_anew(context: Context) -> str | None:
         return "the measured recall was too low"
     before, counts = past.done["quantize"].counts, context.done["ingest"].counts
     settings = {**past.done["quantize"].fingerprint, **past.done["search"].fingerprint}
-    for key in ("neighbors", "min_similarity", "index", "cells", "probes", "seed", "gpu_float16", "version of faceflow"):
+    for key in (
+        "neighbors",
+        "min_similarity",
+        "edges",
+        "index",
+        "cells",
+        "probes",
+        "seed",
+        "gpu_float16",
+        "version of faceflow",
+    ):
         now = __version__ if key.startswith("version") else getattr(config, key)
         if settings.get(key) != now:
             return f"{key.removeprefix('version of ')} was {settings.get(key)}, is {now}"
@@ -115,7 +128,7 @@ def carry(context: Context, past: Past) -> tuple[Outcome, str | None]:
     executor, parts, dim, run = context.executor, context.parts, context.dim, context.stores.run
     before = past.done["quantize"].counts
     counts: dict[str, Any] = {"incremental": True, "nights": before["nights"] + 1, "trained_faces": before["trained_faces"]}
-    counts["index"] = before["index"]
+    counts |= {key: before[key] for key in (*FLOORS, "index") if key in before}
     if before["index"] == "exact":
         return Outcome(counts, {}), None
     pieces = {layout.CENTROIDS: run.share(past.run, layout.CENTROIDS, layout.CENTROIDS)}
@@ -170,15 +183,27 @@ def _run_in_full(context: Context, counts: dict[str, Any]) -> Outcome:
     config, parts, dim = context.config, context.parts, context.dim
     run, executor = context.stores.run, context.executor
     plan = _choose(context)
+    settled = floors.settle(context)
     workers = min(executor.cpus, config.workers or executor.cpus)
     flops = executor.call(measure_flops, dim, label="measure") * workers
     log.info("plan     %s (measured: %.0f GFLOP/s with %d workers)", plan.reason(flops), flops / 1e9, workers)
-    counts = counts | {"index": plan.index, "gflops": round(flops / 1e9, 1), "trained_faces": parts.faces}
+    if settled.get("valley"):
+        log.info(
+            "floor    %.4f: the similarities of pairs have a valley at %.4f; expected impostor edges a face: %.3g",
+            settled["floor"], settled["valley"], settled["impostors_a_face"],
+        )  # fmt: skip
+    elif "valley" in settled:
+        log.warning(
+            "floor    %.4f, for want of a valley between pairs of different people and of one person: from the former alone; "
+            "give --min-similarity if you know better",
+            settled["floor"],
+        )
+    counts = counts | settled | {"index": plan.index, "gflops": round(flops / 1e9, 1), "trained_faces": parts.faces}
     counts |= {"exact_seconds": round(plan.exact_work / flops, 1), "cells_seconds": round(plan.cells_work / flops, 1)}
     if plan.index == "exact":
         return Outcome(counts, {})
     training = Training(
-        plan.cells, config.probes, config.neighbors, config.min_similarity, config.seed,
+        plan.cells, config.probes, config.neighbors, settled["floor"], config.seed,
         config.memory_limit or executor.worker_memory, workers,
     )  # fmt: skip
     if not is_whole(run, layout.CENTROIDS):
@@ -211,7 +236,7 @@ STAGE = Stage(
     name="quantize",
     reads=("vectors",),
     writes=("quantizer", "cells"),
-    settings=("index", "cells", "probes", "neighbors", "min_similarity", "seed", "full_every"),
+    settings=("index", "cells", "probes", "neighbors", "min_similarity", "edges", "seed", "full_every"),
     after=("ingest",),
     packages=("faceflow", "numpy"),
     run=run,

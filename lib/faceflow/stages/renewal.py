@@ -24,6 +24,7 @@ QUERY_FACES = 16_384
 def search_night(context: Context, past: Past) -> int:
     """Carry over last night's tables, and search for the active faces; returns the number of candidate files."""
     config, parts, run, executor = context.config, context.parts, context.stores.run, context.executor
+    weak_floor = context.floors[1]
     every = range(len(parts))
     counts = context.done["ingest"].counts
     gone = counts["removed"] + counts["changed"] > 0
@@ -31,7 +32,7 @@ def search_night(context: Context, past: Past) -> int:
     if context.done["quantize"].counts["index"] == "exact":
         executor.map(
             search_exact_part,
-            [(run, parts, part, context.dim, config.neighbors, config.min_similarity) for part in every],
+            [(run, parts, part, context.dim, config.neighbors, weak_floor) for part in every],
             "search",
             sizes=[parts.rows(part) for part in every],
         )
@@ -40,7 +41,7 @@ def search_night(context: Context, past: Past) -> int:
     executor.map(assign_active, [(run, part, context.dim) for part in every], "probe")
     executor.map(
         search_cells_shard,
-        [(run, parts, context.dim, shard, config.neighbors, config.min_similarity) for shard in range(shards)],
+        [(run, parts, context.dim, shard, config.neighbors, weak_floor) for shard in range(shards)],
         "search",
     )
     return shards

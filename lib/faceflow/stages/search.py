@@ -39,7 +39,8 @@ def run(context: Context) -> Outcome:
     plan = context.done["quantize"].counts
     run, on_gpu = context.stores.run, config.gpus_per_worker > 0
     resources = Resources(gpus=config.gpus_per_worker)
-    limits = (config.neighbors, config.min_similarity, on_gpu, config.gpu_float16)
+    floor, weak_floor = context.floors
+    limits = (config.neighbors, weak_floor, on_gpu, config.gpu_float16)
     night = bool(plan["incremental"])
     if on_gpu and not night:
         context.executor.call(check_gpu, config.neighbors, label="gpu", resources=resources)
@@ -77,13 +78,11 @@ def run(context: Context) -> Outcome:
     begun = time.perf_counter()
     context.executor.map(
         search_truth,
-        [(run, parts, part, context.dim, config.neighbors, config.min_similarity) for part in range(len(parts))],
+        [(run, parts, part, context.dim, config.neighbors, floor) for part in range(len(parts))],
         "certify",
         sizes=[parts.rows(part) for part in range(len(parts))],
     )
-    certificate = context.executor.call(
-        certify, run, parts, context.dim, len(sample), config.neighbors, config.min_similarity, label="recall"
-    )
+    certificate = context.executor.call(certify, run, parts, context.dim, len(sample), config.neighbors, floor, label="recall")
     counts = {"neighbors": sum(found for _, found in results), "recall": asdict(certificate)}
     counts["certificate_seconds"] = round(time.perf_counter() - begun, 3)
     return Outcome(counts, merge_pieces([pieces for pieces, _ in results]))
