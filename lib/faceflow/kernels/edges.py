@@ -75,7 +75,8 @@ def nep(block: Block) -> Block:
 def facemap(block: Block) -> Block:
     """Outlier cut: with P_r the share of the r-th of up to 256 neighbors in the sum of their cosines and D_r = P_r - P_{r+1},
     a row keeps its neighbors up to the rank where the mean of D over a window of 20 ranks about it lies farthest above the
-    mean of the rest, in units of the deviation of the rest; weight P. Source: FaceMap (arXiv 2203.10090)."""
+    mean of the rest, in units of the deviation of the rest; weight P. Rows of 40 neighbors or fewer, where the rest says too
+    little, keep all. Source: FaceMap (arXiv 2203.10090)."""
     offsets, rows, values = block
     weight = np.zeros(len(values), np.float32)
     _facemap(offsets, values, weight)
@@ -125,18 +126,14 @@ def supported(block: Block, strong: float, weak: float) -> np.ndarray:
     strong_ends = offsets[:-1] + _row_sums(offsets, is_strong).astype(np.int64)
     if strong <= weak or is_strong.all():
         return is_strong
-    none = np.zeros(len(offsets) - 1, np.float32)
-    ones = np.broadcast_to(np.float32(1), len(rows))
-    witnesses = _shared_sum(block, ones, ones, none, none, begins=strong_ends, ends=strong_ends)
+    witnesses = _shared_count(offsets, rows, strong_ends, strong_ends, own=False)
     theirs = (strong_ends - offsets[:-1])[rows]
     return is_strong | ((values >= np.float32(weak)) & (theirs >= 2) & (witnesses >= WITNESSED * theirs))
 
 
 def overlap(offsets: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """float32[m]: Jaccard overlap of the neighbor sets of an edge's two rows, each with the row itself."""
-    n = len(offsets) - 1
-    ones, own = np.broadcast_to(np.float32(1), len(rows)), np.broadcast_to(np.float32(1), n)
-    common = _shared_sum((offsets, rows, ones), ones, ones, own, own)
+    common = _shared_count(offsets, rows, offsets[:-1], offsets[1:], own=True)
     degrees = np.diff(offsets) + 1
     union = np.repeat(degrees, degrees - 1) + degrees[rows] - common
     return (common / union).astype(np.float32)
@@ -167,37 +164,59 @@ def _sum_rows(offsets: np.ndarray, values: np.ndarray, out: np.ndarray) -> None:
             out[i] += values[e]
 
 
-def _shared_sum(
-    block: Block, here: np.ndarray, there: np.ndarray, own_here: np.ndarray, own_there: np.ndarray,
-    begins: np.ndarray | None = None, ends: np.ndarray | None = None,
-) -> np.ndarray:  # fmt: skip
+def _shared_count(offsets: np.ndarray, rows: np.ndarray, begins: np.ndarray, ends: np.ndarray, own: bool) -> np.ndarray:
+    """int32[m]: for each edge (i, j) how many rows are in both lists; own: each row is in its own. Only edges from begins[i] on,
+    the others are 0; only j's list up to ends[j]."""
+    out = np.zeros(len(rows), np.int32)
+    _count_shared(offsets, begins, ends, rows, own, cut_by_edges(offsets, CHUNKS), out)
+    return out
+
+
+@numba.njit(cache=True, nogil=True, parallel=True)
+def _count_shared(
+    offsets: np.ndarray, begins: np.ndarray, ends: np.ndarray, rows: np.ndarray, own: bool, cuts: np.ndarray, out: np.ndarray
+) -> None:
+    for c in numba.prange(len(cuts) - 1):
+        reached_by = np.full(len(offsets), np.int32(-1), np.int32)
+        for i in range(cuts[c], cuts[c + 1]):
+            if begins[i] == offsets[i + 1]:
+                continue
+            for e in range(offsets[i], offsets[i + 1]):
+                reached_by[rows[e]] = i
+            if own:
+                reached_by[i] = i
+            for e in range(begins[i], offsets[i + 1]):
+                j = rows[e]
+                count = np.int32(own and reached_by[j] == i)
+                for f in range(np.uint64(offsets[j]), np.uint64(ends[j])):
+                    count += np.int32(reached_by[rows[f]] == i)
+                out[e] = count
+
+
+def _shared_sum(block: Block, here: np.ndarray, there: np.ndarray, own_here: np.ndarray, own_there: np.ndarray) -> np.ndarray:
     """For each edge (i, j) the sum of here[i, t] x there[j, t] over all t in both rows' lists, a row itself being in its own
-    with own_here, own_there: float32[m]. Only edges from begins[i] on, the others are 0; only j's list up to ends[j]."""
+    with own_here, own_there: float32[m]."""
     offsets, rows, _ = block
     out = np.zeros(len(rows), np.float32)
-    starts = offsets[:-1] if begins is None else begins
-    stops = offsets[1:] if ends is None else ends
     cuts = cut_by_edges(offsets, CHUNKS)
-    _sum_shared(offsets, starts, stops, rows, here, there, own_here, own_there, cuts, out)
+    _sum_shared(offsets, rows, here, there, own_here, own_there, cuts, out)
     return out
 
 
 @numba.njit(cache=True, nogil=True, parallel=True)
 def _sum_shared(
-    offsets: np.ndarray, starts: np.ndarray, stops: np.ndarray, rows: np.ndarray, here: np.ndarray, there: np.ndarray,
-    own_here: np.ndarray, own_there: np.ndarray, cuts: np.ndarray, out: np.ndarray,
+    offsets: np.ndarray, rows: np.ndarray, here: np.ndarray, there: np.ndarray, own_here: np.ndarray, own_there: np.ndarray,
+    cuts: np.ndarray, out: np.ndarray,
 ) -> None:  # fmt: skip
     for c in numba.prange(len(cuts) - 1):
         at = np.zeros(len(offsets), np.int64)  # 1 + the edge by which the row in hand reaches a row; 0 for none
         for i in range(cuts[c], cuts[c + 1]):
-            if starts[i] == offsets[i + 1]:
-                continue
             for e in range(offsets[i], offsets[i + 1]):
                 at[rows[e]] = e + 1
-            for e in range(starts[i], offsets[i + 1]):
+            for e in range(offsets[i], offsets[i + 1]):
                 j = rows[e]
-                total = np.float64(own_here[i]) * 0.0
-                for f in range(offsets[j], stops[j]):
+                total = 0.0
+                for f in range(offsets[j], offsets[j + 1]):
                     t = rows[f]
                     if t == i:
                         total += np.float64(own_here[i]) * there[f]
@@ -221,19 +240,18 @@ def _facemap(offsets: np.ndarray, values: np.ndarray, weight: np.ndarray) -> Non
             continue
         drops = max(count - 1, 0)
         cut = count
-        if drops > FACEMAP_WINDOW:
+        if drops >= 2 * FACEMAP_WINDOW:
             drop = np.empty(drops)
             for r in range(drops):
                 drop[r] = (max(values[begin + r], 0.0) - max(values[begin + r + 1], 0.0)) / total
             whole, squares, best = drop.sum(), (drop * drop).sum(), -np.inf
-            for r in range(drops):
-                low = min(max(r - FACEMAP_WINDOW // 2, 0), drops - FACEMAP_WINDOW)
+            for low in range(drops - FACEMAP_WINDOW + 1):
                 inside = drop[low : low + FACEMAP_WINDOW]
                 rest = drops - FACEMAP_WINDOW
                 mean = (whole - inside.sum()) / rest
                 spread = np.sqrt(max((squares - (inside * inside).sum()) / rest - mean * mean, 0.0))
                 stands_out = (inside.sum() / FACEMAP_WINDOW - mean) / max(spread, 1e-12)
                 if stands_out > best:
-                    best, cut = stands_out, r + 1
+                    best, cut = stands_out, low + FACEMAP_WINDOW // 2 + 1
         for r in range(cut):
             weight[begin + r] = max(np.float64(values[begin + r]), 0.0) / total
