@@ -30,7 +30,8 @@ HOMES = {
     "fsspec": {"storage"},
 }
 STAGE_HELPERS = {
-    "arrivals", "base", "candidates", "cells", "checking", "decisions", "floors", "history", "intake", "pieces", "reading", "renewal",
+    "arrivals", "base", "candidates", "cells", "checking", "decisions", "floors", "history", "intake", "pieces", "reading",
+    "renewal",
 }  # fmt: skip
 
 

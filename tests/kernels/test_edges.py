@@ -119,7 +119,8 @@ def test_recipe_equals_its_formula(name: str, seed: int, rows: int, k: int) -> N
 
 
 @given(
-    seed=st.integers(0, 10_000), rows=st.integers(1, 80), k=st.integers(0, 70), strong=st.floats(0.3, 0.95), below=st.floats(0, 0.3)
+    seed=st.integers(0, 10_000), rows=st.integers(1, 80), k=st.integers(0, 70),
+    strong=st.floats(0.3, 0.95), below=st.floats(0, 0.3),
 )  # fmt: skip
 @settings(max_examples=40, deadline=None)
 def test_auto_equals_its_formula(seed: int, rows: int, k: int, strong: float, below: float) -> None:

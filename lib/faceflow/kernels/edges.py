@@ -165,8 +165,8 @@ def _sum_rows(offsets: np.ndarray, values: np.ndarray, out: np.ndarray) -> None:
 
 
 def _shared_count(offsets: np.ndarray, rows: np.ndarray, begins: np.ndarray, ends: np.ndarray, own: bool) -> np.ndarray:
-    """int32[m]: for each edge (i, j) how many rows are in both lists; own: each row is in its own. Only edges from begins[i] on,
-    the others are 0; only j's list up to ends[j]."""
+    """int32[m]: for each edge (i, j) how many rows are in both lists; own: each row is in its own. Only edges from
+    begins[i] on, the others are 0; only j's list up to ends[j]."""
     out = np.zeros(len(rows), np.int32)
     _count_shared(offsets, begins, ends, rows, own, cut_by_edges(offsets, CHUNKS), out)
     return out
