@@ -121,6 +121,12 @@ def build_parser() -> argparse.ArgumentParser:
     synthesize.add_argument(
         "--sizes", metavar="FILE", help="Parquet with cluster_size and clusters: a size distribution to follow"
     )
+    synthesize.add_argument(
+        "--look",
+        default="plain",
+        metavar="NAME",
+        help="plain: people well apart; ms1m: as in MS-Celeb-1M, with poor photos and wrong labels (default: plain)",
+    )
     synthesize.add_argument("--seed", type=int, default=0, metavar="N", help="seed; same arguments, same faces (default: 0)")
     runs = _add_command(
         commands,
@@ -202,7 +208,7 @@ def _synthesize(arguments: argparse.Namespace) -> None:
 
     made = synthesize(
         arguments.output, arguments.faces, dim=arguments.dim, mean_size=arguments.mean_size, sizes=arguments.sizes,
-        seed=arguments.seed, storage_options=parse_setting("storage_options", arguments.storage_options),
+        look=arguments.look, seed=arguments.seed, storage_options=parse_setting("storage_options", arguments.storage_options),
     )  # fmt: skip
     if arguments.json:
         print(json.dumps(made))

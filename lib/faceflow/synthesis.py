@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from faceflow.errors import InputError, SettingsError
+from faceflow.errors import InputError, SettingsError, did_you_mean
 from faceflow.kernels import synthetic
 from faceflow.storage.files import Store, explain
 from faceflow.storage.inputs import list_parquet, open_input
@@ -26,17 +26,21 @@ def synthesize(
     dim: int = 256,
     mean_size: float = 68.5,
     sizes: str | None = None,
+    look: str = "plain",
     seed: int = 0,
     storage_options: Mapping[str, Any] | None = None,
 ) -> dict[str, int]:
     """Write `faces` synthetic faces (columns id int64, embedding float32[dim], label int32) as Parquet files below `output`.
 
+    look: plain (well separated people) or ms1m (calibrated on MS-Celeb-1M: nearer strangers, poor photos, wrong labels);
     sizes: Parquet with columns cluster_size and clusters, a real distribution of identity sizes, in place of mean_size.
     Returns {"faces", "identities", "files"}. The same arguments give the same bytes of data.
     Raises SettingsError for a bad number or a folder that already holds Parquet, InputError for a bad sizes file.
     """
     if faces < 1 or dim < 2 or mean_size < 1:
         raise SettingsError("--faces must be at least 1, --dim at least 2 and --mean-size at least 1")
+    if look not in synthetic.LOOKS:
+        raise SettingsError(f"--look is {look!r}{did_you_mean(look, synthetic.LOOKS)}")
     store = Store.at(output, storage_options)
     if any(name.endswith(".parquet") for name in store.names("")):
         raise SettingsError(f"{output} already holds Parquet files: choose an empty folder")
@@ -46,7 +50,7 @@ def synthesize(
         drawn = synthetic.draw_sizes(faces, mean_size, rng)
     else:
         drawn = synthetic.sizes_like(*_read_sizes(sizes, storage_options), faces, rng)
-    world = synthetic.make_world(drawn, dim, seed)
+    world = synthetic.make_world(drawn, dim, seed, synthetic.LOOKS[look])
     schema = pa.schema([("id", pa.int64()), ("embedding", pa.list_(pa.float32(), dim)), ("label", pa.int32())])
     count = -(-faces // FILE_FACES)
     for index in range(count):

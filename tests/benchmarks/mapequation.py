@@ -108,7 +108,10 @@ def make_run(temporary: Path, faces: int, neighbors: int) -> str:
     from faceflow.synthesis import synthesize
 
     synthesize(str(temporary / "in"), faces)
-    config = ClusterConfig(str(temporary / "in"), str(temporary / "out"), neighbors=neighbors, index="cells", run_id="bench")
+    config = ClusterConfig(
+        str(temporary / "in"), str(temporary / "out"), neighbors=neighbors, min_similarity=0.58, edges="threshold",
+        index="cells", run_id="bench",
+    )  # fmt: skip
     run_clustering(config, progress=False)
     return str(temporary / "out" / "_runs" / "bench")
 

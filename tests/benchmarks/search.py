@@ -139,7 +139,14 @@ def main() -> None:
 
 def compare(a: argparse.Namespace, source: Path, output: Path, k: int, floor: float | None) -> dict[str, Any]:
     config = ClusterConfig(
-        str(source), str(output), neighbors=k, min_similarity=floor, index="cells", workers=a.workers, run_id="bench"
+        str(source),
+        str(output),
+        neighbors=k,
+        min_similarity=floor,
+        edges="threshold",
+        index="cells",
+        workers=a.workers,
+        run_id="bench",
     )
     stores = RunStores.of(Store.at(str(output)), Store.at(str(output / "_runs")), "bench")
     memory = PeakMemory()

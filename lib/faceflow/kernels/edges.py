@@ -44,7 +44,7 @@ def threshold(table: NeighborTable, neighbors: int, min_similarity: float | None
     keep = (rank < neighbors) & (table.values > 0)
     if min_similarity is not None:
         keep &= table.values >= np.float32(min_similarity)
-    return EdgeList(table.first_row, *_kept((table.offsets, table.rows, table.values), keep))
+    return EdgeList(table.first_row, *kept((table.offsets, table.rows, table.values), keep))
 
 
 def shared(block: Block) -> Block:
@@ -69,7 +69,7 @@ def nep(block: Block) -> Block:
     # An edge is kept while no edge before it, of the same row, has stopped it.
     stopped = np.cumsum(stop)
     before = np.concatenate([[0], stopped])[offsets[:-1]]
-    return _kept((offsets, rows, weight), stopped == np.repeat(before, np.diff(offsets)))
+    return kept((offsets, rows, weight), stopped == np.repeat(before, np.diff(offsets)))
 
 
 def facemap(block: Block) -> Block:
@@ -80,7 +80,7 @@ def facemap(block: Block) -> Block:
     offsets, rows, values = block
     weight = np.zeros(len(values), np.float32)
     _facemap(offsets, values, weight)
-    return _kept((offsets, rows, weight), weight > 0)
+    return kept((offsets, rows, weight), weight > 0)
 
 
 def tpdi(block: Block) -> Block:
@@ -93,7 +93,7 @@ def tpdi(block: Block) -> Block:
     root = (root / np.repeat(np.sqrt(np.maximum(total, 1e-300)), np.diff(offsets))).astype(np.float32)
     none = np.zeros(len(offsets) - 1, np.float32)
     weight = _shared_sum(block, root, root, none, none)
-    return _kept((offsets, rows, weight), weight > 1 - TPDI_MOST)
+    return kept((offsets, rows, weight), weight > 1 - TPDI_MOST)
 
 
 def auto(block: Block, strong: float, weak: float, scale: float | None = None) -> Block:
@@ -103,7 +103,7 @@ def auto(block: Block, strong: float, weak: float, scale: float | None = None) -
     overlap of the neighbor sets, excess the similarity over the weak floor in units of `scale`, p from 1 for rows of few
     neighbors to 3 for rows of 60: in dense sets the flow must prefer near faces to the many less near ones, and can afford
     to."""
-    offsets, rows, values = _kept(block, supported(block, strong, weak))
+    offsets, rows, values = kept(block, supported(block, strong, weak))
     if len(rows) == 0:
         return offsets, rows, values
     degrees = np.diff(offsets)
@@ -143,7 +143,8 @@ def _positive(weights: np.ndarray) -> np.ndarray:
     return np.maximum(weights, np.float32(LEAST_WEIGHT), dtype=np.float32)
 
 
-def _kept(block: Block, keep: np.ndarray) -> Block:
+def kept(block: Block, keep: np.ndarray) -> Block:
+    """The edges of a block where keep, bool[m], holds."""
     offsets, rows, values = block
     new = np.zeros(len(offsets), np.int64)
     new[1:] = np.concatenate([[0], np.cumsum(keep)])[offsets[1:]]
