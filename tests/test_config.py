@@ -44,7 +44,7 @@ def test_bad_toml(tmp_path: Path, toml: str, message: str) -> None:
     ("setting", "message"),
     [
         ({"neighbors": 0}, "neighbors is 0: it must lie between 1 and 10000"),
-        ({"min_similarity": 1.5}, "min_similarity is 1.5: a cosine lies between -1 and 1; or 'none'"),
+        ({"min_similarity": 1.5}, "min_similarity is 1.5: a cosine lies between -1 and 1; or 'auto', or 'none'"),
         ({"index": "cell"}, "index is 'cell'; did you mean 'cells'?"),
         ({"run_id": "../x"}, "run_id is '../x': use"),
         ({"id_column": "embedding"}, "they must differ"),

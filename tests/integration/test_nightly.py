@@ -28,7 +28,7 @@ from tests.conftest import S3, write_faces
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
-SETTINGS: dict[str, Any] = {"min_similarity": 0.5, "neighbors": 6}
+SETTINGS: dict[str, Any] = {"min_similarity": 0.5, "neighbors": 6, "edges": "threshold"}
 
 
 class Lake:
@@ -366,7 +366,12 @@ def test_lfw_in_ten_nights(face_data: Path, tmp_path: Path) -> None:
     table = pq.read_table(face_data / "lfw_mobilefacenet128.parquet")
     order = np.random.default_rng(0).permutation(len(table))
     (tmp_path / "in").mkdir()
-    settings = {"min_similarity": 0.5, "neighbors": 80, "index": "cells"}
+    settings = {
+        "min_similarity": "auto",
+        "neighbors": 200,
+        "edges": "auto",
+        "index": "cells",
+    }  # the floor, too, is found anew whenever the set has grown by half
     labels: dict[str, int] = {}
     for i, rows in enumerate(np.array_split(order, 10)):
         pq.write_table(table.take(np.sort(rows)), tmp_path / "in" / f"{i}.parquet")

@@ -89,7 +89,7 @@ def facemap(lists: Lists) -> Lists:
     return out
 
 
-def auto(lists: Lists, strong: float, weak: float, scale: float) -> Lists:
+def auto(lists: Lists, strong: float, weak: float) -> Lists:
     firm = {i: {j for j, s in near.items() if s >= strong} for i, near in lists.items()}
     kept: Lists = {}
     for i, near in lists.items():
@@ -100,7 +100,8 @@ def auto(lists: Lists, strong: float, weak: float, scale: float) -> Lists:
                 kept[i][j] = s
     return {
         i: {
-            j: (max(s - weak, 0) / scale + 0.15) ** (1 + 2 * min(1, min(len(near), len(kept[j])) / 60)) * jaccard(kept, i, j)
+            j: (max(s - weak, 0) / (0.4 * (1 - weak)) + 0.15) ** (1 + 2 * min(1, min(len(near), len(kept[j])) / 60))
+            * jaccard(kept, i, j)
             for j, s in near.items()
         }
         for i, near in kept.items()
@@ -126,7 +127,7 @@ def test_recipe_equals_its_formula(name: str, seed: int, rows: int, k: int) -> N
 def test_auto_equals_its_formula(seed: int, rows: int, k: int, strong: float, below: float) -> None:
     block = table(seed, rows, k)
     strong, weak = float(np.float32(strong)), float(np.float32(strong - below))
-    found, truth = lists_of(edges.auto(block, strong, weak, 0.2)), auto(lists_of(block), strong, weak, 0.2)
+    found, truth = lists_of(edges.auto(block, strong, weak)), auto(lists_of(block), strong, weak)
     for i in range(rows):
         assert list(found[i]) == list(truth[i]), i
         np.testing.assert_allclose(list(found[i].values()), list(truth[i].values()), rtol=1e-4, atol=1e-5)
@@ -138,7 +139,7 @@ def test_recipes_do_not_depend_on_threads_or_on_the_rows_order() -> None:
     for threads in (1, 2):
         for by_locality in (False, True):
             offsets, rows, values, order = graphs.compress([block], threads, by_locality)
-            ends, targets, weights = edges.auto((offsets, rows, values), 0.7, 0.6, 0.1)
+            ends, targets, weights = edges.auto((offsets, rows, values), 0.7, 0.6)
             triples = sorted(zip(order[np.repeat(np.arange(len(order)), np.diff(ends))], order[targets], weights, strict=True))
             found[threads, by_locality] = triples
     assert len(found[1, False]) > 1_000

@@ -152,7 +152,7 @@ def _continued(
 ) -> tuple[np.ndarray, float]:
     active = np.flatnonzero(earlier.active[order])
     found, length = optimize(graph, flow, start=earlier.modules[order], active=active, network=network)
-    if not earlier.check:
+    if not earlier.check and len(graph.targets) >= PARALLEL_EDGES:  # of a small graph it costs next to nothing
         return found, length
     tried = _coarse_tune(network, found, np.arange(len(graph), dtype=np.int32))
     new = codelength(graph, flow, tried)

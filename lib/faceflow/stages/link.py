@@ -28,14 +28,11 @@ def run(context: Context) -> Outcome:
             sizes=[parts.rows(part) for part in range(len(parts))],
         )
         return Outcome({"edges": sum(count for _, count in results)}, merge_pieces([pieces for pieces, _ in results]))
-    # A night keeps the scale: else every weight would be another one.
-    past = context.past if context.done["quantize"].counts["incremental"] else None
-    scale = past.done["link"].counts.get("scale") if past is not None else None
-    pieces, count, scale = context.executor.call(
-        link_all, run, parts, config.edges, floor, weak, scale, context.executor.largest_machine_cpus,
+    pieces, count = context.executor.call(
+        link_all, run, parts, config.edges, floor, weak, context.executor.largest_machine_cpus,
         label="link", resources=Resources(cpus=0),
     )  # fmt: skip
-    return Outcome({"edges": count, "scale": scale}, pieces)
+    return Outcome({"edges": count}, pieces)
 
 
 STAGE = Stage(
@@ -72,18 +69,14 @@ class _Tables:
 
 
 def link_all(
-    run: Store, parts: Parts, recipe: str, floor: float | None, weak: float | None, scale: float | None, threads: int
-) -> tuple[dict[str, int], int, float]:
-    """Write the edges of all parts by a recipe that compares the neighbors of two rows.
-
-    scale: of the excess over the weak floor, in the auto recipe (None: the mean). Returns the files' bytes, the number of
-    edges, and the scale.
-    """
+    run: Store, parts: Parts, recipe: str, floor: float | None, weak: float | None, threads: int
+) -> tuple[dict[str, int], int]:
+    """Write the edges of all parts by a recipe that compares the neighbors of two rows; returns the files' bytes and how many
+    edges there are."""
     *block, order = graphs.compress(_Tables(run, parts), threads)
-    low = weak if weak is not None else 0.0
     if recipe == "auto":
-        scale = scale if scale is not None else round(edges.mean_excess(block[2], low), 6)
-        offsets, rows, weights = edges.auto((block[0], block[1], block[2]), floor if floor is not None else 0.0, low, scale)
+        strong, low = (each if each is not None else 0.0 for each in (floor, weak))
+        offsets, rows, weights = edges.auto((block[0], block[1], block[2]), strong, low)
     else:
         make = {"shared": edges.shared, "nep": edges.nep, "facemap": edges.facemap, "tpdi": edges.tpdi}[recipe]
         offsets, rows, weights = make((block[0], block[1], block[2]))
@@ -98,4 +91,4 @@ def link_all(
         found = EdgeList(parts.starts[part], ends, order[targets].astype(np.int32), values)
         name = layout.part("edges", part)
         pieces[name] = run.write_arrow(name, EDGES_SCHEMA, [found.to_batch()])
-    return pieces, len(rows), scale or 0.0
+    return pieces, len(rows)
