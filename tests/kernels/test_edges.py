@@ -130,7 +130,7 @@ def test_auto_equals_its_formula(seed: int, rows: int, k: int, strong: float, be
     found, truth = lists_of(edges.auto(block, strong, weak)), auto(lists_of(block), strong, weak)
     for i in range(rows):
         assert list(found[i]) == list(truth[i]), i
-        np.testing.assert_allclose(list(found[i].values()), list(truth[i].values()), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(list(found[i].values()), list(truth[i].values()), rtol=1e-5, atol=2e-6)
 
 
 def test_recipes_do_not_depend_on_threads_or_on_the_rows_order() -> None:

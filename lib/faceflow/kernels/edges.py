@@ -109,13 +109,24 @@ def auto(block: Block, strong: float, weak: float) -> Block:
     can afford to.
     """
     offsets, rows, values = kept(block, supported(block, strong, weak))
-    if len(rows) == 0:
-        return offsets, rows, values
-    degrees = np.diff(offsets)
-    fewest = np.minimum(np.repeat(degrees, degrees), degrees[rows])
-    power = (1 + DENSE_POWER * np.minimum(1, fewest / DENSE_NEIGHBORS)).astype(np.float32)
-    excess = np.maximum(values - np.float32(weak), 0) / np.float32(SCALE * max(1 - weak, 1e-6))
-    return offsets, rows, _positive((excess + np.float32(BASE_WEIGHT)) ** power * overlap(offsets, rows))
+    common = _shared_count(offsets, rows, offsets[:-1], offsets[1:], own=True)
+    weight = np.empty(len(rows), np.float32)
+    _weigh(offsets, rows, values, common, weak, SCALE * max(1 - weak, 1e-6), weight)
+    return offsets, rows, weight
+
+
+@numba.njit(cache=True, nogil=True, parallel=True)
+def _weigh(
+    offsets: np.ndarray, rows: np.ndarray, values: np.ndarray, common: np.ndarray, weak: float, scale: float, weight: np.ndarray
+) -> None:
+    for i in numba.prange(len(offsets) - 1):
+        mine = offsets[i + 1] - offsets[i]
+        for e in range(offsets[i], offsets[i + 1]):
+            theirs = offsets[rows[e] + 1] - offsets[rows[e]]
+            power = 1 + DENSE_POWER * min(1.0, min(mine, theirs) / DENSE_NEIGHBORS)
+            excess = max(np.float64(values[e]) - weak, 0.0) / scale + BASE_WEIGHT
+            shared = common[e] / (mine + theirs + 2 - common[e])
+            weight[e] = max(excess**power * shared, LEAST_WEIGHT)
 
 
 def supported(block: Block, strong: float, weak: float) -> np.ndarray:
@@ -178,20 +189,22 @@ def _count_shared(
     offsets: np.ndarray, begins: np.ndarray, ends: np.ndarray, rows: np.ndarray, own: bool, cuts: np.ndarray, out: np.ndarray
 ) -> None:
     for c in numba.prange(len(cuts) - 1):
-        reached_by = np.full(len(offsets), np.int32(-1), np.int32)
+        near = np.zeros(len(offsets) - 1, np.uint8)
         for i in range(cuts[c], cuts[c + 1]):
             if begins[i] == offsets[i + 1]:
                 continue
             for e in range(offsets[i], offsets[i + 1]):
-                reached_by[rows[e]] = i
-            if own:
-                reached_by[i] = i
+                near[rows[e]] = 1
+            near[i] = own
             for e in range(begins[i], offsets[i + 1]):
                 j = rows[e]
-                count = np.int32(own and reached_by[j] == i)
+                count = np.int32(own and near[j])
                 for f in range(np.uint64(offsets[j]), np.uint64(ends[j])):
-                    count += np.int32(reached_by[rows[f]] == i)
+                    count += np.int32(near[rows[f]])
                 out[e] = count
+            for e in range(offsets[i], offsets[i + 1]):
+                near[rows[e]] = 0
+            near[i] = 0
 
 
 def _shared_sum(block: Block, here: np.ndarray, there: np.ndarray, own_here: np.ndarray, own_there: np.ndarray) -> np.ndarray:

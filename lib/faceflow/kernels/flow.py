@@ -17,7 +17,8 @@ least a share ALPHA off it."""
 EXTRAPOLATE_EVERY = 6
 """Steps between two power extrapolations. Clusters hardly touch, so the slow modes of the walk all have an eigenvalue
 close to 1 - ALPHA, and one extrapolation with that value removes them together (Kamvar, Haveliwala, Manning & Golub,
-"Extrapolation methods for accelerating PageRank computations", WWW 2003). The stopping rule does not change."""
+"Extrapolation methods for accelerating PageRank computations", WWW 2003). The stopping rule does not change. Where one gained
+less than plain steps are sure to, there are other modes, which it blows up: then it is the last."""
 
 MAX_ITERATIONS = 400
 
@@ -107,7 +108,7 @@ def directed_flow(graph: Graph, threads: int = 1, start: np.ndarray | None = Non
     jump, dangling = strength / total, strength == 0
     inverse = np.divide(1.0, strength, out=np.zeros(n), where=~dangling)
     p = jump.copy() if start is None else start / start.sum()
-    after, iterations = np.empty(n), 0
+    after, iterations, change_then = np.empty(n), 0, np.inf
     for _ in range(MAX_ITERATIONS):
         iterations += 1
         _pull(graph.in_offsets, graph.sources, graph.in_weights, p * inverse, after)
@@ -118,7 +119,11 @@ def directed_flow(graph: Graph, threads: int = 1, start: np.ndarray | None = Non
         p, after = after, p
         if change < tolerance:
             break
-        if iterations % EXTRAPOLATE_EVERY == 0 and change > 100 * tolerance:
+        if iterations % EXTRAPOLATE_EVERY == 0 and change > 100 * tolerance and change_then > 0:
+            if change > change_then * (1 - ALPHA) ** EXTRAPOLATE_EVERY:
+                change_then = 0.0
+                continue
+            change_then = change
             p += (p - after) * ((1 - ALPHA) / ALPHA)
             np.maximum(p, 0, out=p)
             p /= p.sum()
