@@ -47,7 +47,9 @@ NOT_IDENTITY = (
 class RunResult:
     """What a finished run reports; the fields are those of `--json`.
 
-    labels: address of the label folder; faces: those with a cluster; rejected: rows set aside; recall: edge recall of the
+    labels: address of the label folder; faces: those with a cluster; rejected: rows set aside; floor: cosine from which faces
+    are neighbors (None: none); impostors_a_face: expected number of a face's neighbors above it that are other people, at most
+    (None: the floor was given, so nothing was estimated); recall: edge recall of the
     search, `estimate`, `low`, `high` (a 95 % interval), from `faces` sampled faces with `edges` true neighbors; seconds: wall
     time of each stage and `total`; peak_memory_bytes: largest resident memory of the driver; worker_peak_memory_bytes: of any
     one worker, mapped files included (0: none ran).
@@ -61,6 +63,8 @@ class RunResult:
     singletons: int
     edges: int
     codelength: float
+    floor: float | None
+    impostors_a_face: float | None
     recall: dict[str, float]
     seconds: dict[str, float]
     peak_memory_bytes: int
@@ -186,6 +190,8 @@ def _result(
         singletons=done["publish"].counts["singletons"],
         edges=done["link"].counts["edges"],
         codelength=done["detect"].counts["codelength"],
+        floor=done["quantize"].counts["floor"],
+        impostors_a_face=done["quantize"].counts.get("impostors_a_face"),
         recall=done["search"].counts["recall"],
         seconds=seconds,
         peak_memory_bytes=peak_memory(),
@@ -216,6 +222,8 @@ def _advance_all(job: _Job) -> RunResult:
             "clusters": result.clusters,
             "singletons": result.singletons,
             "edges": result.edges,
+            "floor": result.floor,
+            "impostors_a_face": result.impostors_a_face,
             "parent_run_id": job.parent.get("run_id"),
             "next_id": done["publish"].counts["next_id"],
             "settings": config.public(),

@@ -24,6 +24,7 @@ from faceflow.stages import quantize
 from faceflow.stages import search as search_stage
 from faceflow.storage import layout
 from faceflow.storage.files import Store
+from faceflow.synthesis import synthesize
 from faceflow.tables import NeighborTable
 from tests.conftest import S3, write_faces
 
@@ -100,6 +101,29 @@ def test_lfw_on_s3_gives_the_same_bytes_of_labels(face_data: Path, exact_lfw: Pa
     assert scores.pairwise_f >= 0.994
 
 
+@pytest.mark.parametrize("recipe", ["auto", "threshold", "shared", "nep", "facemap", "tpdi"])
+def test_every_edge_recipe_finds_separate_people(
+    tmp_path: Path, blobs: Callable[..., tuple[np.ndarray, np.ndarray]], recipe: str
+) -> None:
+    x, truth = blobs(identities=20, size=30)
+    write_faces(tmp_path / "in.parquet", x, pa.array(np.arange(len(x))))
+    result = run(tmp_path / "in.parquet", tmp_path / "out", edges=recipe)
+    assert result.clusters == 20
+    table = labels(tmp_path / "out")
+    pairs = {(int(truth[i]), c) for i, c in zip(table["id"].to_pylist(), table["cluster"].to_pylist(), strict=True)}
+    assert len(pairs) == 20
+    assert result.floor is not None
+    assert result.impostors_a_face is not None
+
+
+def test_the_floor_hardly_depends_on_the_sample(tmp_path: Path) -> None:
+    synthesize(str(tmp_path / "in"), 40_000, dim=64)
+    found = [run(tmp_path / "in", tmp_path / f"out-{seed}", seed=seed) for seed in (0, 1)]
+    floors = [result.floor or 0.0 for result in found]
+    assert floors[0] != floors[1]  # else the sample would be the same one
+    assert abs(floors[0] - floors[1]) < 0.005
+
+
 def test_publishes_what_the_readme_promises(tmp_path: Path, blobs: Callable[..., tuple[np.ndarray, np.ndarray]]) -> None:
     x, truth = blobs()
     write_faces(tmp_path / "in" / "a.parquet", x[:120], pa.array(np.arange(120), pa.uint16()))
@@ -115,7 +139,7 @@ def test_publishes_what_the_readme_promises(tmp_path: Path, blobs: Callable[...,
     pointer = json.loads((tmp_path / "out" / "latest.json").read_text())
     assert set(pointer) == {
         "run_id", "labels", "faces", "rejected", "clusters", "singletons", "edges", "parent_run_id", "next_id", "settings",
-        "seconds", "recall", "recall_interval", "created",
+        "floor", "impostors_a_face", "seconds", "recall", "recall_interval", "created",
     }  # fmt: skip
     assert (pointer["faces"], pointer["clusters"], pointer["parent_run_id"]) == (200, 20, None)
     assert set(pointer["seconds"]) == {"ingest", "quantize", "search", "link", "detect", "publish", "total"}
