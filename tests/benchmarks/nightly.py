@@ -28,6 +28,8 @@ from faceflow.evaluation import evaluate
 from faceflow.synthesis import synthesize
 
 ROOT = Path(__file__).resolve().parents[2]
+PLAIN = ("--min-similarity", "0.58", "--edges", "threshold")
+"""Of every job: what the figures of the README were taken with."""
 
 
 def job(name: str, source: Path, output: Path, *flags: str) -> dict[str, object]:
@@ -96,7 +98,7 @@ def compare(folder: Path, faces: int, shares: list[float], neighbors: str) -> No
     source.mkdir()
     pq.write_table(first, source / "night-000.parquet")
     del first
-    flags = ("--neighbors", neighbors)
+    flags = (*PLAIN, "--neighbors", neighbors)
     begin = job("nightly", source, output, *flags)
     pointer = (output / "latest.json").read_bytes()
     before = labels_of(output, str(begin["run_id"]))
@@ -140,7 +142,7 @@ def simulate(folder: Path, faces: int, nights: int, neighbors: str, every: str) 
     source.mkdir()
     for i in range(10):
         pq.write_table(first.slice(faces * i // 10, faces // 10), source / f"day-000-{i}.parquet")
-    flags = ("--neighbors", neighbors, "--full-every", every)
+    flags = (*PLAIN, "--neighbors", neighbors, "--full-every", every)
     labels = first_labels = labels_of(output, str(job("nightly", source, output, *flags)["run_id"]))
     seconds = []
     for night in range(1, nights + 1):
@@ -155,7 +157,7 @@ def simulate(folder: Path, faces: int, nights: int, neighbors: str, every: str) 
         seconds.append(dict(result["seconds"])["total"])  # type: ignore[call-overload]
         print(f"night {night}: {result['faces']} faces, {result['clusters']} clusters, {seconds[-1]:.1f} s", file=sys.stderr)
     scores = evaluate(str(output), str(source))
-    full = job("cluster", source, folder / "full", "--neighbors", neighbors)
+    full = job("cluster", source, folder / "full", *PLAIN, "--neighbors", neighbors)
     full_scores = evaluate(str(folder / "full"), str(source))
     print(
         json.dumps(
