@@ -224,3 +224,31 @@ def test_library_call_takes_matrices_and_arrays() -> None:
         map_equation((sources, targets[:-1]))
     with pytest.raises(InputError, match="rows 0"):
         map_equation((np.array([0, 5]), np.array([1, 1])), rows=3)
+
+
+def test_flow_of_many_pairs_converges() -> None:
+    """The walk alternates between two rows that have only each other: a mode of eigenvalue -1, which extrapolation
+    would blow up."""
+    rng = np.random.default_rng(0)
+    rows, sources, targets, weights = 120, [], [], []
+    for i in range(0, 100, 2):
+        sources += [i, i + 1]
+        targets += [i + 1, i]
+        weights += [1.0, 1.0]
+    for i in range(100, 120):
+        for j in rng.choice(np.delete(np.arange(100, 120), i - 100), 5, replace=False):
+            sources.append(i)
+            targets.append(int(j))
+            weights.append(float(rng.uniform(0.001, 1)) ** 3)
+    weights[0] = 0.2  # an uneven pair
+    matrix = np.zeros((rows, rows))
+    matrix[sources, targets] = np.array(weights, np.float32)
+    strength = matrix.sum(axis=1)
+    walk = matrix / strength[:, None]
+    visits = np.linalg.solve(np.eye(rows) - 0.85 * walk.T, 0.15 * strength / strength.sum())
+    expected = walk.T @ visits
+    offsets = np.concatenate([[0], np.cumsum((matrix > 0).sum(axis=1))])
+    ends = np.nonzero(matrix)
+    found = flows.directed_flow(graphs.build_graph([(offsets, ends[1].astype(np.int32), matrix[ends].astype(np.float32))]))
+    assert found.iterations < 180
+    np.testing.assert_allclose(found.rows, expected / expected.sum(), atol=1e-11)
