@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from faceflow.cluster.executor import Resources
-from faceflow.kernels import probing, quantizer, recall, topk
+from faceflow.kernels import edges, graphs, impostors, probing, quantizer, recall, topk
 from faceflow.kernels import search as cpu
 from faceflow.stages import renewal
 from faceflow.stages.base import Context, Outcome, Past, Stage, merge_pieces
@@ -101,7 +101,7 @@ STAGE = Stage(
 
 
 def warm_up() -> None:
-    """Load a worker's compiled kernels by one tiny search, with arrays as they come from files (read-only)."""
+    """Load a worker's compiled kernels by one tiny search and its edges, with arrays as they come from files (read-only)."""
     vectors = np.eye(16, dtype=np.float32)
     quantizer.train(vectors, 2, 0, 1)
     probing.choose_rule(vectors, 16, vectors[:2].copy(), 2, 0.0, 2, 0.9, 0.9)
@@ -111,6 +111,9 @@ def warm_up() -> None:
     arrow = [pa.array(a).to_numpy() for a in (rows, *buffers.take(np.arange(16)))]
     topk.merge([(arrow[0], arrow[1], arrow[2])], 16, 2)
     recall.search_part(vectors, rows, vectors, 0, 2, 0.0)
+    impostors.count_pairs(vectors, rows, vectors, rows)
+    *block, _ = graphs.compress([(np.array([0, 1, 2]), np.array([1, 0], np.int32), np.ones(2, np.float32))])
+    edges.auto((block[0], block[1], block[2]), 0.5, 0.4)
 
 
 def check_gpu(neighbors: int) -> None:
