@@ -16,7 +16,7 @@ LAYERS = [
     {"tables", "config"},
     {"kernels", "storage", "cluster"},
     {"stages"},
-    {"pipeline", "report", "evaluation", "synthesis", "housekeeping", "comparison"},
+    {"pipeline", "report", "evaluation", "synthesis", "importing", "housekeeping", "comparison"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

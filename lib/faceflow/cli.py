@@ -128,6 +128,16 @@ def build_parser() -> argparse.ArgumentParser:
         help="plain: people well apart; ms1m: as in MS-Celeb-1M, with poor photos and wrong labels (default: plain)",
     )
     synthesize.add_argument("--seed", type=int, default=0, metavar="N", help="seed; same arguments, same faces (default: 0)")
+    imports = _add_command(
+        commands,
+        "import",
+        "turn a published benchmark's files into Parquet",
+        "Write FEATURES (.bin of float32, or .npy) and their labels as Parquet (id, embedding, label) into the folder OUTPUT.",
+    )
+    imports.add_argument("features", metavar="FEATURES", help="a local .bin file of float32 rows, or a .npy array [faces, dim]")
+    imports.add_argument("output", metavar="OUTPUT", help="an empty or new folder, or an s3:// prefix")
+    imports.add_argument("--dim", type=int, metavar="D", help="dimension of the embeddings; needed for .bin")
+    imports.add_argument("--labels", metavar="FILE", help=".meta text with one integer a line, or .npy vector")
     runs = _add_command(
         commands,
         "runs",
@@ -157,7 +167,7 @@ def build_parser() -> argparse.ArgumentParser:
     for command in (runs, clean):
         command.add_argument("output", metavar="OUTPUT", help="OUTPUT of cluster commands")
         command.add_argument("--work-dir", metavar="DIR", help="where their run directories lie (default: OUTPUT/_runs)")
-    for command in (evaluate, synthesize, runs, clean, diff):
+    for command in (evaluate, synthesize, imports, runs, clean, diff):
         command.add_argument("--storage-options", metavar="JSON", help="options of the s3fs file system, as JSON")
         command.add_argument("--json", action="store_true", help="print one JSON object as the last line of stdout")
     for command in commands.choices.values():
@@ -216,6 +226,20 @@ def _synthesize(arguments: argparse.Namespace) -> None:
         print(f"{made['faces']:,} faces of {made['identities']:,} identities in {made['files']} file(s): {arguments.output}")
 
 
+def _import(arguments: argparse.Namespace) -> None:
+    from faceflow.importing import import_faces
+
+    made = import_faces(
+        arguments.features, arguments.output, labels=arguments.labels, dim=arguments.dim,
+        storage_options=parse_setting("storage_options", arguments.storage_options),
+    )  # fmt: skip
+    if arguments.json:
+        print(json.dumps(made))
+    else:
+        known = f" of {made['identities']:,} identities" if arguments.labels else ""
+        print(f"{made['faces']:,} faces{known} in {made['files']} file(s): {arguments.output}")
+
+
 def _show_runs(found: Sequence[Any], as_json: bool) -> None:
     now = datetime.datetime.now(datetime.UTC)
     if as_json:
@@ -267,6 +291,7 @@ _COMMANDS = {
     "nightly": _cluster,
     "evaluate": _evaluate,
     "synthesize": _synthesize,
+    "import": _import,
     "runs": _runs,
     "clean": _clean,
     "diff": _diff,

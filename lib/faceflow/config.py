@@ -240,6 +240,8 @@ def parse_setting(name: str, value: Any) -> Any:
         except (TypeError, ValueError):
             pass
     noun = {str: "a text", int: "a whole number", float: "a number"}[convert]
+    if name == "min_similarity":
+        noun = "a cosine, 'auto' or 'none'"
     raise SettingsError(f"{name} is {value!r}: it must be {noun}")
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -41,35 +42,54 @@ def synthesize(
         raise SettingsError("--faces must be at least 1, --dim at least 2 and --mean-size at least 1")
     if look not in synthetic.LOOKS:
         raise SettingsError(f"--look is {look!r}{did_you_mean(look, synthetic.LOOKS)}")
-    store = Store.at(output, storage_options)
-    if any(name.endswith(".parquet") for name in store.names("")):
-        raise SettingsError(f"{output} already holds Parquet files: choose an empty folder")
-    store.check_writable()
+    store = empty_folder(output, storage_options)
     rng = np.random.default_rng([seed, 0])
     if sizes is None:
         drawn = synthetic.draw_sizes(faces, mean_size, rng)
     else:
         drawn = synthetic.sizes_like(*_read_sizes(sizes, storage_options), faces, rng)
     world = synthetic.make_world(drawn, dim, seed, synthetic.LOOKS[look])
-    schema = pa.schema([("id", pa.int64()), ("embedding", pa.list_(pa.float32(), dim)), ("label", pa.int32())])
+    files = write_files(
+        store, faces, dim, lambda begin, end: (synthetic.make_faces(world, begin, end), world.labels[begin:end])
+    )
+    return {"faces": faces, "identities": len(drawn), "files": files}
+
+
+def empty_folder(output: str, options: Mapping[str, Any] | None) -> Store:
+    """The store of a folder to write a data set to. Raises SettingsError where it holds Parquet, or cannot be written."""
+    store = Store.at(output, options)
+    if any(name.endswith(".parquet") for name in store.names("")):
+        raise SettingsError(f"{output} already holds Parquet files: choose an empty folder")
+    store.check_writable()
+    return store
+
+
+def write_files(store: Store, faces: int, dim: int, block: Callable[[int, int], tuple[np.ndarray, np.ndarray | None]]) -> int:
+    """Write faces 0..faces-1 as Parquet files (id int64: their number, embedding float32[dim], label int32 where there is one);
+    block(begin, end) gives embeddings and labels of some of them. Returns the number of files."""
+    fields = [("id", pa.int64()), ("embedding", pa.list_(pa.float32(), dim)), ("label", pa.int32())]
     count = -(-faces // FILE_FACES)
     for index in range(count):
         first, last = index * FILE_FACES, min(faces, (index + 1) * FILE_FACES)
-        with (
-            store.open_write(f"faces-{index:05d}.parquet") as file,
-            # Random floats do not compress and have no repeats: plain pages are the fastest to write and to read.
-            pq.ParquetWriter(file, schema, compression="none", use_dictionary=False, write_statistics=["id"]) as writer,
-        ):
+        with contextlib.ExitStack() as stack:
+            file = stack.enter_context(store.open_write(f"faces-{index:05d}.parquet"))
+            writer: pq.ParquetWriter | None = None
             for begin in range(first, last, CHUNK_FACES):
                 end = min(begin + CHUNK_FACES, last)
-                block = synthetic.make_faces(world, begin, end)
+                embeddings, labels = block(begin, end)
                 columns = [
                     pa.array(np.arange(begin, end)),
-                    pa.FixedSizeListArray.from_arrays(pa.array(block.ravel()), dim),
-                    pa.array(world.labels[begin:end]),
+                    pa.FixedSizeListArray.from_arrays(pa.array(embeddings.ravel()), dim),
                 ]
+                columns += [pa.array(labels, pa.int32())] if labels is not None else []
+                schema = pa.schema(fields[: len(columns)])
+                if writer is None:
+                    # Random floats do not compress and have no repeats: plain pages are the fastest to write and to read.
+                    writer = stack.enter_context(
+                        pq.ParquetWriter(file, schema, compression="none", use_dictionary=False, write_statistics=["id"])
+                    )
                 writer.write_table(pa.table(columns, schema=schema), row_group_size=CHUNK_FACES)
-    return {"faces": faces, "identities": len(drawn), "files": count}
+    return count
 
 
 def _read_sizes(path: str, options: Mapping[str, Any] | None) -> tuple[np.ndarray, np.ndarray]:
