@@ -78,3 +78,7 @@ def test_never_loads_a_pickle(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     np.save(tmp_path / "f.npy", np.array([{"a": 1}], object), allow_pickle=True)
     assert main(["import", str(tmp_path / "f.npy"), str(tmp_path / "out")]) == 2
     assert "cannot read" in capsys.readouterr().err
+    np.savez(tmp_path / "f.npz", a=np.zeros(3))
+    (tmp_path / "f.npz").rename(tmp_path / "g.npy")
+    assert main(["import", str(tmp_path / "g.npy"), str(tmp_path / "out")]) == 2
+    assert "archive of several arrays" in capsys.readouterr().err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import numbers
 import re
 import tomllib
 from collections.abc import Mapping
@@ -151,7 +152,7 @@ class ClusterConfig:
         self._range("trials", 1, 1000)
         self._range("full_every", 1, 10_000)
         floor = self.min_similarity
-        if floor not in (None, "auto") and not (isinstance(floor, int | float) and -1 <= floor <= 1):
+        if floor not in (None, "auto") and not (isinstance(floor, numbers.Real) and -1 <= floor <= 1):
             raise SettingsError(f"min_similarity is {floor}: a cosine lies between -1 and 1; or 'auto', or 'none'")
         for name, setting in SETTINGS.items():
             choices = setting.metadata.get("choices")

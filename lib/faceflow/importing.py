@@ -40,9 +40,12 @@ def import_faces(
 
 def _load(path: str) -> np.ndarray:
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+        found = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise InputError(f"cannot read {path} as a NumPy array: {error}") from None
+    if not isinstance(found, np.ndarray):
+        raise InputError(f"{path} is an archive of several arrays: give one .npy array")
+    return found
 
 
 def _features(path: str, dim: int | None) -> np.ndarray:

@@ -62,6 +62,30 @@ def test_an_embedding_that_is_not_centred_moves_the_floor_with_it() -> None:
     assert there.strong == pytest.approx((here.strong + 4) / 5, abs=0.004)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "copies", "noise"),
+    [([3] * 700, 0.1, 0.0), ([3] * 700, 0.5, 0.0), ([3] * 700, 0.1, 0.02), ([400] + [50] * 2, 0.0, 0.0), ([300, 300], 0.0, 0.0),
+     ([1000] + [20] * 20, 0.0, 0.0)],
+)  # fmt: skip
+def test_copies_of_photos_and_people_with_most_photos_do_not_move_the_floor(
+    sizes: list[int], copies: float, noise: float
+) -> None:
+    rng = np.random.default_rng(5)
+    labels = np.repeat(np.arange(len(sizes)), sizes)
+    centres = rng.standard_normal((len(sizes), 128))
+    vectors = centres[labels] / np.linalg.norm(centres[labels], axis=1, keepdims=True)
+    vectors += 0.6 * rng.standard_normal(vectors.shape) / np.sqrt(128)
+    again = rng.choice(len(labels), int(copies * len(labels)), replace=False)
+    vectors = np.concatenate([vectors, vectors[again] + noise * rng.standard_normal((len(again), 128)) / np.sqrt(128)])
+    labels = np.concatenate([labels, labels[again]])
+    vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+    floors = impostors.choose_floors(all_pairs(vectors), len(vectors))
+    product = (vectors @ vectors.T)[np.triu_indices(len(labels), 1)]
+    same = (labels[:, None] == labels)[np.triu_indices(len(labels), 1)]
+    assert (product[same] >= floors.strong).mean() > 0.95
+    assert (product[~same] >= floors.strong).mean() < 1e-3
+
+
 def test_strangers_only_leave_the_floor_to_their_own_law() -> None:
     rng = np.random.default_rng(4)
     vectors = rng.standard_normal((4_000, 64)).astype(np.float32)

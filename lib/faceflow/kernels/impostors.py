@@ -15,11 +15,14 @@ import numpy as np
 
 from faceflow.kernels.tiles import QUERY_BLOCK
 
-BINS = 4096
-"""Bins of a histogram over cosines from -1 to 1."""
+BINS = 32_768
+"""Bins of a histogram over cosines from -1 to 1: enough where all cosines lie within a hundredth of each other."""
 
-SMOOTHING = 0.1
-"""Width of the smoothing kernel, in deviations of the impostors' hill."""
+SMOOTHING, COARSE = 0.1, 0.25
+"""Width of the smoothing kernel, in deviations of the impostors' hill; and while that is not known, of the narrowest hill."""
+
+TENTH = 0.2513
+"""Width of the densest tenth of a normal law, in deviations."""
 
 HILL = 2.0
 """Deviations right of the impostors' median from which on the valley is looked for."""
@@ -28,8 +31,8 @@ LEFT_FLANK, RIGHT_SHARE = 1.5, 0.5
 """How far the flanks are fitted: on the left up to this factor of e over the valley, on the right no farther and at most so
 much of the way to the top of the hill beyond."""
 
-CERTAIN = 3.0
-"""How many times its own error a valley's depth must be to count as one."""
+CERTAIN, LEAST_DEPTH = 3.0, 0.05
+"""How many times its own error, and how much in factors of e, a valley's depth must be to count as one."""
 
 CHANCE_NEIGHBORS = 1e-3
 """Without a valley: impostor neighbors a face that a normal law of the angles lets expect above the floor."""
@@ -80,15 +83,17 @@ def choose_floors(histogram: np.ndarray, faces: int) -> Floors:
     centers = (np.arange(BINS) + 0.5) * 2 / BINS - 1
     if pairs == 0:
         return Floors(1.0, 1.0, 0.0, None)
-    share = histogram.cumsum() / pairs
-    middle = float(np.interp(0.5, share, centers))
-    deviation = max(middle - float(np.interp(0.158655, share, centers)), 2 / BINS)
+    scale = _narrowest(histogram)
+    coarse = _valley(*_smooth(histogram, COARSE * scale * BINS / 2))
+    middle, deviation = _hill(histogram[: coarse[0]] if coarse is not None else histogram, centers)
+    # Again, smoothed as befits the hill that is now known.
     logs, window = _smooth(histogram, SMOOTHING * deviation * BINS / 2)
     start = min(BINS - 2, int(np.searchsorted(centers, middle + HILL * deviation)))
-    found = _valley(logs, start, window)
+    found = _valley(logs, window, start) or coarse
     if found is None:
         return _without_valley(middle, deviation, faces)
     valley, peak = found
+    start = min(start, valley)
     (fall, falls), (rise, rises) = _flanks(histogram, centers, logs, valley, peak, start)
     if falls + rises <= 0 or falls <= 0:
         return _without_valley(middle, deviation, faces)
@@ -100,7 +105,7 @@ def choose_floors(histogram: np.ndarray, faces: int) -> Floors:
     weak = min(weak, strong)
     beyond = math.exp(min(fall - falls * (strong - centers[valley]), 40.0)) / (falls * 2 / BINS)
     impostors = min(beyond, float(histogram[centers >= strong].sum())) / pairs * (faces - 1)
-    return Floors(round(strong, 4), round(weak, 4), float(f"{impostors:.3g}"), round(float(centers[valley]), 4))
+    return Floors(round(strong, 6), round(weak, 6), float(f"{impostors:.3g}"), round(float(centers[valley]), 6))
 
 
 def _smooth(histogram: np.ndarray, width: float) -> tuple[np.ndarray, float]:
@@ -115,19 +120,42 @@ def _smooth(histogram: np.ndarray, width: float) -> tuple[np.ndarray, float]:
     return np.log(np.maximum(smooth, 0) + 0.5 / window), window
 
 
-def _valley(logs: np.ndarray, start: int, window: float) -> tuple[int, int] | None:
-    """(bin of the deepest valley, bin of the top of the hill beyond it), or None where none is certain."""
-    tail = logs[start:]
-    before, after = np.maximum.accumulate(tail), np.maximum.accumulate(tail[::-1])[::-1]
-    depth = np.minimum(before, after) - tail
-    deepest = float(depth.max())
-    at = np.flatnonzero(depth >= deepest - 1e-9)
-    valley = start + int(at[len(at) // 2])  # amid an empty stretch
-    peak = valley + int(np.argmax(logs[valley:]))
-    counts = np.exp(logs[[valley, peak]]) * window
-    if deepest < CERTAIN * float((1 / np.sqrt(counts + 0.5)).sum()):
-        return None
-    return valley, peak
+def _narrowest(histogram: np.ndarray) -> float:
+    """Deviation of a normal law whose densest tenth is as narrow as that of the histogram, whatever hills it has."""
+    share = np.concatenate([[0.0], histogram.cumsum() / histogram.sum()])
+    edges = np.linspace(-1, 1, BINS + 1)
+    levels = np.linspace(0, 0.9, 181)
+    lengths = np.interp(levels + 0.1, share, edges) - np.interp(levels, share, edges)
+    return max(float(lengths.min()) / TENTH, 2 / BINS)
+
+
+def _hill(histogram: np.ndarray, centers: np.ndarray) -> tuple[float, float]:
+    """(median, deviation to the left of it) of these pairs."""
+    share = histogram.cumsum() / histogram.sum()
+    middle = float(np.interp(0.5, share, centers[: len(share)]))
+    return middle, max(middle - float(np.interp(0.158655, share, centers[: len(share)])), 2 / BINS)
+
+
+def _valley(logs: np.ndarray, window: float, start: int = 0) -> tuple[int, int] | None:
+    """(bin of the first certain valley from `start` on, bin of the top of the hill beyond it), or None where none is certain.
+
+    The deepest is found first; where there is another left of it, as when copies of one photo make a hill of their own near 1,
+    that one parts different people.
+    """
+    found, end = None, len(logs)
+    while end - start >= 3:
+        tail = logs[start:end]
+        before, after = np.maximum.accumulate(tail), np.maximum.accumulate(tail[::-1])[::-1]
+        depth = np.minimum(before, after) - tail
+        deepest = float(depth.max())
+        at = np.flatnonzero(depth >= deepest - 1e-9)
+        valley = start + int(at[len(at) // 2])  # amid an empty stretch
+        peak = valley + int(np.argmax(logs[valley:end]))
+        counts = np.exp(np.array([logs[valley], min(logs[peak], before.max())])) * window
+        if deepest < max(LEAST_DEPTH, CERTAIN * float((1 / np.sqrt(counts + 0.5)).sum())):
+            break
+        found, end = (valley, peak), valley
+    return found
 
 
 def _flanks(
@@ -181,5 +209,5 @@ def _without_valley(middle: float, deviation: float, faces: int) -> Floors:
     for _ in range(60):
         z = (low + high) / 2
         low, high = (z, high) if 0.5 * math.erfc(z / math.sqrt(2)) > wanted else (low, z)
-    floor = round(math.cos(max(0.0, angle - high * spread)), 4)
+    floor = round(math.cos(max(0.0, angle - high * spread)), 6)
     return Floors(floor, floor, CHANCE_NEIGHBORS, None)

@@ -145,7 +145,7 @@ def _earlier(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
     """Each face's module of last night, one of its own for a new one; whether its edges are others now; its visit rate of
     last night, 0 for a new one; and whether to check what was lost. spread: whether an edge's weight depends on the neighbors
-    of both its ends."""
+    of both its ends (one step from a changed one is followed; what lies farther is found as rows move)."""
     modules, flow = (read_column(past, "modules", range(len(past_parts)), column) for column in (2, 1))
     before = read_column(run, "past", range(len(parts)))
     changed = active = read_column(run, "state", range(len(parts))) != SAME
