@@ -40,6 +40,7 @@ RESUMED = ("driver", "raylet")
 
 def command(source: Path, output: Path, seed: int, *more: str) -> list[str]:
     flags = ["--index", "cells", "--cells", "60", "--neighbors", "20", "--workers", "2", "--seed", str(seed), "--quiet"]
+    flags += ["--min-similarity", ("0.55", "0.75")[seed]]  # with the same floor both seeds find the same people
     return [sys.executable, str(ROOT / "jobs" / "cluster.py"), str(source), str(output), *flags, *more]
 
 
