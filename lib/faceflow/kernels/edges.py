@@ -9,15 +9,12 @@ from __future__ import annotations
 import numba
 import numpy as np
 
+from faceflow.kernels.flow import row_sums
 from faceflow.kernels.graphs import cut_by_edges
+from faceflow.kernels.overlaps import CHUNKS, Block, add, as_words, in_common, no_rows, overlap, shared_sum
 from faceflow.tables import EdgeList, NeighborTable
 
-Block = tuple[np.ndarray, np.ndarray, np.ndarray]
-
 RECIPES = ("auto", "threshold", "shared", "nep", "facemap", "tpdi")
-
-CHUNKS = 64
-"""Blocks of rows whose lists are compared side by side."""
 
 NEP_TEMPERATURE, NEP_LEAST = 0.5, 0.22
 FACEMAP_NEIGHBORS, FACEMAP_WINDOW = 256, 20
@@ -64,11 +61,11 @@ def nep(block: Block) -> Block:
     offsets, rows, values = block
     similarity = np.clip(values, 0, 1)
     likely = np.exp(-(2 - 2 * similarity) / NEP_TEMPERATURE, dtype=np.float32)
-    total = 1 + _row_sums(offsets, likely)
+    total = 1 + row_sums(offsets, likely)
     likely /= np.repeat(total, np.diff(offsets))
     own, one = (1 / total).astype(np.float32), np.float32(1)
     ones, all_ones = np.broadcast_to(one, len(rows)), np.broadcast_to(one, len(own))
-    weight = (_shared_sum(block, likely, ones, own, all_ones) + _shared_sum(block, ones, likely, all_ones, own)) / 2
+    weight = (shared_sum(block, likely, ones, own, all_ones) + shared_sum(block, ones, likely, all_ones, own)) / 2
     stop = weight < NEP_LEAST
     # An edge is kept while no edge before it, of the same row, has stopped it.
     stopped = np.cumsum(stop)
@@ -93,10 +90,10 @@ def tpdi(block: Block) -> Block:
     Source: "On Mitigating Hard Clusters for Face Clustering", ECCV 2022."""
     offsets, rows, values = block
     root = np.exp((values.astype(np.float64) - 1) / (2 * TPDI_TEMPERATURE))
-    total = _row_sums(offsets, root**2)
+    total = row_sums(offsets, root**2)
     root = (root / np.repeat(np.sqrt(np.maximum(total, 1e-300)), np.diff(offsets))).astype(np.float32)
     none = np.zeros(len(offsets) - 1, np.float32)
-    weight = _shared_sum(block, root, root, none, none)
+    weight = shared_sum(block, root, root, none, none)
     return kept((offsets, rows, weight), weight > 1 - TPDI_MOST)
 
 
@@ -109,24 +106,21 @@ def auto(block: Block, strong: float, weak: float) -> Block:
     can afford to.
     """
     offsets, rows, values = kept(block, supported(block, strong, weak))
-    common = _shared_count(offsets, rows, offsets[:-1], offsets[1:], own=True)
-    weight = np.empty(len(rows), np.float32)
-    _weigh(offsets, rows, values, common, weak, SCALE * max(1 - weak, 1e-6), weight)
+    weight = overlap(offsets, rows)
+    _raise_by_excess(offsets, rows, values, weak, SCALE * max(1 - weak, 1e-6), weight)
     return offsets, rows, weight
 
 
 @numba.njit(cache=True, nogil=True, parallel=True)
-def _weigh(
-    offsets: np.ndarray, rows: np.ndarray, values: np.ndarray, common: np.ndarray, weak: float, scale: float, weight: np.ndarray
+def _raise_by_excess(
+    offsets: np.ndarray, rows: np.ndarray, values: np.ndarray, weak: float, scale: float, weight: np.ndarray
 ) -> None:
     for i in numba.prange(len(offsets) - 1):
-        mine = offsets[i + 1] - offsets[i]
         for e in range(offsets[i], offsets[i + 1]):
-            theirs = offsets[rows[e] + 1] - offsets[rows[e]]
-            power = 1 + DENSE_POWER * min(1.0, min(mine, theirs) / DENSE_NEIGHBORS)
+            fewer = min(offsets[i + 1] - offsets[i], offsets[rows[e] + 1] - offsets[rows[e]])
+            power = 1 + DENSE_POWER * min(1.0, fewer / DENSE_NEIGHBORS)
             excess = max(np.float64(values[e]) - weak, 0.0) / scale + BASE_WEIGHT
-            shared = common[e] / (mine + theirs + 2 - common[e])
-            weight[e] = max(excess**power * shared, LEAST_WEIGHT)
+            weight[e] = max(excess**power * weight[e], LEAST_WEIGHT)
 
 
 def supported(block: Block, strong: float, weak: float) -> np.ndarray:
@@ -134,20 +128,41 @@ def supported(block: Block, strong: float, weak: float) -> np.ndarray:
     of them, of two or more, are neighbors of the source too."""
     offsets, rows, values = block
     is_strong = values >= np.float32(strong)
-    strong_ends = offsets[:-1] + _row_sums(offsets, is_strong).astype(np.int64)
     if strong <= weak or is_strong.all():
         return is_strong
-    witnesses = _shared_count(offsets, rows, strong_ends, strong_ends, own=False)
-    theirs = (strong_ends - offsets[:-1])[rows]
-    return is_strong | ((values >= np.float32(weak)) & (theirs >= 2) & (witnesses >= WITNESSED * theirs))
+    strong_ends = offsets[:-1] + row_sums(offsets, is_strong).astype(np.int64)
+    cuts = cut_by_edges(offsets, CHUNKS)
+    _add_witnessed(
+        offsets,
+        strong_ends,
+        rows,
+        values,
+        np.float32(weak),
+        cuts,
+        *as_words(offsets, strong_ends, rows, False, cuts),
+        is_strong,
+    )
+    return is_strong
 
 
-def overlap(offsets: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """float32[m]: Jaccard overlap of the neighbor sets of an edge's two rows, each with the row itself."""
-    common = _shared_count(offsets, rows, offsets[:-1], offsets[1:], own=True)
-    degrees = np.diff(offsets) + 1
-    union = np.repeat(degrees, degrees - 1) + degrees[rows] - common
-    return (common / union).astype(np.float32)
+@numba.njit(cache=True, nogil=True, parallel=True)
+def _add_witnessed(
+    offsets: np.ndarray, strong_ends: np.ndarray, rows: np.ndarray, values: np.ndarray, weak: float, cuts: np.ndarray,
+    starts: np.ndarray, words: np.ndarray, masks: np.ndarray, keep: np.ndarray,
+) -> None:  # fmt: skip
+    for c in numba.prange(len(cuts) - 1):
+        near = no_rows(len(offsets))
+        for i in range(cuts[c], cuts[c + 1]):
+            if strong_ends[i] == offsets[i + 1]:
+                continue
+            for e in range(offsets[i], offsets[i + 1]):
+                add(near, rows[e])
+            for e in range(strong_ends[i], offsets[i + 1]):
+                theirs = strong_ends[rows[e]] - offsets[rows[e]]
+                if values[e] >= weak and theirs >= 2:
+                    keep[e] = in_common(near, starts, words, masks, rows[e]) >= WITNESSED * theirs
+            for e in range(offsets[i], offsets[i + 1]):
+                near[rows[e] >> 6] = 0
 
 
 def _positive(weights: np.ndarray) -> np.ndarray:
@@ -158,88 +173,23 @@ def kept(block: Block, keep: np.ndarray) -> Block:
     """The edges of a block where keep, bool[m], holds."""
     offsets, rows, values = block
     new = np.zeros(len(offsets), np.int64)
-    new[1:] = np.concatenate([[0], np.cumsum(keep)])[offsets[1:]]
-    return new, rows[keep], values[keep]
-
-
-def _row_sums(offsets: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """float64[n]: each row's sum, in the order of its edges, whatever the rows before it."""
-    out = np.zeros(len(offsets) - 1)
-    _sum_rows(offsets, values, out)
-    return out
+    np.cumsum(row_sums(offsets, keep).astype(np.int64), out=new[1:])
+    kept_rows, kept_values = np.empty(new[-1], rows.dtype), np.empty(new[-1], values.dtype)
+    _copy_kept(offsets, rows, values, keep, new, kept_rows, kept_values)
+    return new, kept_rows, kept_values
 
 
 @numba.njit(cache=True, nogil=True, parallel=True)
-def _sum_rows(offsets: np.ndarray, values: np.ndarray, out: np.ndarray) -> None:
-    for i in numba.prange(len(out)):
-        for e in range(offsets[i], offsets[i + 1]):
-            out[i] += values[e]
-
-
-def _shared_count(offsets: np.ndarray, rows: np.ndarray, begins: np.ndarray, ends: np.ndarray, own: bool) -> np.ndarray:
-    """int32[m]: for each edge (i, j) how many rows are in both lists; own: each row is in its own. Only edges from
-    begins[i] on, the others are 0; only j's list up to ends[j]."""
-    out = np.zeros(len(rows), np.int32)
-    _count_shared(offsets, begins, ends, rows, own, cut_by_edges(offsets, CHUNKS), out)
-    return out
-
-
-@numba.njit(cache=True, nogil=True, parallel=True)
-def _count_shared(
-    offsets: np.ndarray, begins: np.ndarray, ends: np.ndarray, rows: np.ndarray, own: bool, cuts: np.ndarray, out: np.ndarray
-) -> None:
-    for c in numba.prange(len(cuts) - 1):
-        near = np.zeros(len(offsets) - 1, np.uint8)
-        for i in range(cuts[c], cuts[c + 1]):
-            if begins[i] == offsets[i + 1]:
-                continue
-            for e in range(offsets[i], offsets[i + 1]):
-                near[rows[e]] = 1
-            near[i] = own
-            for e in range(begins[i], offsets[i + 1]):
-                j = rows[e]
-                count = np.int32(own and near[j])
-                for f in range(np.uint64(offsets[j]), np.uint64(ends[j])):
-                    count += np.int32(near[rows[f]])
-                out[e] = count
-            for e in range(offsets[i], offsets[i + 1]):
-                near[rows[e]] = 0
-            near[i] = 0
-
-
-def _shared_sum(block: Block, here: np.ndarray, there: np.ndarray, own_here: np.ndarray, own_there: np.ndarray) -> np.ndarray:
-    """For each edge (i, j) the sum of here[i, t] x there[j, t] over all t in both rows' lists, a row itself being in its own
-    with own_here, own_there: float32[m]."""
-    offsets, rows, _ = block
-    out = np.zeros(len(rows), np.float32)
-    cuts = cut_by_edges(offsets, CHUNKS)
-    _sum_shared(offsets, rows, here, there, own_here, own_there, cuts, out)
-    return out
-
-
-@numba.njit(cache=True, nogil=True, parallel=True)
-def _sum_shared(
-    offsets: np.ndarray, rows: np.ndarray, here: np.ndarray, there: np.ndarray, own_here: np.ndarray, own_there: np.ndarray,
-    cuts: np.ndarray, out: np.ndarray,
+def _copy_kept(
+    offsets: np.ndarray, rows: np.ndarray, values: np.ndarray, keep: np.ndarray,
+    new: np.ndarray, kept_rows: np.ndarray, kept_values: np.ndarray,
 ) -> None:  # fmt: skip
-    for c in numba.prange(len(cuts) - 1):
-        at = np.zeros(len(offsets), np.int64)  # 1 + the edge by which the row in hand reaches a row; 0 for none
-        for i in range(cuts[c], cuts[c + 1]):
-            for e in range(offsets[i], offsets[i + 1]):
-                at[rows[e]] = e + 1
-            for e in range(offsets[i], offsets[i + 1]):
-                j = rows[e]
-                total = 0.0
-                for f in range(offsets[j], offsets[j + 1]):
-                    t = rows[f]
-                    if t == i:
-                        total += np.float64(own_here[i]) * there[f]
-                    elif at[t] > 0:
-                        total += np.float64(here[at[t] - 1]) * there[f]
-                total += np.float64(here[e]) * own_there[j]
-                out[e] = total
-            for e in range(offsets[i], offsets[i + 1]):
-                at[rows[e]] = 0
+    for i in numba.prange(len(offsets) - 1):
+        at = new[i]
+        for e in range(offsets[i], offsets[i + 1]):
+            if keep[e]:
+                kept_rows[at], kept_values[at] = rows[e], values[e]
+                at += 1
 
 
 @numba.njit(cache=True, nogil=True, parallel=True)

@@ -61,12 +61,19 @@ def _pull(in_offsets: np.ndarray, sources: np.ndarray, weights: np.ndarray, x: n
         out[i] = total
 
 
+def row_sums(offsets: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """float64[n]: the sum of each row of ragged rows, in the order of its values, whatever the rows before it."""
+    out = np.empty(len(offsets) - 1)
+    _sum_rows(offsets, values, out)
+    return out
+
+
 @numba.njit(cache=True, nogil=True, parallel=True)
-def _row_sums(offsets: np.ndarray, weights: np.ndarray, out: np.ndarray) -> None:
+def _sum_rows(offsets: np.ndarray, values: np.ndarray, out: np.ndarray) -> None:
     for i in numba.prange(len(offsets) - 1):
         total = 0.0
         for e in range(offsets[i], offsets[i + 1]):
-            total += weights[e]
+            total += values[e]
         out[i] = total
 
 
@@ -80,9 +87,8 @@ def undirected_flow(graph: Graph, threads: int = 1) -> Flow:
 
     Nothing teleports and nothing dangles; edge (i, j, w) carries w over the sum of all weights, each way.
     """
-    strength = np.empty(len(graph))
     use_threads(threads)
-    _row_sums(graph.out_offsets, graph.out_weights, strength)
+    strength = row_sums(graph.out_offsets, graph.out_weights)
     total = float(strength.sum())
     return Flow(strength / (total or 1.0), np.full(len(graph), 1.0 / total if total else 0.0), 0)
 
@@ -99,9 +105,8 @@ def directed_flow(graph: Graph, threads: int = 1, start: np.ndarray | None = Non
     tolerance: change of the rates in one step, summed over rows, below which they count as stationary.
     """
     n = len(graph)
-    strength = np.empty(n)
     use_threads(threads)
-    _row_sums(graph.out_offsets, graph.out_weights, strength)
+    strength = row_sums(graph.out_offsets, graph.out_weights)
     total = float(strength.sum())
     if total == 0:
         return Flow(np.zeros(n), np.zeros(n), 0)

@@ -79,6 +79,17 @@ def compress(
     return out_offsets, targets_out, weights_out, order
 
 
+def taken_back(block: Part, order: np.ndarray, number: np.ndarray, rows: range) -> Part:
+    """Consecutive rows of `compress`'s parts, by their old numbers, from its block (or one with fewer edges): number: int64[n],
+    the new row of each old one."""
+    here = number[rows.start : rows.stop]
+    offsets = np.zeros(len(here) + 1, np.int64)
+    np.cumsum(np.diff(block[0])[here], out=offsets[1:])
+    targets, weights = np.empty(offsets[-1], np.int32), np.empty(offsets[-1], np.float32)
+    _copy_back(*block, here, order, offsets, targets, weights)
+    return offsets, targets, weights
+
+
 def locality_order(firsts: np.ndarray) -> np.ndarray:
     """An order of the rows in which rows of one cluster stand near each other: int64[n], the old row of each new one.
 
@@ -170,6 +181,18 @@ def _copy_rows(
                 targets[at] = number[old_targets[e]]
                 weights[at] = old_weights[e]
                 at += 1
+
+
+@numba.njit(cache=True, nogil=True, parallel=True)
+def _copy_back(
+    offsets: np.ndarray, targets: np.ndarray, weights: np.ndarray, rows: np.ndarray, order: np.ndarray,
+    out_offsets: np.ndarray, out_targets: np.ndarray, out_weights: np.ndarray,
+) -> None:  # fmt: skip
+    for i in numba.prange(len(rows)):
+        shift = out_offsets[i] - offsets[rows[i]]
+        for e in range(offsets[rows[i]], offsets[rows[i] + 1]):
+            out_targets[e + shift] = order[targets[e]]
+            out_weights[e + shift] = weights[e]
 
 
 @numba.njit(cache=True, nogil=True, parallel=True)

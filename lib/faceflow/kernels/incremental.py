@@ -11,7 +11,7 @@ import numpy as np
 
 from faceflow.kernels.search import Probes, by_cell
 from faceflow.kernels.tiles import TileKernel
-from faceflow.kernels.topk import Buffers, decode
+from faceflow.kernels.topk import Buffers, CandidateList, decode, key_of, similarity_of
 
 
 def search_cells(
@@ -119,50 +119,88 @@ def _move_left(
                     at += 1
 
 
-def take_rows(table: tuple[np.ndarray, np.ndarray], which: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The rows `which` (int[m]) of ragged rows (offsets, values): (offsets, values)."""
-    offsets, values = table
-    ends = np.zeros(len(which) + 1, np.int64)
-    np.cumsum(np.diff(offsets)[which], out=ends[1:])
-    out = np.empty(ends[-1], values.dtype)
-    _copy_rows(values, offsets, which, out, ends, np.arange(len(which)))
-    return ends, out
+def merge_into(
+    table: tuple[np.ndarray, np.ndarray, np.ndarray], lists: list[CandidateList], active: np.ndarray, new: np.ndarray, k: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """A table (offsets, rows, similarities) of n rows with the candidates of tonight: (offsets, rows, similarities, changed).
 
-
-def put_rows(
-    table: tuple[np.ndarray, np.ndarray, np.ndarray], which: np.ndarray, other: tuple[np.ndarray, np.ndarray, np.ndarray]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A table (offsets, rows, similarities) in which the rows `which` (int[m], ascending) are those of `other`, in order."""
-    counts = np.diff(table[0])
-    counts[which] = np.diff(other[0])
-    ends = np.zeros(len(counts) + 1, np.int64)
-    np.cumsum(counts, out=ends[1:])
-    rest = np.delete(np.arange(len(counts)), which)
-    out = [np.empty(ends[-1], column.dtype) for column in table[1:]]
-    for column, old, new in zip(out, table[1:], other[1:], strict=True):
-        _copy_rows(old, table[0], rest, column, ends, rest)
-        _copy_rows(new, other[0], np.arange(len(which)), column, ends, which)
-    return ends, out[0], out[1]
+    lists: as `topk.merge` takes them. active: bool[n], the rows that were searched: their own lists are empty, and they take
+    every candidate. Others know all faces but those of new, bool[N], and take only these. Each row keeps its k best; changed:
+    bool[n], those that took any.
+    """
+    offsets, rows, values = table
+    n = len(offsets) - 1
+    begin = np.zeros(n + 1, np.int64)
+    for owners, ends, keys in lists:
+        _count_wanted(owners, ends, keys, active, new, begin[1:])
+    np.cumsum(begin, out=begin)
+    pool, cursor = np.empty(begin[-1], np.uint64), begin[:-1].copy()
+    for owners, ends, keys in lists:
+        _put_wanted(owners, ends, keys, active, new, cursor, pool)
+    counts, out_offsets = np.empty(n, np.int64), np.zeros(n + 1, np.int64)
+    _sort_once(begin, pool, counts)
+    np.cumsum(np.minimum(np.diff(offsets) + counts, k), out=out_offsets[1:])
+    out_rows, out_values, changed = (
+        np.empty(out_offsets[-1], np.int32),
+        np.empty(out_offsets[-1], np.float32),
+        np.zeros(n, bool),
+    )
+    _merge_sorted(offsets, rows, values.view(np.uint32), begin, counts, pool, out_offsets, out_rows, out_values, changed)
+    return out_offsets, out_rows, out_values, changed
 
 
 @numba.njit(cache=True, nogil=True)
-def _copy_rows(
-    values: np.ndarray, offsets: np.ndarray, rows: np.ndarray, out: np.ndarray, out_offsets: np.ndarray, out_rows: np.ndarray
+def _count_wanted(
+    owners: np.ndarray, ends: np.ndarray, keys: np.ndarray, active: np.ndarray, new: np.ndarray, counts: np.ndarray
 ) -> None:
-    for i in range(len(rows)):
-        begin, at = offsets[rows[i]], out_offsets[out_rows[i]]
-        for e in range(offsets[rows[i] + 1] - begin):
-            out[at + e] = values[begin + e]
+    for i in range(len(owners)):
+        for e in range(ends[i], ends[i + 1]):
+            counts[owners[i]] += active[owners[i]] or new[np.uint32(keys[e])]
 
 
-def changed_rows(before: tuple[np.ndarray, np.ndarray], after: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-    """bool[n]: rows whose neighbors, (offsets, rows) of two tables of n rows, are not the same."""
-    counts, counts_after = np.diff(before[0]), np.diff(after[0])
-    changed = np.asarray(counts != counts_after)
-    same = np.flatnonzero(~changed & (counts > 0))
-    length = counts[same]
-    owner = np.repeat(same, length)
-    within = np.arange(len(owner)) - np.repeat(np.cumsum(length) - length, length)
-    differ = before[1][before[0][owner] + within] != after[1][after[0][owner] + within]
-    changed[owner[differ]] = True
-    return changed
+@numba.njit(cache=True, nogil=True)
+def _put_wanted(
+    owners: np.ndarray, ends: np.ndarray, keys: np.ndarray, active: np.ndarray, new: np.ndarray, cursor: np.ndarray,
+    pool: np.ndarray,
+) -> None:  # fmt: skip
+    for i in range(len(owners)):
+        for e in range(ends[i], ends[i + 1]):
+            if active[owners[i]] or new[np.uint32(keys[e])]:
+                pool[cursor[owners[i]]] = keys[e]
+                cursor[owners[i]] += 1
+
+
+@numba.njit(cache=True, nogil=True)
+def _sort_once(begin: np.ndarray, pool: np.ndarray, counts: np.ndarray) -> None:
+    # Several shards may have found the same pair.
+    for i in range(len(counts)):
+        mine = pool[begin[i] : begin[i + 1]]
+        if len(mine) > 1:
+            mine.sort()
+        at = 0
+        for e in range(len(mine)):
+            if e == 0 or mine[e] != mine[e - 1]:
+                mine[at] = mine[e]
+                at += 1
+        counts[i] = at
+
+
+@numba.njit(cache=True, nogil=True)
+def _merge_sorted(
+    offsets: np.ndarray, rows: np.ndarray, bits: np.ndarray, begin: np.ndarray, counts: np.ndarray, pool: np.ndarray,
+    out_offsets: np.ndarray, out_rows: np.ndarray, out_values: np.ndarray, changed: np.ndarray,
+) -> None:  # fmt: skip
+    out_bits = out_values.view(np.uint32)
+    for i in range(len(counts)):
+        old, at, end = np.uint64(offsets[i]), np.uint64(out_offsets[i]), np.uint64(out_offsets[i + 1])
+        for f in range(np.uint64(begin[i]), np.uint64(begin[i] + counts[i])):
+            while at < end and old < np.uint64(offsets[i + 1]) and key_of(bits[old], rows[old]) < pool[f]:
+                out_rows[at], out_bits[at] = rows[old], bits[old]
+                at, old = at + np.uint64(1), old + np.uint64(1)
+            if at == end:
+                break
+            out_rows[at], out_bits[at] = np.int32(np.uint32(pool[f])), np.float32(similarity_of(pool[f])).view(np.uint32)
+            at += np.uint64(1)
+            changed[i] = True
+        for e in range(end - at):
+            out_rows[at + e], out_bits[at + e] = rows[old + e], bits[old + e]

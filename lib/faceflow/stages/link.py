@@ -8,7 +8,6 @@ import numpy as np
 
 from faceflow.cluster.executor import Resources
 from faceflow.kernels import edges, graphs
-from faceflow.kernels.incremental import take_rows
 from faceflow.stages.base import Context, Outcome, Stage, merge_pieces
 from faceflow.storage import layout
 from faceflow.storage.files import Store
@@ -85,10 +84,8 @@ def link_all(
     number[order] = np.arange(len(order))
     pieces = {}
     for part in range(len(parts)):
-        here = number[parts.starts[part] : parts.starts[part + 1]]
-        ends, targets = take_rows((offsets, rows), here)
-        values = take_rows((offsets, weights), here)[1]
-        found = EdgeList(parts.starts[part], ends, order[targets].astype(np.int32), values)
+        here = range(parts.starts[part], parts.starts[part + 1])
+        found = EdgeList(here.start, *graphs.taken_back((offsets, rows, weights), order, number, here))
         name = layout.part("edges", part)
         pieces[name] = run.write_arrow(name, EDGES_SCHEMA, [found.to_batch()])
     return pieces, len(rows)

@@ -158,35 +158,10 @@ def merge_night(run: Store, past: Past, parts: Parts, part: int, files: int, nei
     """One part's neighbor table: what was carried over, and the new candidates. Writes the faces' states."""
     carried, state = _carried(run, past.run, past.parts, parts, part, neighbors)
     new = read_column(run, "past", range(len(parts))) < 0
-    names = [layout.candidates(index) for index in range(files)]
-    found = [_unknown(lists, state, new) for lists in read_candidates(run, names, part)]
-    meets = np.zeros(len(carried), bool)
-    for owners, ends, _ in found:
-        meets[owners[np.diff(ends) > 0]] = True
-    # Only rows with candidates are merged, and put in the places of what they replace.
-    which = np.flatnonzero(meets)
-    at = np.full(len(carried), -1, np.int32)
-    at[which] = np.arange(len(which))
-    offsets, rows = incremental.take_rows((carried.offsets, carried.rows), which)
-    values = incremental.take_rows((carried.offsets, carried.values), which)[1]
-    every = np.arange(len(which), dtype=np.int32)
-    lists: list[topk.CandidateList] = [(every, offsets, topk.encode(values, rows))]
-    for owners, ends, keys in found:
-        here = np.flatnonzero(np.diff(ends) > 0)
-        lists.append((at[owners[here]], *incremental.take_rows((ends, keys), here)))
-    merged = topk.merge(lists, len(which), neighbors)
-    table = incremental.put_rows((carried.offsets, carried.rows, carried.values), which, merged)
-    changed = np.zeros(len(carried), bool)
-    changed[which] = incremental.changed_rows((offsets, rows), merged[:2])
+    lists = read_candidates(run, [layout.candidates(index) for index in range(files)], part)
+    *table, changed = incremental.merge_into(
+        (carried.offsets, carried.rows, carried.values), lists, state == ACTIVE, new, neighbors
+    )
     after = np.where(state == ACTIVE, ACTIVE, np.where(changed | (state == CHANGED), CHANGED, SAME)).astype(np.uint8)
     run.write_arrow(layout.part("state", part), STATE_SCHEMA, [pa.record_batch([pa.array(after)], schema=STATE_SCHEMA)])
     return NeighborTable(carried.first_row, *table)
-
-
-def _unknown(found: topk.CandidateList, state: np.ndarray, new: np.ndarray) -> topk.CandidateList:
-    """Candidates without those that the carried table holds already, or was right to leave out: a face that is not active
-    itself knows all others but the new ones."""
-    rows, offsets, keys = found
-    owner = np.repeat(rows, np.diff(offsets))
-    kept = (state[owner] == ACTIVE) | new[topk.decode(keys)[1]]
-    return rows, np.concatenate([[0], np.cumsum(kept)])[offsets - offsets[0]], keys[kept]
