@@ -16,7 +16,7 @@ LAYERS = [
     {"tables", "config"},
     {"kernels", "storage", "cluster"},
     {"stages"},
-    {"pipeline", "report", "evaluation", "synthesis", "importing", "housekeeping", "comparison"},
+    {"pipeline", "report", "evaluation", "synthesis", "importing", "housekeeping", "comparison", "comparing"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -30,8 +30,8 @@ HOMES = {
     "fsspec": {"storage"},
 }
 STAGE_HELPERS = {
-    "arrivals", "base", "candidates", "cells", "checking", "decisions", "floors", "history", "intake", "pieces", "reading",
-    "renewal",
+    "arrivals", "base", "candidates", "cells", "checking", "decisions", "floors", "grouping", "history", "intake", "pieces",
+    "reading", "renewal",
 }  # fmt: skip
 
 

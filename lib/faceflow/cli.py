@@ -49,6 +49,11 @@ def _settings_parser(commands: Any, name: str, help: str, description: str) -> a
     parser.add_argument(
         "output", metavar="OUTPUT", nargs="?", default=_UNSET, help="folder or s3:// prefix for labels, pointer and runs"
     )
+    _add_settings(parser, name)
+    return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser, name: str) -> None:
     for key, field in SETTINGS.items():
         meta = field.metadata
         if key in ("input", "output") or (meta["nightly"] and name != "nightly"):
@@ -65,7 +70,6 @@ def _settings_parser(commands: Any, name: str, help: str, description: str) -> a
     parser.add_argument("--config", metavar="FILE", help="TOML file with any of these settings; flags win over it")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line of stdout")
     parser.add_argument("--quiet", action="store_true", help="no progress bars and no stage lines on stderr")
-    return parser
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -108,6 +112,22 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("truth", metavar="TRUTH", help="Parquet with an id and a label column; a file, folder or glob")
     evaluate.add_argument("--label-column", default="label", metavar="TEXT", help="identity column of TRUTH (default: label)")
     evaluate.add_argument("--id-column", default="id", metavar="TEXT", help="id column of TRUTH (default: id)")
+    compare = _add_command(
+        commands,
+        "compare",
+        "run every known clustering method on one neighbor table and score them",
+        "Cluster INPUT once, run every method on its neighbor table, and score each against TRUTH: a table as text and CSV,\n"
+        "a plot, and each method's labels, in OUTPUT/compare/run=<run id>/. Needs the methods extra.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    compare.add_argument("input", metavar="INPUT", help="as for cluster")
+    compare.add_argument("truth", metavar="TRUTH", help="Parquet with an id and a label column; may be INPUT itself")
+    compare.add_argument(
+        "--output", default="compare-out", metavar="OUTPUT", help="folder or s3:// prefix (default: compare-out)"
+    )
+    compare.add_argument("--methods", metavar="A,B", help="only these methods (default: all)")
+    compare.add_argument("--label-column", default="label", metavar="TEXT", help="identity column of TRUTH (default: label)")
+    _add_settings(compare, "compare")
     synthesize = _add_command(
         commands,
         "synthesize",
@@ -213,6 +233,22 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     )
 
 
+def _compare(arguments: argparse.Namespace) -> None:
+    from faceflow.comparing import compare_methods, table
+
+    given = {key: value for key in SETTINGS if (value := getattr(arguments, key, _UNSET)) is not _UNSET}
+    wanted = [name.strip() for name in arguments.methods.split(",")] if arguments.methods is not None else None
+    found = compare_methods(
+        load_config(given, arguments.config), arguments.truth, wanted, label_column=arguments.label_column,
+        progress=not arguments.quiet,
+    )  # fmt: skip
+    if arguments.json:
+        print(json.dumps({"run_id": found.run.run_id, "folder": found.folder, "rows": [asdict(row) for row in found.rows]}))
+        return
+    print(table(found.rows))
+    print(f"table.txt, table.csv, plot.png and labels: {found.folder}")
+
+
 def _synthesize(arguments: argparse.Namespace) -> None:
     from faceflow.synthesis import synthesize
 
@@ -290,6 +326,7 @@ _COMMANDS = {
     "cluster": _cluster,
     "nightly": _cluster,
     "evaluate": _evaluate,
+    "compare": _compare,
     "synthesize": _synthesize,
     "import": _import,
     "runs": _runs,

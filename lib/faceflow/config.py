@@ -15,6 +15,11 @@ from typing import Any
 
 from faceflow.errors import SettingsError, did_you_mean
 
+METHODS = (
+    "infomap", "components", "hac-single", "hac-average", "chinese-whispers", "label-propagation", "leiden", "knn-dbscan",
+    "hdbscan", "rank-order", "cdp", "dpc", "lce", "spectral", "minibatch-kmeans",
+)  # fmt: skip
+
 
 def _setting(
     default: Any, help: str, *, metavar: str | None = None, choices: tuple[str, ...] | None = None, nightly: bool = False
@@ -81,6 +86,13 @@ class ClusterConfig:
     )
     raise_probes: bool = _setting(False, "instead of failing, search again with more probes until min-recall holds")
     recall_sample: int = _setting(1_000, "faces searched exactly to measure the edge recall", metavar="N")
+    method: str = _setting(
+        "infomap",
+        "how the graph becomes clusters. infomap: the map equation; the others are those of `faceflow compare` (they need the "
+        "methods extra)",
+        choices=METHODS,
+    )
+    clusters: int | None = _setting(None, "clusters to make, for methods that must be told (minibatch-kmeans)", metavar="N")
     engine: str = _setting(
         "native",
         "community detection: native is our own map-equation engine, infomap the package",
@@ -154,6 +166,10 @@ class ClusterConfig:
         floor = self.min_similarity
         if floor not in (None, "auto") and not (isinstance(floor, numbers.Real) and -1 <= floor <= 1):
             raise SettingsError(f"min_similarity is {floor}: a cosine lies between -1 and 1; or 'auto', or 'none'")
+        if self.clusters is not None and self.clusters < 1:
+            raise SettingsError(f"clusters is {self.clusters}: it must be 1 or more")
+        if self.method == "minibatch-kmeans" and self.clusters is None:
+            raise SettingsError("method minibatch-kmeans must be told how many clusters to make: set clusters")
         for name, setting in SETTINGS.items():
             choices = setting.metadata.get("choices")
             if choices and getattr(self, name) not in choices:

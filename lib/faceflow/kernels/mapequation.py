@@ -198,6 +198,16 @@ def detect(
     return Partition(dense(found)[0] if n else found, length, visits)
 
 
+def measure(parts: Iterable[Part], modules: np.ndarray, threads: int = 1, directed: bool = True) -> Partition:
+    """The codelength of modules, int64[n], that were found in another way. parts, threads, directed: as `detect`."""
+    graph = load(parts, threads, by_locality=False)[0]
+    if not directed:
+        graph = symmetric(graph)
+    flow = directed_flow(graph, threads) if directed else undirected_flow(graph, threads)
+    linked = bool(len(graph.targets))
+    return Partition(modules, codelength(graph, flow, modules) if linked else 0.0, flow.rows)
+
+
 def _start_of(earlier: Earlier, order: np.ndarray) -> tuple[np.ndarray | None, float]:
     rates = earlier.flow[order]
     if not rates.any():

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from faceflow.cluster.executor import Resources
 from faceflow.errors import QualityError
-from faceflow.stages import decisions
+from faceflow.stages import decisions, grouping
 from faceflow.stages.base import Context, Outcome, Stage
 from faceflow.stages.reading import read_column
 from faceflow.storage import layout
@@ -30,20 +30,36 @@ def run(context: Context) -> Outcome:
     counts, pieces = executor.call(
         detect, context.stores.run, context.parts, config.engine, config.flow == "directed", config.seed, config.trials,
         config.verify_codelength, threads, _past_of(context), config.constraints, config.storage_options,
-        config.exclusive_column is not None, label="detect",
+        config.exclusive_column is not None, _other_method(context), label="detect",
         # infomap crashes where faiss, which GPU search loads, was imported after it.
         resources=Resources(cpus=0 if native else 1, apart=not native or config.verify_codelength),
     )  # fmt: skip
     return Outcome(counts, pieces)
 
 
+def _other_method(context: Context) -> tuple[str, int, float | None, int | None] | None:
+    config = context.config
+    if config.method == "infomap":
+        return None
+    return config.method, context.dim, context.floors[0], config.clusters
+
+
 def _past_of(context: Context) -> tuple[Store, Parts, bool, bool] | None:
     """The run to continue from: last night's, where this night's edges are known to differ from its edges in part only."""
     past, config = context.past, context.config
-    if past is None or config.engine != "native" or not context.done["quantize"].counts["incremental"]:
+    if (
+        past is None
+        or config.engine != "native"
+        or config.method != "infomap"
+        or not context.done["quantize"].counts["incremental"]
+    ):
         return None
     before = past.done["detect"].fingerprint
-    if (before["engine"], before["flow"]) != (config.engine, config.flow) or config.trials > 1:
+    if (before.get("method"), before["engine"], before["flow"]) != (
+        config.method,
+        config.engine,
+        config.flow,
+    ) or config.trials > 1:
         return None
     return past.run, past.parts, context.done["quantize"].counts["nights"] % CHECK_EVERY == 0, config.edges != "threshold"
 
@@ -52,7 +68,7 @@ STAGE = Stage(
     name="detect",
     reads=("edges",),
     writes=("modules",),
-    settings=("engine", "flow", "seed", "trials", "constraints", "exclusive_column"),
+    settings=("method", "clusters", "engine", "flow", "seed", "trials", "constraints", "exclusive_column"),
     after=("ingest", "link"),
     packages=("faceflow", "infomap"),
     inputs=lambda context: decisions.fingerprint(context.config),
@@ -83,19 +99,25 @@ def detect(
     constraints: str | None = None,
     options: Mapping[str, Any] | None = None,
     exclusive: bool = False,
+    other: tuple[str, int, float | None, int | None] | None = None,
 ) -> tuple[dict[str, float], dict[str, int]]:
     """Run the engine over all edge parts and write one module per row, part by part; past: the run to continue from;
-    constraints: the file of constraints on them, and options of its store; exclusive: whether to keep faces of one photo apart.
+    constraints: the file of constraints on them, and options of its store; exclusive: whether to keep faces of one photo apart;
+    other: the method to use in place of the map equation, the embeddings' dimension, the floor, how many clusters it is told.
 
     Raises QualityError when the codelength is to be verified and the package's differs by more than 1e-6 of it.
     """
-    from faceflow.kernels import infomap_engine, mapequation
+    from faceflow.kernels import infomap_engine, mapequation, methods
 
     edges = _Again(
         lambda: (EdgeList.from_batch(run.read_batch(layout.part("edges", p)), parts.starts[p]) for p in range(len(parts)))
     )
     arrays = _Again(lambda: ((e.offsets, e.rows, e.values) for e in edges))
-    if engine == "native":
+    if other is not None:
+        name, dim, floor, clusters = other
+        found = methods.cluster(name, grouping.given(run, parts, dim, floor, clusters, seed, threads))
+        partition = mapequation.measure(arrays, found, threads, directed)
+    elif engine == "native":
         earlier = mapequation.Earlier(*_earlier(run, parts, edges, *past)) if past is not None else None
         partition = mapequation.detect(arrays, seed, trials, threads, directed, earlier)
     else:

@@ -1,0 +1,207 @@
+"""Every clustering method on one neighbor table, scored against known identities: the literature's table on the user's data."""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from faceflow.cluster.executor import Executor, Resources, peak_memory
+from faceflow.config import ClusterConfig
+from faceflow.errors import FaceflowError, InputError, SettingsError, did_you_mean
+from faceflow.evaluation import evaluate, read_labels
+from faceflow.kernels import methods
+from faceflow.pipeline import RunResult, run_clustering
+from faceflow.stages import grouping
+from faceflow.stages.reading import good_entries, read_ids, read_rejected
+from faceflow.storage import layout, manifests
+from faceflow.storage.files import Store
+from faceflow.tables import Parts
+
+log = logging.getLogger("faceflow")
+
+PLOT_DPI = 120
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method's line. Scores as `evaluation.evaluate` gives them; seconds: of the method alone, the table being there;
+    peak_memory_bytes: of its process, the table included; skipped: why there are no scores (empty: there are)."""
+
+    method: str
+    pairwise_precision: float | None = None
+    pairwise_recall: float | None = None
+    pairwise_f: float | None = None
+    bcubed_precision: float | None = None
+    bcubed_recall: float | None = None
+    bcubed_f: float | None = None
+    nmi: float | None = None
+    clusters: int | None = None
+    seconds: float | None = None
+    peak_memory_bytes: int | None = None
+    skipped: str = ""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """rows: in the order asked for; folder: where table.txt, table.csv, plot.png and each method's labels are."""
+
+    run: RunResult
+    rows: list[Row]
+    folder: str
+
+
+def compare_methods(
+    config: ClusterConfig,
+    truth: str,
+    wanted: Sequence[str] | None = None,
+    *,
+    label_column: str = "label",
+    progress: bool = True,
+) -> Comparison:
+    """Cluster `config.input` once, then run every method on its neighbor table and score all against `truth`.
+
+    wanted: names of methods (None: all). Methods that must be told the number of clusters are told the true one. A method that
+    cannot be run here (a package is missing, the set or a component is too large) is a row that says why.
+    Raises SettingsError for an unknown method, InputError for a truth that cannot be used, before anything is computed.
+    """
+    names = list(wanted) if wanted is not None else list(methods.METHODS)
+    for name in names:
+        if name not in methods.METHODS:
+            raise SettingsError(f"unknown method {name!r}{did_you_mean(name, methods.METHODS)}")
+    if not names:
+        raise SettingsError("no method is named")
+    identities = read_labels(truth, config.id_column, label_column, config.storage_options)
+    people = pc.count_distinct(identities["value"]).as_py()
+    if identities["value"].null_count:
+        raise InputError(f"{truth}: column {label_column!r} holds {identities['value'].null_count} null(s)")
+    del identities
+    result = run_clustering(config, progress=progress)
+    output = Store.at(config.output, config.storage_options)
+    work = Store.at(config.work_dir, config.storage_options) if config.work_dir else None
+    run = layout.runs_store(output, work).child(result.run_id)
+    folder = output.child(f"compare/run={result.run_id}")
+    counts = {stage: manifests.read(run, stage).counts for stage in ("ingest", "quantize")}  # type: ignore[union-attr]
+    parts, rows = Parts(tuple(counts["ingest"]["starts"])), []
+    with Executor(config.address, config.workers, progress) as executor:
+        for name in names:
+            row = _run(
+                executor, name, (run, folder, parts, counts["ingest"]["dim"], counts["quantize"]["floor"], people, config.seed,
+                                 executor.largest_machine_cpus, truth, label_column, config.id_column, config.storage_options),
+            )  # fmt: skip
+            log.info("%s", _line(row))
+            rows.append(row)
+    text = table(rows)
+    folder.write_bytes("table.txt", (text + "\n").encode())
+    folder.write_bytes("table.csv", _csv(rows).encode())
+    plot = _plot(rows)
+    if plot is not None:
+        folder.write_bytes("plot.png", plot)
+    return Comparison(result, rows, folder.root)
+
+
+def _run(executor: Executor, name: str, arguments: tuple[Any, ...]) -> Row:
+    method, faces = methods.METHODS[name], arguments[2].faces
+    if faces > method.most_faces:
+        return Row(name, skipped=f"does not scale: not run above {method.most_faces:,} faces")
+    try:
+        return executor.call(run_method, name, *arguments, label=name, resources=Resources(cpus=0, apart=True))
+    except FaceflowError as error:
+        return Row(name, skipped=str(error))
+
+
+def run_method(
+    name: str, run: Store, folder: Store, parts: Parts, dim: int, floor: float | None, people: int, seed: int, threads: int,
+    truth: str, label_column: str, id_column: str, options: Any,
+) -> Row:  # fmt: skip
+    """In a worker of its own: one method's labels, written as Parquet, and its scores."""
+    given = grouping.given(run, parts, dim, floor, people, seed, threads)
+    begun = time.perf_counter()
+    labels = methods.cluster(name, given)
+    seconds, peak = time.perf_counter() - begun, peak_memory()
+    file_name = f"labels-{name}.parquet"
+    with folder.open_write(file_name) as file:
+        writer = None
+        for part in range(len(parts)):
+            ids = read_ids(run, part)
+            good = good_entries(read_rejected(run, part), len(ids))
+            clusters = np.zeros(len(ids), np.int64)
+            clusters[good] = labels[parts.starts[part] : parts.starts[part + 1]]
+            content = pa.table([ids, pa.array(clusters, mask=~good)], names=["id", "cluster"])
+            writer = writer or pq.ParquetWriter(file, content.schema, compression="zstd")
+            writer.write_table(content)
+        if writer is not None:
+            writer.close()
+    scores = asdict(
+        evaluate(folder.address(file_name), truth, label_column=label_column, id_column=id_column, storage_options=options)
+    )
+    found = {field.name: scores[field.name] for field in fields(Row) if field.name in scores}
+    return Row(name, **found, seconds=round(seconds, 3), peak_memory_bytes=peak)
+
+
+_HEAD = ("method", "pairwise P", "R", "F", "BCubed P", "R", "F", "NMI", "clusters", "seconds", "MiB")
+_WIDTHS = (18, 11, 8, 8, 10, 8, 8, 8, 10, 9, 8)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The table as text; methods that were skipped say why."""
+    head = "".join(f"{title:>{width}}" for title, width in zip(_HEAD[1:], _WIDTHS[1:], strict=True))
+    return "\n".join([f"{_HEAD[0]:{_WIDTHS[0]}}{head}", *map(_line, rows)])
+
+
+def _line(row: Row) -> str:
+    if row.skipped:
+        return f"{row.method:{_WIDTHS[0]}}{row.skipped}"
+    scores = [
+        row.pairwise_precision,
+        row.pairwise_recall,
+        row.pairwise_f,
+        row.bcubed_precision,
+        row.bcubed_recall,
+        row.bcubed_f,
+    ]
+    cells = [f"{value:.4f}" for value in [*scores, row.nmi]]
+    cells += [f"{row.clusters:,}", f"{row.seconds:,.1f}", f"{(row.peak_memory_bytes or 0) / 2**20:,.0f}"]
+    return f"{row.method:{_WIDTHS[0]}}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, _WIDTHS[1:], strict=True))
+
+
+def _csv(rows: Sequence[Row]) -> str:
+    out = io.StringIO()
+    writer = csv.DictWriter(out, [field.name for field in fields(Row)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(row) for row in rows)
+    return out.getvalue()
+
+
+def _plot(rows: Sequence[Row]) -> bytes | None:
+    """A PNG of both F of each method, the best on top, beside its seconds; None without matplotlib, or without a score."""
+    scored = sorted((row for row in rows if not row.skipped), key=lambda row: (row.pairwise_f or 0) + (row.bcubed_f or 0))
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        log.warning("no plot: matplotlib is not installed (pip install 'faceflow[methods]')")
+        return None
+    if not scored:
+        return None
+    figure = Figure(figsize=(9, 1.2 + 0.38 * len(scored)), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=[3, 2])
+    at = np.arange(len(scored))
+    left.barh(at + 0.2, [row.pairwise_f or 0 for row in scored], 0.4, label="pairwise F", color="#31688e")
+    left.barh(at - 0.2, [row.bcubed_f or 0 for row in scored], 0.4, label="BCubed F", color="#90d743")
+    left.set_yticks(at, [row.method for row in scored])
+    left.set(xlim=(0, 1), xlabel="F")
+    left.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
+    right.barh(at, [max(row.seconds or 0, 1e-3) for row in scored], 0.6, color="#888888")
+    right.set(xscale="log", xlabel="seconds, the neighbor table being there")
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=PLOT_DPI)
+    return out.getvalue()
