@@ -31,7 +31,7 @@ HOMES = {
 }
 STAGE_HELPERS = {
     "arrivals", "base", "candidates", "cells", "checking", "decisions", "floors", "grouping", "history", "intake", "pieces",
-    "reading", "renewal",
+    "quality", "reading", "renewal",
 }  # fmt: skip
 
 

@@ -89,7 +89,7 @@ def compare_methods(
     output = Store.at(config.output, config.storage_options)
     work = Store.at(config.work_dir, config.storage_options) if config.work_dir else None
     run = layout.runs_store(output, work).child(result.run_id)
-    folder = output.child(f"compare/run={result.run_id}")
+    folder = output.child(layout.compare_folder(result.run_id))
     counts = {stage: manifests.read(run, stage).counts for stage in ("ingest", "quantize")}  # type: ignore[union-attr]
     parts, rows = Parts(tuple(counts["ingest"]["starts"])), []
     with Executor(config.address, config.workers, progress) as executor:

@@ -82,6 +82,8 @@ def clean(
         out.delete(layout.label_folder(run.run_id))
         out.delete(layout.rejected_folder(run.run_id))
         out.delete(layout.moves_folder(run.run_id))
+        out.delete(layout.quality_folder(run.run_id))
+        out.delete(layout.compare_folder(run.run_id))
         for name in runs.names(run.run_id):
             if name != layout.RUN_RECORD:
                 runs.delete(f"{run.run_id}/{name}")

@@ -49,10 +49,12 @@ class RunResult:
 
     labels: address of the label folder; faces: those with a cluster; rejected: rows set aside; floor: cosine from which faces
     are neighbors (None: none); impostors_a_face: expected number of a face's neighbors above it that are other people, at most
-    (None: the floor was given, so nothing was estimated); recall: edge recall of the
-    search, `estimate`, `low`, `high` (a 95 % interval), from `faces` sampled faces with `edges` true neighbors; seconds: wall
-    time of each stage and `total`; peak_memory_bytes: largest resident memory of the driver; worker_peak_memory_bytes: of any
-    one worker, mapped files included (0: none ran).
+    (None: the floor was given, so nothing was estimated); recall: edge recall of the search, `estimate`, `low`, `high` (a 95 %
+    interval), from `faces` sampled faces with `edges` true neighbors; quality: of the clusters, without labels: `within`, mean
+    similarity of a face to its neighbors in its cluster; `between`, of those that have one outside, to the nearest;
+    `outside_share`, how many have; `doubtful_share`, faces nearer to one outside than to those inside on average; `sizes`,
+    clusters by size; seconds: wall time of each stage and `total`; peak_memory_bytes: largest resident memory of the driver;
+    worker_peak_memory_bytes: of any one worker, mapped files included (0: none ran).
     """
 
     run_id: str
@@ -66,6 +68,7 @@ class RunResult:
     floor: float | None
     impostors_a_face: float | None
     recall: dict[str, float]
+    quality: dict[str, Any]
     seconds: dict[str, float]
     peak_memory_bytes: int
     worker_peak_memory_bytes: int
@@ -193,6 +196,7 @@ def _result(
         floor=done["quantize"].counts["floor"],
         impostors_a_face=done["quantize"].counts.get("impostors_a_face"),
         recall=done["search"].counts["recall"],
+        quality=done["publish"].counts.get("quality", {}),
         seconds=seconds,
         peak_memory_bytes=peak_memory(),
         worker_peak_memory_bytes=executor.usage.peak_worker_bytes,
@@ -230,6 +234,7 @@ def _advance_all(job: _Job) -> RunResult:
             "seconds": seconds,
             "recall": result.recall["estimate"],
             "recall_interval": [result.recall["low"], result.recall["high"]],
+            "quality": result.quality,
             "created": _now().isoformat(timespec="seconds"),
         }
         _publish(stores.output, pointer, job.parent_version)
@@ -359,7 +364,9 @@ def _choose_run(config: ClusterConfig, output: Store, runs: Store, published: st
             raise SettingsError(f"run {run_id} is published: it cannot be begun again; choose another --run-id")
         log.info("run %s is begun again: what it had done is removed", run_id)
         runs.delete(run_id)
-        for folder in (layout.label_folder, layout.rejected_folder, layout.moves_folder, layout.events_folder):
+        for folder in (
+            layout.label_folder, layout.rejected_folder, layout.moves_folder, layout.events_folder, layout.quality_folder,
+        ):  # fmt: skip
             output.delete(folder(run_id))
     if runs.read_json(f"{run_id}/{layout.RUN_RECORD}") is None:
         runs.write_json(f"{run_id}/{layout.RUN_RECORD}", _record(config, "begun", night))

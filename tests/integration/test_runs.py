@@ -139,7 +139,7 @@ def test_publishes_what_the_readme_promises(tmp_path: Path, blobs: Callable[...,
     pointer = json.loads((tmp_path / "out" / "latest.json").read_text())
     assert set(pointer) == {
         "run_id", "labels", "faces", "rejected", "clusters", "singletons", "edges", "parent_run_id", "next_id", "settings",
-        "floor", "impostors_a_face", "seconds", "recall", "recall_interval", "created",
+        "floor", "impostors_a_face", "seconds", "recall", "recall_interval", "quality", "created",
     }  # fmt: skip
     assert (pointer["faces"], pointer["clusters"], pointer["parent_run_id"]) == (200, 20, None)
     assert set(pointer["seconds"]) == {"ingest", "quantize", "search", "link", "detect", "publish", "total"}

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from faceflow.kernels.identity import canonical_order, stable_clusters, transitions
+from faceflow.stages import quality
 from faceflow.stages.base import Context, Outcome, Stage
 from faceflow.stages.history import events, moves_schema
 from faceflow.stages.reading import good_entries, read_column, read_ids, read_rejected
@@ -33,11 +34,13 @@ def run(context: Context) -> Outcome:
     )
     results = context.executor.map(
         publish_part,
-        [(stores.run, stores.output, stores.run_id, part, len(parts), past) for part in range(len(parts))],
+        [(stores.run, stores.output, stores.run_id, part, parts, past) for part in range(len(parts))],
         "publish",
         sizes=[parts.rows(part) for part in range(len(parts))],
     )
-    return Outcome(counts | {"label_bytes": sum(results)}, pieces)
+    found = context.executor.call(quality.summarize, stores.run, stores.output, stores.run_id, parts, label="quality")
+    shown = {key: value for key, value in found.items() if key != "sizes"}
+    return Outcome(counts | {"label_bytes": sum(results), "quality": found} | shown, pieces)
 
 
 def labels_are_there(context: Context) -> bool:
@@ -48,8 +51,9 @@ def labels_are_there(context: Context) -> bool:
 
 STAGE = Stage(
     name="publish",
-    reads=("ids", "modules"),
-    writes=("clusters",),
+    reads=("ids", "modules", "neighbors"),
+    writes=("clusters", "quality"),
+    scratch=("quality",),
     settings=("id_column",),
     after=("ingest", "detect"),
     packages=("faceflow",),
@@ -95,23 +99,25 @@ def name_clusters(
     return counts, {layout.CLUSTERS: size}
 
 
-def publish_part(run: Store, output: Store, run_id: str, part: int, parts: int, past: Past | None) -> int:
+def publish_part(run: Store, output: Store, run_id: str, part: int, parts: Parts, past: Past | None) -> int:
     """Write one part's labels, `id` and `cluster` in input order, null for a row set aside; returns the file's bytes.
 
     Rows set aside are also listed, with file, row and reason, under `rejected/`; after a night, faces whose cluster is another
-    under `moves/`.
+    under `moves/`. How sure its clusters are goes to `quality/`.
     """
     ids, rejected = read_ids(run, part), read_rejected(run, part)
     good = good_entries(rejected, len(ids))
-    clusters = np.zeros(len(ids), np.int64)
-    clusters[good] = _clusters(run, [part])
+    clusters, every = np.zeros(len(ids), np.int64), _clusters(run, range(len(parts)))
+    clusters[good] = every[parts.starts[part] : parts.starts[part + 1]]
+    quality.write_part(run, part, parts.starts[part], every)
+    del every
     schema = pa.schema([pa.field("id", ids.type), pa.field("cluster", pa.int64())])
     if rejected.num_rows:
         lines = {"id": ids.take(rejected.column("position"))} | {n: rejected.column(n) for n in ("file", "row", "reason")}
         with output.open_write(layout.rejected_part(run_id, part), durable=True) as file:
             pq.write_table(pa.table(lines), file, compression="zstd")
     if past is not None:
-        moved = _moves(run, part, parts, ids.filter(pa.array(good)), clusters[good], past)
+        moved = _moves(run, part, len(parts), ids.filter(pa.array(good)), clusters[good], past)
         with output.open_write(layout.moves_part(run_id, part), durable=True) as file:
             pq.write_table(moved, file, compression="zstd")
     with output.open_write(layout.label_part(run_id, part), durable=True) as file:

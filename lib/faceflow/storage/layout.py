@@ -87,6 +87,20 @@ def moves_part(run_id: str, index: int) -> str:
     return f"{moves_folder(run_id)}/part-{index:05d}.parquet"
 
 
+def quality_folder(run_id: str) -> str:
+    return f"quality/run={run_id}"
+
+
+def quality_table(run_id: str) -> str:
+    """One row a cluster of two faces and more, the most doubtful first."""
+    return f"{quality_folder(run_id)}/clusters.parquet"
+
+
+def compare_folder(run_id: str) -> str:
+    """What every method made of this run's neighbor table."""
+    return f"compare/run={run_id}"
+
+
 def label_folder(run_id: str) -> str:
     return f"labels/run={run_id}"
 
