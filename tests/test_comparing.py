@@ -6,13 +6,17 @@ import csv
 import json
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from faceflow import comparing
 from faceflow.cli import main
 from faceflow.config import METHODS
+from faceflow.errors import InputError
 from faceflow.evaluation import evaluate
+from faceflow.importing import import_neighbors
 from faceflow.kernels import methods
 from faceflow.synthesis import synthesize
 
@@ -76,6 +80,51 @@ def test_what_cannot_be_compared_is_said_first(made: Path, capsys: pytest.Captur
     assert main(["cluster", faces, out, "--method", "minibatch-kmeans"]) == 2
     assert "set clusters" in capsys.readouterr().err
     assert not Path(out).exists()
+
+
+def test_a_published_neighbor_table(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = pq.read_table(made / "faces")
+    x = table["embedding"].combine_chunks().flatten().to_numpy().reshape(len(table), -1)
+    x = x / np.linalg.norm(x, axis=1, keepdims=True)
+    product = x @ x.T
+    nearest = np.argsort(-product, axis=1)[:, :30]
+    data = np.stack([nearest, 1 - np.take_along_axis(product, nearest, 1)], axis=1).astype(np.float32)
+    data[7, 0, 29], data[8, :, 29] = -1, data[8, :, 28]  # one is absent, one named twice
+    np.savez_compressed(tmp_path / "faiss_k_30.npz", data=data)
+    pq.write_table(table.set_column(0, "id", pa.array(np.arange(len(table)))), tmp_path / "truth.parquet")
+    offsets, rows, values = import_neighbors(str(tmp_path / "faiss_k_30.npz"))
+    assert np.diff(offsets).tolist() == [28 if i in (7, 8) else 29 for i in range(len(table))]
+    np.testing.assert_array_equal(rows[:29], nearest[0][nearest[0] != 0])
+    np.testing.assert_allclose(values[:29], product[0][rows[:29]], atol=1e-5)
+    flags = ["--output", str(tmp_path / "out"), "--quiet", "--methods", "infomap,dpc,hac-average"]
+    arguments = ["compare", str(tmp_path / "faiss_k_30.npz"), str(tmp_path / "truth.parquet"), *flags]
+    assert main([*arguments, "--min-similarity", "0.6", "--json"]) == 0
+    found = {row["method"]: row for row in json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]}
+    assert found["infomap"]["pairwise_f"] > 0.8
+    assert found["dpc"]["pairwise_f"] > 0.8
+    assert "needs the embeddings" in found["hac-average"]["skipped"]
+    assert main(arguments) == 2
+    assert "give --min-similarity" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (np.zeros((4, 3, 2), np.float32), "a neighbor table is floats"),
+        (np.full((4, 2, 2), 9, np.float32), "neighbor 0 of face 0 is 9.0"),
+        (np.full((4, 2, 2), np.nan, np.float32), "neighbor 0 of face 0 is nan"),
+    ],
+)
+def test_tables_that_are_none_are_refused(tmp_path: Path, data: np.ndarray, message: str) -> None:
+    np.savez(tmp_path / "t.npz", data=data)
+    with pytest.raises(InputError, match=message):
+        import_neighbors(str(tmp_path / "t.npz"))
+    np.savez(tmp_path / "u.npz", other=data)
+    with pytest.raises(InputError, match="only other"):
+        import_neighbors(str(tmp_path / "u.npz"))
+    (tmp_path / "v.npz").write_bytes((tmp_path / "t.npz").read_bytes()[:40])
+    with pytest.raises(InputError, match="cannot read"):
+        import_neighbors(str(tmp_path / "v.npz"))
 
 
 def test_a_table_of_skipped_methods_is_a_table() -> None:

@@ -120,7 +120,7 @@ def build_parser() -> argparse.ArgumentParser:
         "a plot, and each method's labels, in OUTPUT/compare/run=<run id>/. Needs the methods extra.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    compare.add_argument("input", metavar="INPUT", help="as for cluster")
+    compare.add_argument("input", metavar="INPUT", help="as for cluster; or a neighbor table, .npz")
     compare.add_argument("truth", metavar="TRUTH", help="Parquet with an id and a label column; may be INPUT itself")
     compare.add_argument(
         "--output", default="compare-out", metavar="OUTPUT", help="folder or s3:// prefix (default: compare-out)"
@@ -243,7 +243,7 @@ def _compare(arguments: argparse.Namespace) -> None:
         progress=not arguments.quiet,
     )  # fmt: skip
     if arguments.json:
-        print(json.dumps({"run_id": found.run.run_id, "folder": found.folder, "rows": [asdict(row) for row in found.rows]}))
+        print(json.dumps({"run_id": found.run_id, "folder": found.folder, "rows": [asdict(row) for row in found.rows]}))
         return
     print(table(found.rows))
     print(f"table.txt, table.csv, plot.png and labels: {found.folder}")

@@ -6,8 +6,9 @@ import csv
 import io
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,9 @@ from faceflow.cluster.executor import Executor, Resources, peak_memory
 from faceflow.config import ClusterConfig
 from faceflow.errors import FaceflowError, InputError, SettingsError, did_you_mean
 from faceflow.evaluation import evaluate, read_labels
-from faceflow.kernels import methods
-from faceflow.pipeline import RunResult, run_clustering
+from faceflow.importing import import_neighbors
+from faceflow.kernels import edges, methods
+from faceflow.pipeline import run_clustering
 from faceflow.stages import grouping
 from faceflow.stages.reading import good_entries, read_ids, read_rejected
 from faceflow.storage import layout, manifests
@@ -53,11 +55,62 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """rows: in the order asked for; folder: where table.txt, table.csv, plot.png and each method's labels are."""
+    """rows: in the order asked for; run_id: of the run whose table it was (None: a table from a file); folder: where table.txt,
+    table.csv, plot.png and each method's labels are."""
 
-    run: RunResult
+    run_id: str | None
     rows: list[Row]
     folder: str
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The neighbor table and the graph of a finished run."""
+
+    run: Store
+    parts: Parts
+    dim: int
+    floor: float | None
+
+    @property
+    def faces(self) -> int:
+        return self.parts.faces
+
+    def given(self, clusters: int, seed: int, threads: int) -> methods.Given:
+        return grouping.given(self.run, self.parts, self.dim, self.floor, clusters, seed, threads)
+
+    def labeled(self, labels: np.ndarray) -> Iterator[pa.Table]:
+        for part in range(len(self.parts)):
+            ids = read_ids(self.run, part)
+            good = good_entries(read_rejected(self.run, part), len(ids))
+            clusters = np.zeros(len(ids), np.int64)
+            clusters[good] = labels[self.parts.starts[part] : self.parts.starts[part + 1]]
+            yield pa.table([ids, pa.array(clusters, mask=~good)], names=["id", "cluster"])
+
+
+@dataclass(frozen=True)
+class _File:
+    """A published neighbor table: ids are row numbers, and there are no embeddings."""
+
+    path: str
+    faces: int
+    floor: float
+    recipe: str
+
+    def given(self, clusters: int, seed: int, threads: int) -> methods.Given:
+        block = import_neighbors(self.path)
+        block = edges.kept(block, (block[2] >= np.float32(self.floor)) & (block[2] > 0))
+        graph = edges.auto(block, self.floor, self.floor) if self.recipe == "auto" else block
+        if self.recipe not in ("auto", "threshold"):
+            graph = getattr(edges, self.recipe)(block)
+
+        def vectors(rows: np.ndarray) -> np.ndarray:
+            raise InputError("needs the embeddings, and a neighbor table has none")
+
+        return methods.Given(block, graph, vectors, self.floor, clusters, seed, threads)
+
+    def labeled(self, labels: np.ndarray) -> Iterator[pa.Table]:
+        yield pa.table([pa.array(np.arange(len(labels))), pa.array(labels)], names=["id", "cluster"])
 
 
 def compare_methods(
@@ -70,6 +123,7 @@ def compare_methods(
 ) -> Comparison:
     """Cluster `config.input` once, then run every method on its neighbor table and score all against `truth`.
 
+    An input `.npz` is a neighbor table itself (`importing.import_neighbors`) on this machine's disk; the floor must be given.
     wanted: names of methods (None: all). Methods that must be told the number of clusters are told the true one. A method that
     cannot be run here (a package is missing, the set or a component is too large) is a row that says why.
     Raises SettingsError for an unknown method, InputError for a truth that cannot be used, before anything is computed.
@@ -78,26 +132,22 @@ def compare_methods(
     for name in names:
         if name not in methods.METHODS:
             raise SettingsError(f"unknown method {name!r}{did_you_mean(name, methods.METHODS)}")
-    if not names:
-        raise SettingsError("no method is named")
     identities = read_labels(truth, config.id_column, label_column, config.storage_options)
     people = pc.count_distinct(identities["value"]).as_py()
     if identities["value"].null_count:
         raise InputError(f"{truth}: column {label_column!r} holds {identities['value'].null_count} null(s)")
+    output, source = Store.at(config.output, config.storage_options), _table_of(config)
+    run_id = None
+    if source is None:
+        run_id, source = _clustered(config, output, progress)
+    elif source.faces != len(identities):
+        raise InputError(f"{config.input} has {source.faces:,} faces, but {truth} has {len(identities):,}")
     del identities
-    result = run_clustering(config, progress=progress)
-    output = Store.at(config.output, config.storage_options)
-    work = Store.at(config.work_dir, config.storage_options) if config.work_dir else None
-    run = layout.runs_store(output, work).child(result.run_id)
-    folder = output.child(layout.compare_folder(result.run_id))
-    counts = {stage: manifests.read(run, stage).counts for stage in ("ingest", "quantize")}  # type: ignore[union-attr]
-    parts, rows = Parts(tuple(counts["ingest"]["starts"])), []
+    folder, rows = output.child(layout.compare_folder(run_id or Path(config.input).stem)), []
     with Executor(config.address, config.workers, progress) as executor:
         for name in names:
-            row = _run(
-                executor, name, (run, folder, parts, counts["ingest"]["dim"], counts["quantize"]["floor"], people, config.seed,
-                                 executor.largest_machine_cpus, truth, label_column, config.id_column, config.storage_options),
-            )  # fmt: skip
+            arguments = (people, config.seed, executor.largest_machine_cpus, truth, label_column, config)
+            row = _run(executor, name, source, folder, arguments)
             log.info("%s", _line(row))
             rows.append(row)
     text = table(rows)
@@ -106,44 +156,61 @@ def compare_methods(
     plot = _plot(rows)
     if plot is not None:
         folder.write_bytes("plot.png", plot)
-    return Comparison(result, rows, folder.root)
+    return Comparison(run_id, rows, folder.root)
 
 
-def _run(executor: Executor, name: str, arguments: tuple[Any, ...]) -> Row:
-    method, faces = methods.METHODS[name], arguments[2].faces
-    if faces > method.most_faces:
+def _table_of(config: ClusterConfig) -> _File | _Run | None:
+    if not config.input.endswith(".npz"):
+        return None
+    floor = config.min_similarity
+    if not isinstance(floor, (int, float)):
+        raise SettingsError("a neighbor table does not show how alike strangers are: give --min-similarity as a cosine")
+    return _File(config.input, len(import_neighbors(config.input)[0]) - 1, float(floor), config.edges)
+
+
+def _clustered(config: ClusterConfig, output: Store, progress: bool) -> tuple[str, _Run]:
+    run_id = run_clustering(config, progress=progress).run_id
+    work = Store.at(config.work_dir, config.storage_options) if config.work_dir else None
+    run = layout.runs_store(output, work).child(run_id)
+    ingest, quantize = (manifests.read(run, stage) for stage in ("ingest", "quantize"))
+    assert ingest is not None
+    assert quantize is not None
+    return run_id, _Run(run, Parts(tuple(ingest.counts["starts"])), ingest.counts["dim"], quantize.counts["floor"])
+
+
+def _run(executor: Executor, name: str, source: _Run | _File, folder: Store, arguments: tuple[Any, ...]) -> Row:
+    method = methods.METHODS[name]
+    if source.faces > method.most_faces:
         return Row(name, skipped=f"does not scale: not run above {method.most_faces:,} faces")
     try:
-        return executor.call(run_method, name, *arguments, label=name, resources=Resources(cpus=0, apart=True))
+        return executor.call(run_method, name, source, folder, *arguments, label=name, resources=Resources(cpus=0, apart=True))
     except FaceflowError as error:
         return Row(name, skipped=str(error))
 
 
 def run_method(
-    name: str, run: Store, folder: Store, parts: Parts, dim: int, floor: float | None, people: int, seed: int, threads: int,
-    truth: str, label_column: str, id_column: str, options: Any,
+    name: str, source: _Run | _File, folder: Store, people: int, seed: int, threads: int, truth: str, label_column: str,
+    config: ClusterConfig,
 ) -> Row:  # fmt: skip
     """In a worker of its own: one method's labels, written as Parquet, and its scores."""
-    given = grouping.given(run, parts, dim, floor, people, seed, threads)
+    given = source.given(people, seed, threads)
     begun = time.perf_counter()
     labels = methods.cluster(name, given)
     seconds, peak = time.perf_counter() - begun, peak_memory()
     file_name = f"labels-{name}.parquet"
     with folder.open_write(file_name) as file:
         writer = None
-        for part in range(len(parts)):
-            ids = read_ids(run, part)
-            good = good_entries(read_rejected(run, part), len(ids))
-            clusters = np.zeros(len(ids), np.int64)
-            clusters[good] = labels[parts.starts[part] : parts.starts[part + 1]]
-            content = pa.table([ids, pa.array(clusters, mask=~good)], names=["id", "cluster"])
+        for content in source.labeled(labels):
             writer = writer or pq.ParquetWriter(file, content.schema, compression="zstd")
             writer.write_table(content)
         if writer is not None:
             writer.close()
     scores = asdict(
-        evaluate(folder.address(file_name), truth, label_column=label_column, id_column=id_column, storage_options=options)
-    )
+        evaluate(
+            folder.address(file_name), truth, label_column=label_column, id_column=config.id_column,
+            storage_options=config.storage_options,
+        )
+    )  # fmt: skip
     found = {field.name: scores[field.name] for field in fields(Row) if field.name in scores}
     return Row(name, **found, seconds=round(seconds, 3), peak_memory_bytes=peak)
 

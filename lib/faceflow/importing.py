@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
 from faceflow.errors import InputError, SettingsError
+from faceflow.kernels.overlaps import Block
 from faceflow.synthesis import empty_folder, write_files
 
 
@@ -36,6 +38,44 @@ def import_faces(
 
     files = write_files(store, len(rows), rows.shape[1], block)
     return {"faces": len(rows), "identities": len(np.unique(told)) if told is not None else 0, "files": files}
+
+
+def import_neighbors(path: str) -> Block:
+    """A published neighbor table (`faiss_k_80.npz`) as a block: each face's neighbors by falling cosine, without itself.
+
+    path: a local .npz whose array `data` is float[n, 2, k]: row numbers of the k nearest, and their distances 1 - cosine.
+    Repeated and negative (absent) neighbors are left out. Raises InputError for anything else, naming the face.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            if "data" not in archive:
+                raise InputError(f"{path} has no array 'data', only {', '.join(archive.files) or 'nothing'}")
+            found = archive["data"]
+    except (OSError, ValueError, EOFError, AttributeError, TypeError, BadZipFile) as error:
+        raise InputError(f"cannot read {path} as a NumPy archive: {error}") from None
+    if found.ndim != 3 or found.shape[1] != 2 or found.dtype.kind != "f":
+        raise InputError(f"{path}: data is {found.dtype}{list(found.shape)}: a neighbor table is floats [faces, 2, k]")
+    n, k = found.shape[0], found.shape[2]
+    if found.dtype.itemsize < 8 and n > 2 ** (11 if found.dtype.itemsize == 2 else 24):
+        raise InputError(f"{path}: {found.dtype} cannot number {n:,} faces")
+    numbers, cosines = found[:, 0, :], 1 - found[:, 1, :].astype(np.float32)
+    bad = ~((numbers >= -1) & (numbers < n) & (numbers == np.floor(numbers)) & (cosines >= -1.01) & (cosines <= 1.01))
+    if bad.any():
+        face, rank = np.argwhere(bad)[0]
+        raise InputError(
+            f"{path}: neighbor {rank} of face {face} is {numbers[face, rank]} at distance {found[face, 1, rank]}: rows are "
+            f"0 to {n - 1} and distances 0 to 2"
+        )
+    rows = numbers.astype(np.int32)
+    order = np.lexsort((rows, -cosines), axis=1)
+    rows, cosines = np.take_along_axis(rows, order, 1), np.clip(np.take_along_axis(cosines, order, 1), -1, 1)
+    by_row = np.argsort(rows, axis=1, kind="stable")
+    ordered = np.take_along_axis(rows, by_row, 1)
+    again = np.zeros(rows.shape, bool)
+    np.put_along_axis(again, by_row[:, 1:], ordered[:, 1:] == ordered[:, :-1], 1)
+    kept = (rows >= 0) & (rows != np.arange(n)[:, None]) & ~again
+    offsets = np.concatenate([[0], np.cumsum(kept.sum(axis=1))]) if k else np.zeros(n + 1, np.int64)
+    return offsets.astype(np.int64), rows[kept], cosines[kept]
 
 
 def _load(path: str) -> np.ndarray:

@@ -114,6 +114,11 @@ def test_every_edge_recipe_finds_separate_people(
     assert len(pairs) == 20
     assert result.floor is not None
     assert result.impostors_a_face is not None
+    assert result.quality["sizes"] == {"17-32": 20}
+    assert result.quality["within"] > result.floor
+    doubts = pq.read_table(tmp_path / "out" / "quality" / f"run={result.run_id}" / "clusters.parquet", partitioning=None)
+    assert doubts["faces"].to_pylist() == [30] * 20
+    assert doubts["doubtful_share"].to_pylist() == [0] * 20
 
 
 def test_the_floor_hardly_depends_on_the_sample(tmp_path: Path) -> None:
@@ -224,7 +229,7 @@ def test_work_dir_keeps_runs_elsewhere(tmp_path: Path, blobs: Callable[..., tupl
     write_faces(tmp_path / "in" / "a.parquet", blobs()[0])
     run(tmp_path / "in", tmp_path / "out", work_dir=str(tmp_path / "work"), run_id="r")
     assert (tmp_path / "work" / "r" / "manifests" / "publish.json").exists()
-    assert sorted(p.name for p in (tmp_path / "out").iterdir() if not p.name.startswith(".")) == ["labels", "latest.json"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir() if p.name[0] != ".") == ["labels", "latest.json", "quality"]
 
 
 def test_labels_that_were_deleted_are_written_again(
