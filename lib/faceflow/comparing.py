@@ -243,9 +243,9 @@ def _line(row: Row) -> str:
 
 def _csv(rows: Sequence[Row]) -> str:
     out = io.StringIO()
-    writer = csv.DictWriter(out, [field.name for field in fields(Row)], lineterminator="\n")
+    writer = csv.DictWriter(out, [*(field.name for field in fields(Row)), "what"], lineterminator="\n")
     writer.writeheader()
-    writer.writerows(asdict(row) for row in rows)
+    writer.writerows(asdict(row) | {"what": methods.METHODS[row.method].text} for row in rows)
     return out.getvalue()
 
 

@@ -28,8 +28,8 @@ from faceflow.evaluation import evaluate
 from faceflow.synthesis import synthesize
 
 ROOT = Path(__file__).resolve().parents[2]
-PLAIN = ("--min-similarity", "0.58", "--edges", "threshold")
-"""Of every job: what the figures of the README were taken with."""
+PLAIN = ("--min-similarity", "0.58", "--edges", "threshold", "--neighbors", "50")
+"""Of every job, but with --defaults: what most figures of the README were taken with."""
 
 
 def job(name: str, source: Path, output: Path, *flags: str) -> dict[str, object]:
@@ -88,7 +88,7 @@ def split(faces: Path, first: int, new: int, rng: np.random.Generator) -> tuple[
     return table.take(np.sort(others[:first])), table.take(rng.permutation(added))
 
 
-def compare(folder: Path, faces: int, shares: list[float], neighbors: str) -> None:
+def compare(folder: Path, faces: int, shares: list[float], flags: tuple[str, ...]) -> None:
     rng = np.random.default_rng(1)
     most = int(faces * max(shares))
     synthesize(str(folder / "made"), faces + 2 * most, seed=1)
@@ -98,7 +98,6 @@ def compare(folder: Path, faces: int, shares: list[float], neighbors: str) -> No
     source.mkdir()
     pq.write_table(first, source / "night-000.parquet")
     del first
-    flags = (*PLAIN, "--neighbors", neighbors)
     begin = job("nightly", source, output, *flags)
     pointer = (output / "latest.json").read_bytes()
     before = labels_of(output, str(begin["run_id"]))
@@ -133,7 +132,7 @@ def kept(before: dict[str, int], after: dict[str, int]) -> float:
     return sum(before[face] == after[face] for face in both) / len(both)
 
 
-def simulate(folder: Path, faces: int, nights: int, neighbors: str, every: str) -> None:
+def simulate(folder: Path, faces: int, nights: int, settings: tuple[str, ...], every: str) -> None:
     rng = np.random.default_rng(2)
     new, gone = faces // 100, faces // 500
     synthesize(str(folder / "made"), faces + 2 * new * nights, seed=2)
@@ -142,7 +141,7 @@ def simulate(folder: Path, faces: int, nights: int, neighbors: str, every: str) 
     source.mkdir()
     for i in range(10):
         pq.write_table(first.slice(faces * i // 10, faces // 10), source / f"day-000-{i}.parquet")
-    flags = (*PLAIN, "--neighbors", neighbors, "--full-every", every)
+    flags = (*settings, "--full-every", every)
     labels = first_labels = labels_of(output, str(job("nightly", source, output, *flags)["run_id"]))
     seconds = []
     for night in range(1, nights + 1):
@@ -157,7 +156,7 @@ def simulate(folder: Path, faces: int, nights: int, neighbors: str, every: str) 
         seconds.append(dict(result["seconds"])["total"])  # type: ignore[call-overload]
         print(f"night {night}: {result['faces']} faces, {result['clusters']} clusters, {seconds[-1]:.1f} s", file=sys.stderr)
     scores = evaluate(str(output), str(source))
-    full = job("cluster", source, folder / "full", *PLAIN, "--neighbors", neighbors)
+    full = job("cluster", source, folder / "full", *settings)
     full_scores = evaluate(str(folder / "full"), str(source))
     print(
         json.dumps(
@@ -177,14 +176,15 @@ def main() -> None:
     parser.add_argument("--faces", type=int, default=500_000)
     parser.add_argument("--added", default="0.001,0.01,0.1")
     parser.add_argument("--nights", type=int, default=0)
-    parser.add_argument("--neighbors", default="50")
+    parser.add_argument("--defaults", action="store_true", help="the default settings, not those of PLAIN")
     parser.add_argument("--full-every", default="1000")
     a = parser.parse_args()
+    flags = () if a.defaults else PLAIN
     with tempfile.TemporaryDirectory() as folder:
         if a.nights:
-            simulate(Path(folder), a.faces, a.nights, a.neighbors, a.full_every)
+            simulate(Path(folder), a.faces, a.nights, flags, a.full_every)
         else:
-            compare(Path(folder), a.faces, [float(s) for s in a.added.split(",")], a.neighbors)
+            compare(Path(folder), a.faces, [float(s) for s in a.added.split(",")], flags)
 
 
 if __name__ == "__main__":
