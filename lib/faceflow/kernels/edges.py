@@ -14,8 +14,6 @@ from faceflow.kernels.graphs import cut_by_edges
 from faceflow.kernels.overlaps import CHUNKS, Block, add, as_words, in_common, no_rows, overlap, shared_sum
 from faceflow.tables import EdgeList, NeighborTable
 
-RECIPES = ("auto", "threshold", "shared", "nep", "facemap", "tpdi")
-
 NEP_TEMPERATURE, NEP_LEAST = 0.5, 0.22
 FACEMAP_NEIGHBORS, FACEMAP_WINDOW = 256, 20
 TPDI_TEMPERATURE, TPDI_MOST = 0.05, 0.7

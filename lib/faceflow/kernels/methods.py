@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -215,7 +216,7 @@ def _rows_of(block: Block, rows: np.ndarray) -> Block:
     return offsets, block[1][at], block[2][at]
 
 
-def _graph(given: Given):  # type: ignore[no-untyped-def]
+def _graph(given: Given) -> tuple[Any, np.ndarray]:
     """The symmetric table as an igraph Graph, and its weights."""
     import igraph
     from scipy.sparse import triu
