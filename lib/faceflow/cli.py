@@ -13,7 +13,7 @@ from dataclasses import asdict
 from typing import Any
 
 from faceflow import __version__
-from faceflow.config import SETTINGS, load_config, parse_setting
+from faceflow.config import SETTINGS, ClusterConfig, load_config, parse_setting
 from faceflow.errors import FaceflowError, did_you_mean
 
 EXIT_CODES = """exit codes: 0 done; 2 bad input or settings; 3 could not finish (the same command continues);
@@ -195,12 +195,16 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _config_of(arguments: argparse.Namespace) -> ClusterConfig:
+    given = {key: value for key in SETTINGS if (value := getattr(arguments, key, _UNSET)) is not _UNSET}
+    return load_config(given, arguments.config)
+
+
 def _cluster(arguments: argparse.Namespace) -> None:
     from faceflow.pipeline import run_clustering, run_nightly
 
     job = run_nightly if arguments.command == "nightly" else run_clustering
-    given = {key: value for key in SETTINGS if (value := getattr(arguments, key, _UNSET)) is not _UNSET}
-    result = job(load_config(given, arguments.config), progress=not arguments.quiet)
+    result = job(_config_of(arguments), progress=not arguments.quiet)
     if arguments.json:
         print(json.dumps(result.as_dict()))
     else:
@@ -236,10 +240,9 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 def _compare(arguments: argparse.Namespace) -> None:
     from faceflow.comparing import compare_methods, table
 
-    given = {key: value for key in SETTINGS if (value := getattr(arguments, key, _UNSET)) is not _UNSET}
     wanted = [name.strip() for name in arguments.methods.split(",")] if arguments.methods is not None else None
     found = compare_methods(
-        load_config(given, arguments.config), arguments.truth, wanted, label_column=arguments.label_column,
+        _config_of(arguments), arguments.truth, wanted, label_column=arguments.label_column,
         progress=not arguments.quiet,
     )  # fmt: skip
     if arguments.json:

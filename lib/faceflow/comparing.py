@@ -19,12 +19,12 @@ import pyarrow.parquet as pq
 from faceflow.cluster.executor import Executor, Resources, peak_memory
 from faceflow.config import ClusterConfig
 from faceflow.errors import FaceflowError, InputError, SettingsError, did_you_mean
-from faceflow.evaluation import evaluate, read_labels
+from faceflow.evaluation import evaluate, read_identities
 from faceflow.importing import import_neighbors
 from faceflow.kernels import edges, methods
 from faceflow.pipeline import run_clustering
 from faceflow.stages import grouping
-from faceflow.stages.reading import good_entries, read_ids, read_rejected
+from faceflow.stages.reading import good_entries, label_table, read_ids, read_rejected
 from faceflow.storage import layout, manifests
 from faceflow.storage.files import Store
 from faceflow.tables import Parts
@@ -83,9 +83,7 @@ class _Run:
         for part in range(len(self.parts)):
             ids = read_ids(self.run, part)
             good = good_entries(read_rejected(self.run, part), len(ids))
-            clusters = np.zeros(len(ids), np.int64)
-            clusters[good] = labels[self.parts.starts[part] : self.parts.starts[part + 1]]
-            yield pa.table([ids, pa.array(clusters, mask=~good)], names=["id", "cluster"])
+            yield label_table(ids, good, labels[self.parts.starts[part] : self.parts.starts[part + 1]])
 
 
 @dataclass(frozen=True)
@@ -100,9 +98,7 @@ class _File:
     def given(self, clusters: int, seed: int, threads: int) -> methods.Given:
         block = import_neighbors(self.path)
         block = edges.kept(block, (block[2] >= np.float32(self.floor)) & (block[2] > 0))
-        graph = edges.auto(block, self.floor, self.floor) if self.recipe == "auto" else block
-        if self.recipe not in ("auto", "threshold"):
-            graph = getattr(edges, self.recipe)(block)
+        graph = block if self.recipe == "threshold" else edges.weighted(self.recipe, block, self.floor, self.floor)
 
         def vectors(rows: np.ndarray) -> np.ndarray:
             raise InputError("needs the embeddings, and a neighbor table has none")
@@ -132,16 +128,12 @@ def compare_methods(
     for name in names:
         if name not in methods.METHODS:
             raise SettingsError(f"unknown method {name!r}{did_you_mean(name, methods.METHODS)}")
-    identities = read_labels(truth, config.id_column, label_column, config.storage_options)
+    identities = read_identities(truth, config.id_column, label_column, config.storage_options)
     people = pc.count_distinct(identities["value"]).as_py()
-    if identities["value"].null_count:
-        raise InputError(f"{truth}: column {label_column!r} holds {identities['value'].null_count} null(s)")
-    output, source = Store.at(config.output, config.storage_options), _table_of(config)
-    run_id = None
-    if source is None:
-        run_id, source = _clustered(config, output, progress)
-    elif source.faces != len(identities):
-        raise InputError(f"{config.input} has {source.faces:,} faces, but {truth} has {len(identities):,}")
+    output, file = Store.at(config.output, config.storage_options), _table_of(config)
+    if file is not None and file.faces != len(identities):
+        raise InputError(f"{config.input} has {file.faces:,} faces, but {truth} has {len(identities):,}")
+    run_id, source = (None, file) if file is not None else _clustered(config, output, progress)
     del identities
     folder, rows = output.child(layout.compare_folder(run_id or Path(config.input).stem)), []
     with Executor(config.address, config.workers, progress) as executor:
@@ -159,7 +151,7 @@ def compare_methods(
     return Comparison(run_id, rows, folder.root)
 
 
-def _table_of(config: ClusterConfig) -> _File | _Run | None:
+def _table_of(config: ClusterConfig) -> _File | None:
     if not config.input.endswith(".npz"):
         return None
     floor = config.min_similarity

@@ -38,9 +38,7 @@ def evaluate(
         if pointer is not None:
             labels = store.address(pointer["labels"])
     ours = _without_unusable(read_labels(labels, "id", "cluster", storage_options))
-    real = read_labels(truth, id_column, label_column, storage_options)
-    if real["value"].null_count:
-        raise InputError(f"{truth}: column {label_column!r} holds {real['value'].null_count} null(s); every face needs a label")
+    real = read_identities(truth, id_column, label_column, storage_options)
     ours, real = same_id_type(ours, real, labels, truth)
     _refuse_repeats(ours, labels)
     _refuse_repeats(real, truth)
@@ -55,6 +53,14 @@ def evaluate(
         ours["value"].combine_chunks().take(position.combine_chunks() if isinstance(position, pa.ChunkedArray) else position)
     )
     return score(_codes(clusters), _codes(real["value"].combine_chunks()))
+
+
+def read_identities(truth: str, id_column: str, label_column: str, options: Mapping[str, Any] | None) -> pa.Table:
+    """`read_labels` of known identities. Raises InputError for a null, too."""
+    real = read_labels(truth, id_column, label_column, options)
+    if real["value"].null_count:
+        raise InputError(f"{truth}: column {label_column!r} holds {real['value'].null_count} null(s); every face needs a label")
+    return real
 
 
 def read_labels(address: str, id_column: str, value_column: str, options: Mapping[str, Any] | None) -> pa.Table:

@@ -46,6 +46,13 @@ def threshold(table: NeighborTable, neighbors: int, min_similarity: float | None
     return EdgeList(table.first_row, *kept((table.offsets, table.rows, table.values), keep))
 
 
+def weighted(recipe: str, block: Block, strong: float, weak: float) -> Block:
+    """The edges of a recipe that takes all rows at once; the floors are for `auto`."""
+    if recipe == "auto":
+        return auto(block, strong, weak)
+    return {"shared": shared, "nep": nep, "facemap": facemap, "tpdi": tpdi}[recipe](block)
+
+
 def shared(block: Block) -> Block:
     """Weight cosine x Jaccard overlap of the two neighbor sets, each with the row itself."""
     offsets, rows, values = block

@@ -40,6 +40,13 @@ def symmetric(block: Block) -> csr_array:
     return both
 
 
+def _first_of_each(owner: np.ndarray) -> np.ndarray:
+    """bool[m]: the first entry of each owner, int64[m] ascending."""
+    first = np.ones(len(owner), bool)
+    first[1:] = owner[1:] != owner[:-1]
+    return first
+
+
 def ndde(block: Block) -> np.ndarray:
     """float64[n]: density by diffusion, the column sums of the rows' softmax of -(1 - cos) / 0.5 over their 20 nearest.
     Source: "On Mitigating Hard Clusters for Face Clustering", ECCV 2022."""
@@ -61,8 +68,7 @@ def density_peaks(block: Block) -> tuple[np.ndarray, np.ndarray]:
     higher = (density[rows] > density[owner]) | ((density[rows] == density[owner]) & (rows < owner))
     owner, rows, weights = owner[higher], rows[higher], weights[higher]
     order = np.lexsort((rows, -weights, owner))
-    first = np.ones(len(order), bool)
-    first[1:] = owner[order][1:] != owner[order][:-1]
+    first = _first_of_each(owner[order])
     return owner[order][first], rows[order][first]
 
 
@@ -85,8 +91,7 @@ def local_connectivity(block: Block) -> tuple[np.ndarray, np.ndarray]:
     nearest /= np.clip(np.diff(block[0]), 1, LCE_NEAREST)
     order = np.lexsort((targets, -values, sources))
     order = order[denser[order]]
-    first = np.ones(len(order), bool)
-    first[1:] = sources[order][1:] != sources[order][:-1]
+    first = _first_of_each(sources[order])
     chosen = np.concatenate([order[first], order[~first & (values[order] > nearest[sources[order]])]])
     return sources[chosen], targets[chosen].astype(np.int64)
 

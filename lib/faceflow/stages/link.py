@@ -73,12 +73,8 @@ def link_all(
     """Write the edges of all parts by a recipe that compares the neighbors of two rows; returns the files' bytes and how many
     edges there are."""
     *block, order = graphs.compress(_Tables(run, parts), threads)
-    if recipe == "auto":
-        strong, low = (each if each is not None else 0.0 for each in (floor, weak))
-        offsets, rows, weights = edges.auto((block[0], block[1], block[2]), strong, low)
-    else:
-        make = {"shared": edges.shared, "nep": edges.nep, "facemap": edges.facemap, "tpdi": edges.tpdi}[recipe]
-        offsets, rows, weights = make((block[0], block[1], block[2]))
+    strong, low = (each if each is not None else 0.0 for each in (floor, weak))
+    offsets, rows, weights = edges.weighted(recipe, (block[0], block[1], block[2]), strong, low)
     del block
     number = np.empty(len(order), np.int64)
     number[order] = np.arange(len(order))

@@ -12,7 +12,7 @@ from faceflow.kernels.identity import canonical_order, stable_clusters, transiti
 from faceflow.stages import quality
 from faceflow.stages.base import Context, Outcome, Stage
 from faceflow.stages.history import events, moves_schema
-from faceflow.stages.reading import good_entries, read_column, read_ids, read_rejected
+from faceflow.stages.reading import good_entries, label_table, read_column, read_ids, read_rejected
 from faceflow.storage import layout
 from faceflow.storage.files import Store
 from faceflow.tables import Parts
@@ -107,21 +107,20 @@ def publish_part(run: Store, output: Store, run_id: str, part: int, parts: Parts
     """
     ids, rejected = read_ids(run, part), read_rejected(run, part)
     good = good_entries(rejected, len(ids))
-    clusters, every = np.zeros(len(ids), np.int64), _clusters(run, range(len(parts)))
-    clusters[good] = every[parts.starts[part] : parts.starts[part + 1]]
+    every = _clusters(run, range(len(parts)))
+    clusters = every[parts.starts[part] : parts.starts[part + 1]].copy()
     quality.write_part(run, part, parts.starts[part], every)
     del every
-    schema = pa.schema([pa.field("id", ids.type), pa.field("cluster", pa.int64())])
     if rejected.num_rows:
         lines = {"id": ids.take(rejected.column("position"))} | {n: rejected.column(n) for n in ("file", "row", "reason")}
         with output.open_write(layout.rejected_part(run_id, part), durable=True) as file:
             pq.write_table(pa.table(lines), file, compression="zstd")
     if past is not None:
-        moved = _moves(run, part, len(parts), ids.filter(pa.array(good)), clusters[good], past)
+        moved = _moves(run, part, len(parts), ids.filter(pa.array(good)), clusters, past)
         with output.open_write(layout.moves_part(run_id, part), durable=True) as file:
             pq.write_table(moved, file, compression="zstd")
     with output.open_write(layout.label_part(run_id, part), durable=True) as file:
-        pq.write_table(pa.table([ids, pa.array(clusters, mask=~good)], schema=schema), file, compression="zstd")
+        pq.write_table(label_table(ids, good, clusters), file, compression="zstd")
         return int(file.tell())
 
 

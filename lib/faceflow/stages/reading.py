@@ -40,6 +40,13 @@ def good_entries(rejected: pa.RecordBatch, entries: int) -> np.ndarray:
     return good
 
 
+def label_table(ids: pa.Array, good: np.ndarray, clusters: np.ndarray) -> pa.Table:
+    """`id`, `cluster` of one part's input rows: clusters int64[...] of the good ones, null for those that were set aside."""
+    every = np.zeros(len(ids), np.int64)
+    every[good] = clusters
+    return pa.table([ids, pa.array(every, mask=~good)], names=["id", "cluster"])
+
+
 def read_column(run: Store, kind: str, parts: Iterable[int], column: int = 0) -> np.ndarray:
     """One column of these parts' files (`past`, `modules`, `state`), one after the other."""
     return np.concatenate([run.read_batch(layout.part(kind, part)).column(column).to_numpy() for part in parts])
