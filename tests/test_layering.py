@@ -13,10 +13,21 @@ PACKAGE = ROOT / "lib" / "faceflow"
 
 LAYERS = [
     {"errors"},
-    {"tables", "config"},
+    {"tables", "config", "logs"},
     {"kernels", "storage", "cluster"},
     {"stages"},
-    {"pipeline", "report", "evaluation", "synthesis", "importing", "housekeeping", "comparison", "comparing"},
+    {
+        "pipeline",
+        "report",
+        "evaluation",
+        "synthesis",
+        "importing",
+        "housekeeping",
+        "comparison",
+        "comparing",
+        "progress",
+        "plots",
+    },
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -28,6 +39,9 @@ HOMES = {
     "numba": {"kernels"},
     "s3fs": {"storage"},
     "fsspec": {"storage"},
+    "matplotlib": {"plots"},
+    "jinja2": {"report"},
+    "PIL": {"report"},
 }
 STAGE_HELPERS = {
     "arrivals", "base", "candidates", "cells", "checking", "decisions", "floors", "grouping", "history", "intake", "pieces",

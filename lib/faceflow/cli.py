@@ -5,15 +5,14 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import logging
 import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from faceflow import __version__
-from faceflow.config import SETTINGS, ClusterConfig, load_config, parse_setting
+from faceflow import __version__, logs
+from faceflow.config import SETTINGS, ClusterConfig, check_thumbnails, load_config, parse_setting
 from faceflow.errors import FaceflowError, did_you_mean
 
 EXIT_CODES = """exit codes: 0 done; 2 bad input or settings; 3 could not finish (the same command continues);
@@ -70,6 +69,9 @@ def _add_settings(parser: argparse.ArgumentParser, name: str) -> None:
     parser.add_argument("--config", metavar="FILE", help="TOML file with any of these settings; flags win over it")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line of stdout")
     parser.add_argument("--quiet", action="store_true", help="no progress bars and no stage lines on stderr")
+    parser.add_argument(
+        "--log-format", choices=logs.FORMATS, default="text", help="log lines on stderr as text or JSON objects (default: text)"
+    )
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -184,10 +186,26 @@ def build_parser() -> argparse.ArgumentParser:
     diff.add_argument("first", metavar="RUN_A", help="run id of the older labels")
     diff.add_argument("second", metavar="RUN_B", help="run id of the newer labels")
     diff.add_argument("--to", metavar="FOLDER", help="where the lists go (default: OUTPUT/diffs/RUN_A..RUN_B)")
-    for command in (runs, clean):
+    status = _add_command(
+        commands,
+        "status",
+        "tell how far a run of an OUTPUT is",
+        "Stage, step, rows, rate and retries of the run at work, or of the last one, from anywhere that can read OUTPUT.",
+    )
+    status.add_argument("--run-id", metavar="ID", help="a run (default: the one that spoke last)")
+    report = _add_command(
+        commands,
+        "report",
+        "write the report of a run again",
+        "Write report.html and its charts for a finished run of OUTPUT; every run writes its own when it is done.",
+    )
+    report.add_argument("--run-id", metavar="ID", help="a run (default: the one in force)")
+    report.add_argument("--thumbnails", metavar="TEMPLATE", help=SETTINGS["thumbnails"].metadata["help"])
+    report.add_argument("--to", metavar="FOLDER", help="where it goes (default: OUTPUT/reports/run=<run id>)")
+    for command in (runs, clean, status, report):
         command.add_argument("output", metavar="OUTPUT", help="OUTPUT of cluster commands")
         command.add_argument("--work-dir", metavar="DIR", help="where their run directories lie (default: OUTPUT/_runs)")
-    for command in (evaluate, synthesize, imports, runs, clean, diff):
+    for command in (evaluate, synthesize, imports, runs, clean, status, report, diff):
         command.add_argument("--storage-options", metavar="JSON", help="options of the s3fs file system, as JSON")
         command.add_argument("--json", action="store_true", help="print one JSON object as the last line of stdout")
     for command in commands.choices.values():
@@ -325,7 +343,27 @@ def _diff(arguments: argparse.Namespace) -> None:
     print(f"events: {found.events_file}\nmoves: {found.moves_file}")
 
 
+def _status(arguments: argparse.Namespace) -> None:
+    from faceflow.progress import lines, status
+
+    options = parse_setting("storage_options", arguments.storage_options)
+    found = status(arguments.output, arguments.run_id, arguments.work_dir, options)
+    print(json.dumps(asdict(found)) if arguments.json else "\n".join(lines(found)))
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from faceflow.report import report_run
+
+    if arguments.thumbnails is not None:
+        check_thumbnails(arguments.thumbnails)
+    options = parse_setting("storage_options", arguments.storage_options)
+    page = report_run(arguments.output, arguments.run_id, arguments.thumbnails, arguments.to, arguments.work_dir, options)
+    print(json.dumps({"report": page}) if arguments.json else page)
+
+
 _COMMANDS = {
+    "report": _report,
+    "status": _status,
     "cluster": _cluster,
     "nightly": _cluster,
     "evaluate": _evaluate,
@@ -344,14 +382,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown:
         arguments.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     quiet = getattr(arguments, "quiet", False)
-    logging.basicConfig(
-        level=logging.WARNING if quiet else logging.INFO,
-        format="%(asctime)s %(message)s",
-        datefmt="%H:%M:%S",
-        stream=sys.stderr,
-    )
-    for noisy in ("botocore", "aiobotocore", "s3fs", "numba", "faiss", "fsspec"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    logs.set_up(getattr(arguments, "log_format", "text"), quiet)
     try:
         _COMMANDS[arguments.command](arguments)
         return 0

@@ -31,8 +31,6 @@ from faceflow.tables import Parts
 
 log = logging.getLogger("faceflow")
 
-PLOT_DPI = 120
-
 
 @dataclass(frozen=True)
 class Row:
@@ -242,25 +240,8 @@ def _csv(rows: Sequence[Row]) -> str:
 
 
 def _plot(rows: Sequence[Row]) -> bytes | None:
-    """A PNG of both F of each method, the best on top, beside its seconds; None without matplotlib, or without a score."""
+    """A PNG of the methods that have a score; None where none has."""
+    from faceflow import plots
+
     scored = sorted((row for row in rows if not row.skipped), key=lambda row: (row.pairwise_f or 0) + (row.bcubed_f or 0))
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        log.warning("no plot: matplotlib is not installed (pip install 'faceflow[methods]')")
-        return None
-    if not scored:
-        return None
-    figure = Figure(figsize=(9, 1.2 + 0.38 * len(scored)), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True, width_ratios=[3, 2])
-    at = np.arange(len(scored))
-    left.barh(at + 0.2, [row.pairwise_f or 0 for row in scored], 0.4, label="pairwise F", color="#31688e")
-    left.barh(at - 0.2, [row.bcubed_f or 0 for row in scored], 0.4, label="BCubed F", color="#90d743")
-    left.set_yticks(at, [row.method for row in scored])
-    left.set(xlim=(0, 1), xlabel="F")
-    left.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
-    right.barh(at, [max(row.seconds or 0, 1e-3) for row in scored], 0.6, color="#888888")
-    right.set(xscale="log", xlabel="seconds, the neighbor table being there")
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=PLOT_DPI)
-    return out.getvalue()
+    return plots.png(plots.methods([asdict(row) for row in scored])) if scored else None

@@ -133,6 +133,12 @@ class ClusterConfig:
         False, "read every file again and compare its rows, instead of trusting sizes and ETags or modification times",
         nightly=True,
     )  # fmt: skip
+    thumbnails: str | None = _setting(
+        None,
+        "where the report finds a face's picture: a URL or path with {id}, https://photos.example/{id}.jpg say; pictures on a "
+        "disk become part of the page",
+        metavar="TEMPLATE",
+    )
     storage_options: Mapping[str, Any] | None = _setting(
         None, 'options of the s3fs file system, as JSON: {"endpoint_url": …, "key": …, "secret": …}', metavar="JSON"
     )
@@ -174,6 +180,8 @@ class ClusterConfig:
             choices = setting.metadata.get("choices")
             if choices and getattr(self, name) not in choices:
                 raise SettingsError(f"{name} is {getattr(self, name)!r}{did_you_mean(str(getattr(self, name)), choices)}")
+        if self.thumbnails is not None:
+            check_thumbnails(self.thumbnails)
         if self.run_id is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.run_id):
             raise SettingsError(
                 f"run_id is {self.run_id!r}: use 1 to 100 letters, digits, '.', '_' or '-', the first a letter or digit"
@@ -193,6 +201,17 @@ class ClusterConfig:
     def fingerprint(self, names: tuple[str, ...]) -> dict[str, Any]:
         """The named settings as plain values: what a stage compares before it reuses earlier work."""
         return {name: getattr(self, name) for name in names}
+
+
+def check_thumbnails(template: str) -> None:
+    """Raise SettingsError where a template for pictures has no {id}, or is an address of a kind that no report may hold."""
+    scheme = re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", template)
+    if "{id}" not in template:
+        raise SettingsError(f"thumbnails is {template!r}: it must have {{id}} where a face's id stands")
+    if scheme and scheme[0].lower() not in ("http:", "https:", "file:"):
+        raise SettingsError(
+            f"thumbnails is {template!r}: it must be a path, or an address that begins with http, https or file"
+        )
 
 
 SETTINGS: dict[str, dataclasses.Field[Any]] = {f.name: f for f in dataclasses.fields(ClusterConfig)}

@@ -83,6 +83,7 @@ def clean(
         out.delete(layout.rejected_folder(run.run_id))
         out.delete(layout.moves_folder(run.run_id))
         out.delete(layout.quality_folder(run.run_id))
+        out.delete(layout.report_folder(run.run_id))
         out.delete(layout.compare_folder(run.run_id))
         for name in runs.names(run.run_id):
             if name != layout.RUN_RECORD:

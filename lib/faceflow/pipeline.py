@@ -15,11 +15,14 @@ from typing import Any
 from faceflow import __version__
 from faceflow.cluster.executor import Executor, peak_memory
 from faceflow.config import ClusterConfig, digest
-from faceflow.errors import InputError, PublishError, QualityError, RunError, SettingsError
+from faceflow.errors import FaceflowError, InputError, PublishError, QualityError, RunError, SettingsError
+from faceflow.logs import bind, told
+from faceflow.progress import Watcher
+from faceflow.report import write_report
 from faceflow.stages import decisions, detect, ingest, link, publish, quantize, search
 from faceflow.stages.base import Context, Past, Stage
 from faceflow.storage import layout, manifests
-from faceflow.storage.files import Store
+from faceflow.storage.files import Store, moved
 from faceflow.storage.layout import RunStores
 from faceflow.storage.manifests import Manifest
 
@@ -39,6 +42,7 @@ NOT_IDENTITY = (
     "verify_codelength",
     "max_bad_fraction",
     "restart",
+    "thumbnails",
 )
 """Settings that do not change the labels: a run may be continued with others."""
 
@@ -102,7 +106,7 @@ def _connect(config: ClusterConfig, progress: bool, nightly: bool) -> RunResult:
     output = Store.at(config.output, options)
     runs = layout.runs_store(output, Store.at(config.work_dir, options) if config.work_dir else None)
     try:
-        with Executor(config.address, config.workers, progress, warm_up=search.warm_up) as executor:
+        with Executor(config.address, config.workers, progress, warm_up=search.warm_up, moved=moved) as executor:
             return _run(config, output, runs, executor, begun, nightly)
     except OSError as error:
         raise RunError(f"{error}; what is finished is kept, and the same command continues") from error
@@ -119,6 +123,7 @@ class _Job:
     begun: float
     parent: dict[str, Any]
     parent_version: str | None
+    watcher: Watcher
     past: Past | None = None
     night: dict[str, Any] | None = None
 
@@ -148,13 +153,23 @@ def _run(config: ClusterConfig, output: Store, runs: Store, executor: Executor, 
     run_id = _choose_run(config, output, runs, parent.get("run_id"), night)
     if past is not None and past.run_id == run_id:
         raise SettingsError(f"run {run_id} is published: a night needs another --run-id")
-    job = _Job(config, RunStores.of(output, runs, run_id), executor, begun, parent, parent_version, past, night)
-    log.info("run %s: %d input file(s)%s", run_id, len(files), f", after run {past.run_id}" if past is not None else "")
+    stores = RunStores.of(output, runs, run_id)
+    watcher = Watcher(stores.run, run_id, tuple(stage.name for stage in STAGES))
+    executor.watch = watcher.step
+    job = _Job(config, stores, executor, begun, parent, parent_version, watcher, past, night)
+    bind(run=run_id)
+    log.info(
+        "run %s: %d input file(s)%s", run_id, len(files), f", after run {past.run_id}" if past is not None else "",
+        extra=told("run_begins", files=len(files), parent=past.run_id if past is not None else None),
+    )  # fmt: skip
     try:
         return _advance_all(job)
     except InputError:
         # Not to be continued: once the input is mended, this run's pieces are of no use.
         job.record("refused")
+        raise
+    except BaseException as error:
+        watcher.stopped(str(error) or type(error).__name__)
         raise
 
 
@@ -208,12 +223,12 @@ def _advance_all(job: _Job) -> RunResult:
     done: dict[str, Manifest] = {}
     effort = int((stores.run.read_json(layout.RUN_RECORD) or {}).get("effort", 0))
     for stage in STAGES:
-        done[stage.name] = _advance(stage, job.context(done, effort))
+        done[stage.name] = _advance(stage, job.context(done, effort), job.watcher)
         while stage.name == "search" and not _recall_holds(config, done):
             effort += 1
             _search_again(job, effort, bool(done["quantize"].counts["incremental"]))
             for again in (quantize.STAGE, search.STAGE):
-                done[again.name] = _advance(again, job.context(done, effort))
+                done[again.name] = _advance(again, job.context(done, effort), job.watcher)
     seconds = {name: manifest.seconds for name, manifest in done.items()}
     seconds["total"] = round(time.perf_counter() - job.begun, 3)
     result = _result(stores.run_id, stores.output, done, job.executor, seconds)
@@ -238,12 +253,28 @@ def _advance_all(job: _Job) -> RunResult:
             "created": _now().isoformat(timespec="seconds"),
         }
         _publish(stores.output, pointer, job.parent_version)
-    job.record("published", effort=effort)
+    job.record("published", effort=effort, seconds=seconds["total"], ray_start_seconds=job.executor.usage.start_seconds)
+    job.executor.at_work(stores.run_id, "")
     log.info(
         "run %s: %d faces in %d clusters (%d singletons), %.1f s; labels in %s",
         result.run_id, result.faces, result.clusters, result.singletons, seconds["total"], result.labels,
+        extra=told("run_done", **result.as_dict()),
     )  # fmt: skip
+    _report(job)
     return result
+
+
+def _report(job: _Job) -> None:
+    """The labels are in force: whatever becomes of the report changes nothing about them."""
+    stores = job.stores
+    begun = time.perf_counter()
+    try:
+        page = job.executor.call(write_report, stores.output, stores.run, stores.run_id, job.config.thumbnails, label="report")
+    except FaceflowError as error:
+        log.warning("no report was written: %s", error)
+        return
+    seconds = round(time.perf_counter() - begun, 3)
+    log.info("report   %s (%.1f s)", page, seconds, extra=told("report", report=page, seconds=seconds))
 
 
 def _publish(output: Store, pointer: dict[str, Any], parent_version: str | None) -> None:
@@ -265,7 +296,9 @@ def _recall_holds(config: ClusterConfig, done: dict[str, Manifest]) -> bool:
     """
     recall, plan = done["search"].counts["recall"], done["quantize"].counts
     shown = f"edge recall {recall['estimate']:.4f} (95 % interval {recall['low']:.4f} to {recall['high']:.4f})"
-    log.info("recall   %s from %d faces, %d true neighbors", shown, recall["faces"], recall["edges"])
+    log.info(
+        "recall   %s from %d faces, %d true neighbors", shown, recall["faces"], recall["edges"], extra=told("recall", **recall)
+    )
     if recall["estimate"] >= config.min_recall:
         return True
     if plan["incremental"]:
@@ -292,27 +325,40 @@ def _search_again(job: _Job, effort: int, night: bool) -> None:
     job.record("begun", effort=effort)
 
 
-def _advance(stage: Stage, context: Context) -> Manifest:
+def _advance(stage: Stage, context: Context, watcher: Watcher) -> Manifest:
     """Skip a finished stage, refuse one made from something else, or run it."""
     run = context.stores.run
     fingerprint = _fingerprint(stage, context)
     finished = manifests.load(run, stage.name, fingerprint)
     if finished is not None and stage.whole(context):
-        log.info("%-8s skipped: finished before, saves %.1f s", stage.name, finished.seconds)
+        log.info(
+            "%-8s skipped: finished before, saves %.1f s", stage.name, finished.seconds,
+            extra=told("stage_skipped", stage=stage.name, seconds=finished.seconds),
+        )  # fmt: skip
+        watcher.finished(stage.name, finished.seconds)
         return finished
     manifests.begin(run, stage.name, fingerprint)
-    log.info("%-8s begins", stage.name)
-    begun = time.perf_counter()
+    log.info("%-8s begins", stage.name, extra=told("stage_begins", stage=stage.name))
+    watcher.stage(stage.name)
+    executor = context.executor
+    executor.at_work(context.stores.run_id, stage.name)
+    begun, clock, steps = time.time(), time.perf_counter(), len(executor.usage.steps)
     outcome = stage.run(context)
-    seconds = round(time.perf_counter() - begun, 3)
-    manifest = Manifest(stage.name, fingerprint, outcome.counts, outcome.pieces, seconds)
+    seconds = round(time.perf_counter() - clock, 3)
+    made = [step.as_dict() for step in executor.usage.steps[steps:]]
+    manifest = Manifest(stage.name, fingerprint, outcome.counts, outcome.pieces, seconds, round(begun, 3), made)
     manifests.finish(run, manifest)
+    watcher.finished(stage.name, seconds)
     for folder in stage.scratch:
         run.delete(folder)
     faces = context.parts.faces if "ingest" in context.done else outcome.counts["faces"]
-    told = {key: value for key, value in outcome.counts.items() if not isinstance(value, (list, tuple, dict))}
-    shown = ", ".join(f"{k} {v:,}" if isinstance(v, int) else f"{k} {v}" for k, v in told.items())
-    log.info("%-8s done in %.1f s, %s rows/s (%s)", stage.name, seconds, f"{faces / max(seconds, 1e-3):,.0f}", shown)
+    plain = {key: value for key, value in outcome.counts.items() if not isinstance(value, (list, tuple, dict))}
+    shown = ", ".join(f"{k} {v:,}" if isinstance(v, int) else f"{k} {v}" for k, v in plain.items())
+    rate = faces / max(seconds, 1e-3)
+    log.info(
+        "%-8s done in %.1f s, %s rows/s (%s)", stage.name, seconds, f"{rate:,.0f}", shown,
+        extra=told("stage_done", stage=stage.name, seconds=seconds, rows_per_second=round(rate), **plain),
+    )  # fmt: skip
     return manifest
 
 
@@ -366,6 +412,7 @@ def _choose_run(config: ClusterConfig, output: Store, runs: Store, published: st
         runs.delete(run_id)
         for folder in (
             layout.label_folder, layout.rejected_folder, layout.moves_folder, layout.events_folder, layout.quality_folder,
+            layout.report_folder,
         ):  # fmt: skip
             output.delete(folder(run_id))
     if runs.read_json(f"{run_id}/{layout.RUN_RECORD}") is None:

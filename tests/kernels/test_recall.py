@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -20,11 +22,19 @@ def test_search_part_is_exact() -> None:
         assert got.tolist() == want
 
 
-def test_count_found_forgives_ties_only() -> None:
+def counted(truth: Any, found: Any, k: int, floor: float | None) -> tuple[int, int]:
+    similarities, hit = recall.check(truth, found, k, floor)
+    bands = np.zeros((2, recall.BANDS), np.int64)
+    recall.add_bands(bands, similarities, hit, floor)
+    assert bands.sum(axis=1).tolist() == [len(hit), hit.sum()]
+    return len(hit), int(hit.sum())
+
+
+def test_only_ties_are_forgiven() -> None:
     truth = np.array([1, 2, 3]), np.array([0.9, 0.8, 0.7], np.float32)
-    assert recall.count_found(truth, (np.array([1, 3]), np.array([0.9, 0.7], np.float32)), 5, 0.5) == (3, 2)
-    assert recall.count_found(truth, (np.array([1, 2, 9]), np.array([0.9, 0.8, 0.7], np.float32)), 3, 0.5) == (3, 3)
-    assert recall.count_found(truth, (np.array([1, 2]), np.array([0.9, 0.8], np.float32)), 5, 0.7) == (2, 2)
+    assert counted(truth, (np.array([1, 3]), np.array([0.9, 0.7], np.float32)), 5, 0.5) == (3, 2)
+    assert counted(truth, (np.array([1, 2, 9]), np.array([0.9, 0.8, 0.7], np.float32)), 3, 0.5) == (3, 3)
+    assert counted(truth, (np.array([1, 2]), np.array([0.9, 0.8], np.float32)), 5, 0.7) == (2, 2)
 
 
 def test_interval_covers_the_truth() -> None:

@@ -9,14 +9,16 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from tqdm import tqdm
 
+from faceflow.cluster.metrics import Metrics
 from faceflow.cluster.retries import KEPT, Attempts, Cause, Smaller
+from faceflow.cluster.usage import Done, Step, Usage
 from faceflow.errors import FaceflowError, RunError, SettingsError
 
 log = logging.getLogger("faceflow")
@@ -24,6 +26,9 @@ log = logging.getLogger("faceflow")
 OBJECT_STORE_BYTES = 128 * 2**20
 """Of a private local Ray: tasks exchange files, so objects are small dictionaries."""
 
+
+HEARTBEAT = 5.0
+"""Seconds after which a step that goes on is looked at although nothing happened."""
 
 PRIVATE_STARTS = 2
 """Times a private Ray is started before the run gives up: one of its dozen processes may have died."""
@@ -39,24 +44,23 @@ class Resources:
     apart: bool = False
 
 
-@dataclass
-class Usage:
-    """What the tasks of a run have used so far."""
-
-    peak_worker_bytes: int = 0
-    tasks: int = 0
-    busy_seconds: float = 0.0
-    by_label: dict[str, float] = field(default_factory=dict)
+Moved = Callable[[], tuple[int, int]]
+"""Bytes that this process has read and written so far."""
 
 
-def _run_piece(function: Callable[..., Any], arguments: tuple[Any, ...], threads: int) -> tuple[Any, int, float]:
+def _nothing_moved() -> tuple[int, int]:
+    return 0, 0
+
+
+def _run_piece(function: Callable[..., Any], arguments: tuple[Any, ...], threads: int, moved: Moved) -> tuple[Any, Done]:
     """In the worker: run one piece with `threads` BLAS threads, and measure it."""
     from threadpoolctl import threadpool_limits
 
-    begun = time.perf_counter()
+    begun, before = time.perf_counter(), moved()
     with threadpool_limits(limits=threads):
         result = function(*arguments)
-    return result, peak_memory(), time.perf_counter() - begun
+    read, written = (now - then for now, then in zip(moved(), before, strict=True))
+    return result, Done(time.perf_counter() - begun, peak_memory(), read, written)
 
 
 def _hold(warm_up: Callable[[], Any]) -> None:
@@ -84,7 +88,8 @@ class Executor:
     """A connection to a Ray cluster, or a private local one that ends with this object.
 
     address: a Ray address; None: RAY_ADDRESS if set, else private. workers: pieces at work at once, at most (None: one
-    per CPU of the cluster). warm_up: a function that loads what pieces will need.
+    per CPU of the cluster). warm_up: a function that loads what pieces will need. moved: counts the bytes that a process reads
+    and writes. `watch`, if set, is called with the step at work whenever something happens, and every few seconds.
     Raises SettingsError when the cluster cannot be reached.
     """
 
@@ -94,10 +99,14 @@ class Executor:
         workers: int | None = None,
         progress: bool = True,
         warm_up: Callable[[], Any] | None = None,
+        moved: Moved = _nothing_moved,
     ) -> None:
         self.address, self.workers = address, workers
-        self._warm_up = warm_up
+        self._warm_up, self._moved = warm_up, moved
         self.usage = Usage()
+        self.watch: Callable[[Step], None] | None = None
+        self._metrics: Any = None  # Metrics, once connected
+        self._names = ("", "")
         self._progress = progress
         self._connected: Any = None
         self._owned = False
@@ -109,11 +118,22 @@ class Executor:
             import ray
 
             if not ray.is_initialized():
+                begun = time.perf_counter()
                 self._connect(ray)
                 self._owned = True
+                self.usage.start_seconds = round(time.perf_counter() - begun, 3)
             self._connected = ray
+            self._metrics = Metrics()
+            self.at_work(*self._names)
             self._warm()
         return self._connected
+
+    def at_work(self, run_id: str, stage: str) -> None:
+        """Which stage of which run the next steps belong to, for the metrics."""
+        self._names = (run_id, stage)
+        if self._metrics is not None:
+            self._metrics.run = run_id
+            self._metrics.stage(stage)
 
     def _warm(self) -> None:
         if self._warm_up is not None:
@@ -218,25 +238,33 @@ class Executor:
         attempts = [Attempts(piece, label, smaller) for piece in pieces]
         queue, again = iter(range(len(pieces))), list[int]()
         flying: dict[Any, int] = {}
+        step = Step(label, len(pieces), sum(sizes) if sizes else 0, self.cpus)
+        self.usage.steps.append(step)
+        started = time.perf_counter()
         with self._bar(label, sizes, len(pieces)) as bar:
             try:
                 while True:
                     room = self.workers or max(1, int(2 * self.cpus / max(cpus, 1)))
                     while len(flying) < room and (index := self._next(queue, again, attempts)) is not None:
                         flying[self._submit(function, attempts[index], cpus, resources)] = index
+                    step.in_flight, step.seconds = len(flying), time.perf_counter() - started
+                    step.finished = not flying and not again
+                    self._tell(step)
                     if not flying and not again:
                         break
                     if not flying:
                         time.sleep(0.1)
                         continue
-                    done, _ = ray.wait(list(flying), num_returns=1, timeout=0.2 if again else 5)
+                    done, _ = ray.wait(list(flying), num_returns=1, timeout=0.2 if again else HEARTBEAT)
                     for reference in done:
                         index = flying.pop(reference)
                         try:
-                            results[index] = self._collect(reference, label)
+                            results[index], finished = self._collect(reference, label)
                         except _Again as failure:
                             log.warning("%s", attempts[index].failed(failure.cause, str(failure), time.monotonic()))
                             again.append(index)
+                            step.retries[failure.cause.value] += 1
+                            self._metrics.failed(step, failure.cause.value)
                             if failure.cause is Cause.RAY:
                                 # With it went all that was in flight.
                                 again.extend(flying.values())
@@ -244,7 +272,9 @@ class Executor:
                                 self._start_anew()
                                 break
                         else:
-                            bar.update(sizes[index] if sizes else 1)
+                            rows = sizes[index] if sizes else 0
+                            self._account(step, rows, finished)
+                            bar.update(rows if sizes else 1)
             except BaseException:
                 for reference in flying:
                     with contextlib.suppress(Exception):
@@ -271,17 +301,32 @@ class Executor:
         }  # fmt: skip
         if resources.apart:
             options["runtime_env"] = {"env_vars": {"FACEFLOW_TASK": attempt.label}}
-        return self._ray.remote(_run_piece).options(**options).remote(function, attempt.piece, max(1, int(cpus)))
+        threads = max(1, int(cpus))
+        return self._ray.remote(_run_piece).options(**options).remote(function, attempt.piece, threads, self._moved)
+
+    def _account(self, step: Step, rows: int, done: Done) -> None:
+        step.pieces_done += 1
+        step.rows_done += rows
+        step.busy_seconds += done.seconds
+        step.read_bytes += done.read_bytes
+        step.written_bytes += done.written_bytes
+        step.peak_bytes = max(step.peak_bytes, done.peak_bytes)
+        self._metrics.finished(step, rows, done)
+
+    def _tell(self, step: Step) -> None:
+        self._metrics.now(step)
+        if self.watch is not None:
+            self.watch(step)
 
     def call(self, function: Callable[..., Any], *arguments: Any, label: str, resources: Resources = Resources()) -> Any:
         """One piece, as `map`."""
         return self.map(function, [arguments], label, resources=resources)[0]
 
-    def _collect(self, reference: Any, label: str) -> Any:
+    def _collect(self, reference: Any, label: str) -> tuple[Any, Done]:
         from ray import exceptions
 
         try:
-            result, peak, seconds = self._ray.get(reference)
+            return self._ray.get(reference)
         except exceptions.RayTaskError as error:
             cause = error.cause
             first_line = (str(cause).splitlines() or [""])[0]
@@ -303,11 +348,6 @@ class Executor:
             raise _Again(Cause.MACHINE, str(error).splitlines()[0]) from error
         except exceptions.RayError as error:
             raise _Again(Cause.DEATH, str(error).splitlines()[0]) from error
-        self.usage.peak_worker_bytes = max(self.usage.peak_worker_bytes, peak)
-        self.usage.tasks += 1
-        self.usage.busy_seconds += seconds
-        self.usage.by_label[label] = self.usage.by_label.get(label, 0.0) + seconds
-        return result
 
     @contextlib.contextmanager
     def _bar(self, label: str, sizes: Sequence[int] | None, pieces: int) -> Iterator[Any]:

@@ -18,6 +18,8 @@ from faceflow.kernels.tiles import QUERY_BLOCK
 BINS = 32_768
 """Bins of a histogram over cosines from -1 to 1: enough where all cosines lie within a hundredth of each other."""
 
+SHOWN_BINS = 1_024
+
 SMOOTHING, COARSE = 0.1, 0.25
 """Width of the smoothing kernel, in deviations of the impostors' hill; and while that is not known, of the narrowest hill."""
 
@@ -48,12 +50,14 @@ class Floors:
 
     strong: pairs above it are; weak: pairs above it are where shared neighbors bear witness (`edges.supported`); impostors:
     expected number of impostor neighbors of a face above `strong`, at most, by the fitted flank; valley: None where the
-    similarities show none, so that the floor comes from the impostors' hill alone."""
+    similarities show none, so that the floor comes from the impostors' hill alone; flank: (logarithm of the impostor pairs a
+    bin at the valley, how much it falls per unit of cosine), as fitted (None where the valley is)."""
 
     strong: float
     weak: float
     impostors: float
     valley: float | None
+    flank: tuple[float, float] | None = None
 
 
 def count_pairs(queries: np.ndarray, query_rows: np.ndarray, members: np.ndarray, member_rows: np.ndarray) -> np.ndarray:
@@ -105,7 +109,13 @@ def choose_floors(histogram: np.ndarray, faces: int) -> Floors:
     weak = min(weak, strong)
     beyond = math.exp(min(fall - falls * (strong - centers[valley]), 40.0)) / (falls * 2 / BINS)
     impostors = min(beyond, float(histogram[centers >= strong].sum())) / pairs * (faces - 1)
-    return Floors(round(strong, 6), round(weak, 6), float(f"{impostors:.3g}"), round(float(centers[valley]), 6))
+    flank = round(fall, 4), round(falls, 4)
+    return Floors(round(strong, 6), round(weak, 6), float(f"{impostors:.3g}"), round(float(centers[valley]), 6), flank)
+
+
+def coarser(histogram: np.ndarray) -> np.ndarray:
+    """The histogram in SHOWN_BINS bins, for a plot."""
+    return histogram.reshape(SHOWN_BINS, -1).sum(axis=1)
 
 
 def _smooth(histogram: np.ndarray, width: float) -> tuple[np.ndarray, float]:

@@ -12,6 +12,9 @@ from faceflow.kernels.topk import Buffers
 TIE = 2e-6
 """Two similarities closer than this are tied: float32 products of one pair differ by that much between tile shapes."""
 
+BANDS = 10
+"""Bands of similarity by which a certificate is broken down."""
+
 Z = 1.959964
 """Standard normal quantile of a two-sided 95 % interval."""
 
@@ -51,10 +54,10 @@ def search_part(
     return buffers.take(np.arange(q))
 
 
-def count_found(
+def check(
     truth: tuple[np.ndarray, np.ndarray], found: tuple[np.ndarray, np.ndarray], k: int, floor: float | None
-) -> tuple[int, int]:
-    """(true neighbors, those that are found) of one face.
+) -> tuple[np.ndarray, np.ndarray]:
+    """(similarities float32[n] of the true neighbors of one face, which of them are found bool[n]).
 
     truth: (rows, similarities) of its k nearest above the floor by exact search; found: the same from the table. A
     neighbor tied with the floor, or with the last of a full table, is not counted missing: either choice is right.
@@ -66,7 +69,17 @@ def count_found(
     hit = np.isin(rows, found[0])
     if len(found[0]) >= k:
         hit |= similarities <= found[1].min() + TIE
-    return len(rows), int(hit.sum())
+    return similarities, hit
+
+
+def add_bands(bands: np.ndarray, similarities: np.ndarray, hit: np.ndarray, floor: float | None) -> None:
+    """Add one face's true neighbors, and those found (`check`), to bands int64[2, b] of equal width from the floor (none: -1)
+    to a similarity of 1."""
+    low = floor if floor is not None else -1.0
+    width = max(1e-6, 1 - low) / bands.shape[1]
+    band = ((similarities - low) / width).astype(np.int64).clip(0, bands.shape[1] - 1)
+    for row, chosen in zip(bands, (band, band[hit]), strict=True):
+        row += np.bincount(chosen, minlength=len(row))
 
 
 def certify(true: np.ndarray, found: np.ndarray) -> Certificate:

@@ -28,17 +28,19 @@ def settle(context: Context) -> dict[str, Any]:
     config = context.config
     if config.min_similarity != "auto":
         return {"floor": config.min_similarity, "weak_floor": config.min_similarity}
-    found = _choose(context)
+    found, histogram = _choose(context)
     return {
         "floor": found.strong,
         # Only the auto recipe can tell the pairs below the floor apart.
         "weak_floor": found.weak if config.edges == "auto" else found.strong,
         "valley": found.valley,
         "impostors_a_face": found.impostors,
+        "pairs": impostors.coarser(histogram).tolist(),
+        "flank": found.flank,
     }
 
 
-def _choose(context: Context) -> impostors.Floors:
+def _choose(context: Context) -> tuple[impostors.Floors, np.ndarray]:
     parts, dim, run, executor = context.parts, context.dim, context.stores.run, context.executor
     size = int(SAMPLE_FACES * max(1.0, parts.faces / 1e6) ** 0.25)
     rng = np.random.default_rng([context.config.seed, 5])
@@ -53,7 +55,8 @@ def _choose(context: Context) -> impostors.Floors:
     blocks = -(-len(rows) // BLOCK_FACES)
     counted = executor.map(count_block, [(run, here, dim, block) for block in range(blocks)], "floor")
     run.delete("sample")
-    return impostors.choose_floors(np.sum([np.zeros(impostors.BINS, np.int64), *counted], axis=0), parts.faces)
+    histogram = np.sum([np.zeros(impostors.BINS, np.int64), *counted], axis=0)
+    return impostors.choose_floors(histogram, parts.faces), histogram
 
 
 def take_sample(run: Store, part: int, dim: int, rows: np.ndarray, first_row: int) -> None:

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from faceflow.errors import InputError, did_you_mean, one_line
-from faceflow.storage.files import Store, explain
+from faceflow.storage.files import Store, count_read, explain
 from faceflow.storage.inputs import open_input
 
 PART_FACES = 131_072
@@ -188,5 +188,5 @@ def read_batches(piece: Piece, store: Store, columns: Sequence[str]) -> Iterator
     for path, groups, row in piece.spans:
         with readable(store, path) as parquet:
             for batch in parquet.iter_batches(batch_size=READ_BATCH, row_groups=list(groups), columns=list(columns)):
-                yield path, row, batch
+                yield path, row, count_read(batch)
                 row += batch.num_rows

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -38,9 +40,13 @@ def run(context: Context) -> Outcome:
         "publish",
         sizes=[parts.rows(part) for part in range(len(parts))],
     )
-    found = context.executor.call(quality.summarize, stores.run, stores.output, stores.run_id, parts, label="quality")
+    found, examples = context.executor.call(quality.summarize, stores.run, stores.output, stores.run_id, parts, label="quality")
     shown = {key: value for key, value in found.items() if key != "sizes"}
-    return Outcome(counts | {"label_bytes": sum(results), "quality": found} | shown, pieces)
+    for_report = {"examples": examples, "similarities": sum(part.similarities for part in results).tolist()}
+    if past is not None:
+        counts["moved"] = sum(part.moved for part in results)
+    counts["label_bytes"] = sum(part.label_bytes for part in results)
+    return Outcome(counts | {"quality": found} | for_report | shown, pieces)
 
 
 def labels_are_there(context: Context) -> bool:
@@ -74,13 +80,13 @@ def _clusters(run: Store, parts: Iterable[int]) -> np.ndarray:
 
 def name_clusters(
     run: Store, output: Store, run_id: str, parts: Parts, past: Past | None, first_id: int
-) -> tuple[dict[str, int], dict[str, int]]:
+) -> tuple[dict[str, Any], dict[str, int]]:
     """Write the module -> cluster lookup: ids from first_id on by falling size, ties by first row; after a night, the ids
     that the clusters had (`kernels.identity.stable_clusters`), and the events."""
     modules = read_column(run, "modules", range(len(parts)))
     lookup, sizes = canonical_order(modules)
     lookup[lookup >= 0] += first_id
-    counts = {"clusters": len(sizes), "singletons": int((sizes == 1).sum()), "next_id": first_id + len(sizes)}
+    counts: dict[str, Any] = {"clusters": len(sizes), "singletons": int((sizes == 1).sum()), "next_id": first_id + len(sizes)}
     if past is not None:
         clusters_before = _clusters(past[0], range(len(past[1])))
         before = _before(run, range(len(parts)))
@@ -93,14 +99,26 @@ def name_clusters(
         pairs = transitions(
             np.concatenate([known, clusters_before[gone]]), np.concatenate([lookup[modules], np.full(int(gone.sum()), -1)])
         )
+        happened = events(*pairs)
         with output.open_write(layout.events_part(run_id), durable=True) as file:
-            pq.write_table(events(*pairs), file, compression="zstd")
+            pq.write_table(happened, file, compression="zstd")
+        counts["events"] = {each["values"]: each["counts"] for each in happened.column("event").value_counts().to_pylist()}
     size = run.write_arrow(layout.CLUSTERS, CLUSTERS_SCHEMA, [pa.record_batch([lookup], schema=CLUSTERS_SCHEMA)])
     return counts, {layout.CLUSTERS: size}
 
 
-def publish_part(run: Store, output: Store, run_id: str, part: int, parts: Parts, past: Past | None) -> int:
-    """Write one part's labels, `id` and `cluster` in input order, null for a row set aside; returns the file's bytes.
+@dataclass(frozen=True)
+class Published:
+    """What is known of one part whose labels are written: their bytes, how many faces moved to another cluster (of a night),
+    and the histogram of its similarities inside and outside clusters (`kernels.quality.doubts`)."""
+
+    label_bytes: int
+    moved: int
+    similarities: np.ndarray
+
+
+def publish_part(run: Store, output: Store, run_id: str, part: int, parts: Parts, past: Past | None) -> Published:
+    """Write one part's labels, `id` and `cluster` in input order, null for a row set aside.
 
     Rows set aside are also listed, with file, row and reason, under `rejected/`; after a night, faces whose cluster is another
     under `moves/`. How sure its clusters are goes to `quality/`.
@@ -109,19 +127,21 @@ def publish_part(run: Store, output: Store, run_id: str, part: int, parts: Parts
     good = good_entries(rejected, len(ids))
     every = _clusters(run, range(len(parts)))
     clusters = every[parts.starts[part] : parts.starts[part + 1]].copy()
-    quality.write_part(run, part, parts.starts[part], every)
+    histogram = quality.write_part(run, part, parts.starts[part], every)
     del every
     if rejected.num_rows:
         lines = {"id": ids.take(rejected.column("position"))} | {n: rejected.column(n) for n in ("file", "row", "reason")}
         with output.open_write(layout.rejected_part(run_id, part), durable=True) as file:
             pq.write_table(pa.table(lines), file, compression="zstd")
+    moves = 0
     if past is not None:
         moved = _moves(run, part, len(parts), ids.filter(pa.array(good)), clusters, past)
+        moves = len(moved)
         with output.open_write(layout.moves_part(run_id, part), durable=True) as file:
             pq.write_table(moved, file, compression="zstd")
     with output.open_write(layout.label_part(run_id, part), durable=True) as file:
         pq.write_table(label_table(ids, good, clusters), file, compression="zstd")
-        return int(file.tell())
+        return Published(int(file.tell()), moves, histogram)
 
 
 def _moves(run: Store, part: int, parts: int, ids: pa.Array, clusters: np.ndarray, past: Past) -> pa.Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -9,29 +10,38 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from faceflow.kernels import quality
+from faceflow.stages.reading import ids_of, rows_of
 from faceflow.storage import layout
 from faceflow.storage.files import Store
 from faceflow.tables import NeighborTable, Parts
 
+SUMS = ("within", "between", "nearest")
 SCHEMA = pa.schema(
     [("cluster", pa.int64())]
-    + [(name, pa.int64() if i in (0, 1, 3, 5) else pa.float64()) for i, name in enumerate(quality.Doubts.__dataclass_fields__)]
+    + [(name, pa.float64() if name in SUMS else pa.int64()) for name in quality.Doubts.__dataclass_fields__]
 )
 """`kernels.quality.Doubts` of one part, by cluster."""
 
 NONE: dict[str, Any] = {"within": None, "between": None, "outside_share": 0.0, "doubtful_share": 0.0}
 
 
-def write_part(run: Store, part: int, first_row: int, clusters: np.ndarray) -> None:
-    """Write one part's sums; clusters: int64[N], of every face of the run."""
+LARGEST, DOUBTFUL, SHOWN_FACES = 12, 12, 8
+"""Clusters that the report shows, and how many of their faces."""
+
+
+def write_part(run: Store, part: int, first_row: int, clusters: np.ndarray) -> np.ndarray:
+    """Write one part's sums; clusters: int64[N], of every face of the run. Returns the histogram of its similarities
+    (`kernels.quality.doubts`)."""
     table = NeighborTable.from_batch(run.read_batch(layout.part("neighbors", part)), first_row)
-    known, found = quality.doubts(table.offsets, table.rows, table.values, first_row, clusters)
+    known, found, histogram = quality.doubts(table.offsets, table.rows, table.values, first_row, clusters)
     columns = [known, *(getattr(found, name) for name in SCHEMA.names[1:])]
     run.write_arrow(layout.part("quality", part), SCHEMA, [pa.record_batch([pa.array(c) for c in columns], schema=SCHEMA)])
+    return histogram
 
 
-def summarize(run: Store, output: Store, run_id: str, parts: Parts) -> dict[str, Any]:
-    """Write OUTPUT/quality/run=<run id>/clusters.parquet, one row a cluster of two faces and more; returns the totals."""
+def summarize(run: Store, output: Store, run_id: str, parts: Parts) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Write OUTPUT/quality/run=<run id>/clusters.parquet, one row a cluster of two faces and more; returns the totals, and what
+    the report shows of some clusters."""
     batches = [run.read_batch(layout.part("quality", part)) for part in range(len(parts))]
     clusters = np.unique(np.concatenate([np.empty(0, np.int64), *(b.column(0).to_numpy() for b in batches)]))
     total = quality.Doubts.none(len(clusters))
@@ -41,15 +51,30 @@ def summarize(run: Store, output: Store, run_id: str, parts: Parts) -> dict[str,
     share = total.doubtful / np.maximum(total.faces, 1)
     order = np.lexsort((clusters, -total.faces, -share))
     order = order[total.faces[order] > 1]
+    lookup, near = run.read_batch(layout.CLUSTERS).column(0).to_numpy(), total.other >= 0
+    beside = np.full(len(clusters), -1)
+    beside[near] = lookup[rows_of(run, "modules", parts, total.other[near])]
     with np.errstate(invalid="ignore"):
         columns = [
             pa.array(clusters[order]), pa.array(total.faces[order]), pa.array(share[order]),
             pa.array((total.within / total.inside)[order], mask=(total.inside == 0)[order]),
-            pa.array(total.nearest[order], mask=(total.outside == 0)[order]),
+            pa.array(total.nearest[order], mask=~near[order]), pa.array(beside[order], mask=~near[order]),
         ]  # fmt: skip
+    names = ["cluster", "faces", "doubtful_share", "within", "nearest_outside", "nearest_cluster"]
+    table = pa.table(columns, names=names)
     with output.open_write(layout.quality_table(run_id), durable=True) as file:
-        names = ["cluster", "faces", "doubtful_share", "within", "nearest_outside"]
-        pq.write_table(pa.table(columns, names=names), file, compression="zstd")
+        pq.write_table(table, file, compression="zstd")
+    largest = np.lexsort((clusters[order], -total.faces[order]))[:LARGEST]
+    doubtful = np.flatnonzero(share[order[:DOUBTFUL]] > 0)
+    chosen = np.union1d(largest, doubtful)
+    pairs = np.stack([total.face, total.other])[:, order[chosen]]
+    examples = [
+        line | {"largest": i in largest, "doubtful": i in doubtful, "ids": ids, "pair": pair}
+        for i, line, (ids, pair) in zip(
+            chosen.tolist(), table.take(pa.array(chosen)).to_pylist(),
+            _shown(run, parts, lookup, clusters[order[chosen]], pairs), strict=True,
+        )
+    ]  # fmt: skip
     counts: dict[str, Any] = dict(NONE)
     inside, outside = int(total.inside.sum()), int(total.outside.sum())
     if inside:
@@ -58,4 +83,31 @@ def summarize(run: Store, output: Store, run_id: str, parts: Parts) -> dict[str,
         counts["between"] = round(float(total.between.sum()) / outside, 4)
     counts["outside_share"] = round(outside / max(1, parts.faces), 4)
     counts["doubtful_share"] = round(int(total.doubtful.sum()) / max(1, parts.faces), 4)
-    return counts | {"sizes": quality.size_histogram(total.faces)}
+    return counts | {"sizes": quality.size_histogram(total.faces)}, examples
+
+
+def _shown(
+    run: Store, parts: Parts, lookup: np.ndarray, clusters: np.ndarray, pairs: np.ndarray
+) -> Iterator[tuple[list[str], list[str]]]:
+    """Of each of these clusters int64[c] the ids of some of its faces, evenly from first to last, and of its pair (face,
+    nearest outside) int64[2, c]; none where a pair's row is -1."""
+    order = np.argsort(clusters)
+    at = np.searchsorted(clusters[order], lookup).clip(max=len(clusters) - 1)
+    number = np.where(clusters[order][at] == lookup, order[at], -1) if len(clusters) else np.full(len(lookup), -1)
+    found: list[list[int]] = [[] for _ in clusters]
+    for part in range(len(parts)):
+        here = number[run.read_batch(layout.part("modules", part)).column(0).to_numpy()]
+        at = np.flatnonzero(here >= 0)
+        for i in np.unique(here[at]).tolist():
+            found[i] += (_evenly(at[here[at] == i], SHOWN_FACES) + parts.starts[part]).tolist()
+    found = [_evenly(np.array(rows, np.int64), SHOWN_FACES).tolist() for rows in found]
+    wanted = np.unique(np.concatenate([pairs.ravel(), *map(np.array, found)]).astype(np.int64))
+    wanted = wanted[wanted >= 0]
+    ids = dict(zip(wanted.tolist(), ids_of(run, parts, wanted), strict=True))
+    for i, rows in enumerate(found):
+        yield [ids[row] for row in rows], [ids[row] for row in pairs[:, i].tolist() if row >= 0]
+
+
+def _evenly(rows: np.ndarray, most: int) -> np.ndarray:
+    """At most so many of the rows, from the first to the last."""
+    return rows if len(rows) <= most else rows[np.linspace(0, len(rows) - 1, most).astype(int)]

@@ -47,7 +47,7 @@ MOST_ACTIVE = 0.25
 MOST_GROWN = 1.5
 """Growth of the data set since the quantizer was trained, past which its cells are too few."""
 
-FLOORS = ("floor", "weak_floor", "valley", "impostors_a_face")
+FLOORS = ("floor", "weak_floor", "valley", "impostors_a_face", "pairs", "flank")
 """What a night takes over from the one before: other floors would make other graphs."""
 
 FAREST, MOST_UNEVEN = 0.9, 1.5

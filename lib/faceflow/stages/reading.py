@@ -52,6 +52,28 @@ def read_column(run: Store, kind: str, parts: Iterable[int], column: int = 0) ->
     return np.concatenate([run.read_batch(layout.part(kind, part)).column(column).to_numpy() for part in parts])
 
 
+def rows_of(run: Store, kind: str, parts: Parts, rows: np.ndarray, column: int = 0) -> np.ndarray:
+    """One column of these rows int64[n], in any order, part by part."""
+    found = np.empty(len(rows), np.int64)
+    for part in range(len(parts)):
+        here = np.flatnonzero((rows >= parts.starts[part]) & (rows < parts.starts[part + 1]))
+        if len(here):
+            found[here] = run.read_batch(layout.part(kind, part)).column(column).to_numpy()[rows[here] - parts.starts[part]]
+    return found
+
+
+def ids_of(run: Store, parts: Parts, rows: np.ndarray) -> list[str]:
+    """The ids of these rows int64[n], ascending, as text."""
+    found: list[str] = []
+    cuts = np.searchsorted(rows, parts.starts)
+    for part in np.flatnonzero(np.diff(cuts)).tolist():
+        ids = read_ids(run, part)
+        entries = np.flatnonzero(good_entries(read_rejected(run, part), len(ids)))
+        here = entries[rows[cuts[part] : cuts[part + 1]] - parts.starts[part]]
+        found += map(str, ids.take(pa.array(here)).to_pylist())
+    return found
+
+
 def read_quantizer(run: Store, dim: int) -> tuple[np.ndarray, np.ndarray]:
     """(centroids float32[cells, dim], first cell of each shard and the end int64[shards + 1])."""
     batch = run.read_batch(layout.CENTROIDS)

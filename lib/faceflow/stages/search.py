@@ -82,8 +82,10 @@ def run(context: Context) -> Outcome:
         "certify",
         sizes=[parts.rows(part) for part in range(len(parts))],
     )
-    certificate = context.executor.call(certify, run, parts, context.dim, len(sample), config.neighbors, floor, label="recall")
-    counts = {"neighbors": sum(found for _, found in results), "recall": asdict(certificate)}
+    certificate, bands = context.executor.call(
+        certify, run, parts, context.dim, len(sample), config.neighbors, floor, label="recall"
+    )
+    counts = {"neighbors": sum(found for _, found in results), "recall": asdict(certificate), "recall_bands": bands.tolist()}
     counts["certificate_seconds"] = round(time.perf_counter() - begun, 3)
     return Outcome(counts, merge_pieces([pieces for pieces, _ in results]))
 
@@ -279,17 +281,21 @@ def search_truth(run: Store, parts: Parts, part: int, dim: int, neighbors: int, 
     run.write_arrow(layout.truth(part), CANDIDATES_SCHEMA, [candidates_batch(np.arange(len(vectors)), offsets, keys)])
 
 
-def certify(run: Store, parts: Parts, dim: int, sampled: int, neighbors: int, floor: float | None) -> recall.Certificate:
-    """Compare what was found for the sampled faces with the truth."""
+def certify(
+    run: Store, parts: Parts, dim: int, sampled: int, neighbors: int, floor: float | None
+) -> tuple[recall.Certificate, np.ndarray]:
+    """Compare what was found for the sampled faces with the truth; also by similarity (`recall.add_bands`)."""
     queries = _read_queries(run, parts)
     lists = read_candidates(run, [layout.truth(part) for part in range(len(parts))], 0)
     offsets, rows, similarities = topk.merge(lists, sampled, neighbors + 1)
     found = NeighborTable.from_batch(pa.record_batch([queries["neighbors"].chunk(0)], names=["neighbors"]), 0)
-    counts = np.zeros((2, sampled), np.int64)
+    counts, bands = np.zeros((2, sampled), np.int64), np.zeros((2, recall.BANDS), np.int64)
     for i, row in enumerate(queries["row"].to_pylist()):
         here = slice(offsets[i], offsets[i + 1])
         others = rows[here] != row
         truth = rows[here][others][:neighbors], similarities[here][others][:neighbors]
         mine = slice(found.offsets[i], found.offsets[i + 1])
-        counts[:, i] = recall.count_found(truth, (found.rows[mine], found.values[mine]), neighbors, floor)
-    return recall.certify(*counts)
+        true, hit = recall.check(truth, (found.rows[mine], found.values[mine]), neighbors, floor)
+        counts[:, i] = len(hit), hit.sum()
+        recall.add_bands(bands, true, hit, floor)
+    return recall.certify(*counts), bands

@@ -21,6 +21,19 @@ from faceflow.errors import FaceflowError, PublishError, RunError, SettingsError
 
 _TEMPORARY = ".tmp-"
 
+_moved = [0, 0]
+
+
+def moved() -> tuple[int, int]:
+    """(bytes of the record batches that this process has read, bytes of the files that it has written) so far."""
+    return _moved[0], _moved[1]
+
+
+def count_read(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The batch, counted as read."""
+    _moved[0] += batch.nbytes
+    return batch
+
 
 @dataclass(frozen=True)
 class FileInfo:
@@ -136,9 +149,9 @@ class Store:
         """One record batch of an Arrow IPC file; a memory map stays alive as long as the batch."""
         with self._explained(relative):
             if self.is_local:
-                return pa.ipc.open_file(pa.memory_map(self.address(relative))).get_batch(index)
+                return count_read(pa.ipc.open_file(pa.memory_map(self.address(relative))).get_batch(index))
             with self.fs.open(self.address(relative), "rb", cache_type="none") as source:
-                return pa.ipc.open_file(pa.PythonFile(source)).get_batch(index)
+                return count_read(pa.ipc.open_file(pa.PythonFile(source)).get_batch(index))
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
@@ -154,6 +167,7 @@ class Store:
                 handle = self.fs.open(self.address(relative), "wb", block_size=16 * 2**20)
                 try:
                     yield handle
+                    _moved[1] += handle.tell()
                 except BaseException:
                     handle.discard()
                     handle.closed = True
@@ -168,6 +182,7 @@ class Store:
                 # Nobody else reads a half-written file; whole, it gets the mode that any new file would have.
                 with open(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
                     yield file
+                    _moved[1] += file.tell()
                     os.fchmod(file.fileno(), 0o666 & ~_umask())
                     file.flush()
                     if durable:
@@ -191,9 +206,9 @@ class Store:
         with self.open_write(relative, durable) as file:
             file.write(data)
 
-    def write_json(self, relative: str, value: Any) -> None:
-        """Durable: manifests and run records say what else can be trusted."""
-        self.write_bytes(relative, _json_bytes(value), durable=True)
+    def write_json(self, relative: str, value: Any, durable: bool = True) -> None:
+        """Durable by default: manifests and run records say what else can be trusted."""
+        self.write_bytes(relative, _json_bytes(value), durable)
 
     def write_arrow(self, relative: str, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> int:
         """Arrow IPC file of uncompressed batches (so that reads can be memory maps); returns its bytes.

@@ -8,6 +8,8 @@ from faceflow.storage.files import Store
 
 LATEST = "latest.json"
 RUN_RECORD = "run.json"
+PROGRESS = "progress.json"
+"""How far the run is: for looking at, nothing depends on it."""
 
 
 def part(kind: str, index: int) -> str:
@@ -94,6 +96,11 @@ def quality_folder(run_id: str) -> str:
 def quality_table(run_id: str) -> str:
     """One row a cluster of two faces and more, the most doubtful first."""
     return f"{quality_folder(run_id)}/clusters.parquet"
+
+
+def report_folder(run_id: str) -> str:
+    """The page and the charts of a run."""
+    return f"reports/run={run_id}"
 
 
 def compare_folder(run_id: str) -> str:

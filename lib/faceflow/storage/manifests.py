@@ -18,7 +18,8 @@ class Manifest:
     """The record a stage ends with.
 
     fingerprint: everything the stage's result depends on; pieces: bytes of each file it wrote, by path in the run
-    directory; counts: what later stages and the report need to know; seconds: wall time of the stage.
+    directory; counts: what later stages and the report need to know; seconds: wall time of the stage; begun: Unix time; steps:
+    what its tasks did (`cluster.usage.Step`, as dictionaries).
     """
 
     stage: str
@@ -26,6 +27,8 @@ class Manifest:
     counts: dict[str, Any]
     pieces: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
+    begun: float = 0.0
+    steps: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def digest(self) -> str:

@@ -1,0 +1,45 @@
+"""How log lines look: plain text, or one JSON object a line for whoever collects them."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import logging
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+FORMATS = ("text", "json")
+
+_bound: dict[str, Any] = {}
+
+
+def bind(**fields: Any) -> None:
+    """Fields that every JSON line from now on carries, such as the run."""
+    _bound.update(fields)
+
+
+def told(event: str, **fields: Any) -> Mapping[str, Any]:
+    """`extra` of a log call: what the line says, as an event's name and fields for the JSON format."""
+    return {"faceflow": {"event": event} | fields}
+
+
+class JsonFormatter(logging.Formatter):
+    """One object a line: `time` (UTC), `level`, `message`, what is bound, and the event's own fields."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        time = datetime.datetime.fromtimestamp(record.created, datetime.UTC).isoformat(timespec="milliseconds")
+        line = {"time": time, "level": record.levelname.lower(), "message": record.getMessage()}
+        line |= _bound | getattr(record, "faceflow", {})
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
+
+
+def set_up(form: str, quiet: bool) -> None:
+    """Log to stderr in one of FORMATS; quiet: warnings and errors only."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter() if form == "json" else logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, handlers=[handler])
+    for noisy in ("botocore", "aiobotocore", "s3fs", "numba", "faiss", "fsspec"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)

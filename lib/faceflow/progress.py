@@ -1,0 +1,167 @@
+"""How far a run is: the driver keeps a small file of it up to date, which `faceflow status` reads from anywhere."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import socket
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from faceflow.cluster.usage import Step
+from faceflow.errors import InputError
+from faceflow.logs import told
+from faceflow.storage import layout
+from faceflow.storage.files import Store
+
+log = logging.getLogger("faceflow")
+
+WRITE_EVERY = 5.0
+"""Seconds between two states of the file; on S3 each is a request."""
+
+TELL_EVERY = 60.0
+"""Seconds between two log lines on a step at work, where no bar shows it."""
+
+SILENT_AFTER = 60.0
+"""Seconds after which a run that says nothing is taken to be at work no longer; it speaks every WRITE_EVERY."""
+
+
+class Watcher:
+    """Writes the state of one run while it is at work."""
+
+    def __init__(self, run: Store, run_id: str, stages: tuple[str, ...]) -> None:
+        self._run, self._run_id, self._stages = run, run_id, stages
+        self._stage, self._why = "", ""
+        self._step: Step | None = None
+        self._seconds: dict[str, float] = {}
+        self._began = self._written = self._told = time.monotonic()
+
+    def stage(self, name: str) -> None:
+        """A stage begins."""
+        self._stage, self._began, self._step = name, time.monotonic(), None
+        self._write(None)
+
+    def finished(self, name: str, seconds: float) -> None:
+        """A stage is done, now or before this command."""
+        self._seconds[name] = seconds
+
+    def stopped(self, why: str) -> None:
+        """The run ends before its last stage."""
+        self._why = why
+        self._write(self._step)
+
+    def step(self, step: Step) -> None:
+        """Something happened, or a few seconds have passed (`Executor.watch`)."""
+        now, self._step = time.monotonic(), step
+        if now - self._written >= WRITE_EVERY:
+            self._write(step)
+        if now - self._told >= TELL_EVERY and not step.finished and not sys.stderr.isatty():
+            self._told = now
+            rate = step.rows_done / max(step.seconds, 1e-3)
+            log.info(
+                "%-8s %s: %d of %d pieces, %.0f s%s", self._stage, step.label, step.pieces_done, step.pieces, step.seconds,
+                f", {rate:,.0f} rows/s" if step.rows_done else "",
+                extra=told("progress", stage=self._stage, **step.as_dict()),
+            )  # fmt: skip
+
+    def _write(self, step: Step | None) -> None:
+        self._written = time.monotonic()
+        state = {
+            "run_id": self._run_id,
+            "stage": self._stage,
+            "stages": list(self._stages),
+            "stage_seconds": round(time.monotonic() - self._began, 1),
+            "seconds": self._seconds,
+            "step": step.as_dict() if step is not None else None,
+            "stopped": self._why,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "updated": datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
+        }
+        try:
+            self._run.write_json(layout.PROGRESS, state, durable=False)
+        except OSError as error:
+            # What a stage cannot write, it says itself; this file is for looking at.
+            log.warning("the state of the run was not written: %s", error)
+
+
+@dataclass(frozen=True)
+class Status:
+    """Where a run stands. state: `at work`, `stopped` (unfinished, and ended or silent for a minute: it can be continued),
+    `published`, `refused` (bad input) or `in force` (published, and what latest.json names); stage: at work or next; step: what
+    the stage does (`cluster.usage.Step`, as a dictionary), if known; seconds: of each finished stage; left: seconds that the
+    step still takes at its pace so far, if known; age: seconds since it last spoke; host, pid: the driver's; why: it stopped,
+    if it said so."""
+
+    run_id: str
+    state: str
+    stage: str
+    stage_seconds: float
+    step: Mapping[str, Any] | None
+    seconds: Mapping[str, float]
+    left: float | None
+    age: float
+    host: str
+    pid: int
+    why: str
+
+
+def status(
+    output: str, run_id: str | None = None, work_dir: str | None = None, options: Mapping[str, Any] | None = None
+) -> Status:
+    """The state of a run of OUTPUT: the named one, else the one that spoke last.
+
+    Raises InputError where there is no such run.
+    """
+    out = Store.at(output, options)
+    runs = layout.runs_store(out, Store.at(work_dir, options) if work_dir else None)
+    found = {name: record for name in runs.names("") if (record := runs.read_json(f"{name}/{layout.RUN_RECORD}"))}
+    if run_id is not None and run_id not in found:
+        raise InputError(f"{output} has no run {run_id}: `faceflow runs {output}` lists them")
+    if not found:
+        raise InputError(f"{output} holds no run: name the OUTPUT of a cluster command (and its --work-dir)")
+    spoken = {name: runs.read_json(f"{name}/{layout.PROGRESS}") or {} for name in ([run_id] if run_id else found)}
+    name = max(spoken, key=lambda each: (str(max(found[each]["updated"], spoken[each].get("updated", ""))), each))
+    record, state = found[name], spoken[name]
+    updated = datetime.datetime.fromisoformat(max(record["updated"], state.get("updated", "")))
+    age = max(0.0, (datetime.datetime.now(datetime.UTC) - updated).total_seconds())
+    kind = record["state"]
+    if kind == "begun":
+        kind = "stopped" if state.get("stopped") or age >= SILENT_AFTER else "at work"
+    elif kind == "published" and (out.read_json(layout.LATEST) or {}).get("run_id") == name:
+        kind = "in force"
+    step = state.get("step")
+    left = None
+    if kind == "at work" and step and not step["finished"] and step["share"]:
+        left = round(step["seconds"] * (1 / step["share"] - 1), 1)
+    return Status(
+        name, kind, state.get("stage", ""), state.get("stage_seconds", 0.0), step, state.get("seconds", {}), left,
+        round(age, 1), state.get("host", ""), state.get("pid", 0), state.get("stopped", ""),
+    )  # fmt: skip
+
+
+def lines(found: Status) -> list[str]:
+    """The status as a person reads it."""
+    shown = [f"run {found.run_id}: {found.state}, last heard of {found.age:.0f} s ago"]
+    if found.host:
+        shown[0] += f" (process {found.pid} on {found.host})"
+    shown += [f"  {name:9} done in {seconds:,.1f} s" for name, seconds in found.seconds.items()]
+    if found.state in ("at work", "stopped") and found.stage and found.stage not in found.seconds:
+        shown.append(f"  {found.stage:9} at work for {found.stage_seconds:,.0f} s")
+        if found.step is not None and not found.step["finished"]:
+            step = found.step
+            text = f"    {step['label']}: {step['pieces_done']:,} of {step['pieces']:,} pieces"
+            if step["rows"]:
+                rate = step["rows_done"] / max(step["seconds"], 1e-3)
+                text += f", {step['rows_done']:,} of {step['rows']:,} rows, {rate:,.0f} rows/s"
+            text += f"; {step['in_flight']} in flight, {step['waiting']} waiting"
+            if step["retries"]:
+                text += f"; tried again: {', '.join(f'{count} x {cause}' for cause, count in step['retries'].items())}"
+            shown.append(text + (f"; about {found.left:,.0f} s left" if found.left is not None else ""))
+    if found.state == "stopped":
+        shown.append(f"  {found.why or 'it fell silent'}; the same command continues it")
+    return shown
