@@ -27,6 +27,7 @@ LAYERS = [
         "comparing",
         "progress",
         "plots",
+        "scaling",
     },
     {"cli"},
 ]

@@ -13,7 +13,7 @@ from typing import Any
 
 from faceflow import __version__, logs
 from faceflow.config import SETTINGS, ClusterConfig, check_thumbnails, load_config, parse_setting
-from faceflow.errors import FaceflowError, did_you_mean
+from faceflow.errors import FaceflowError, SettingsError, did_you_mean
 
 EXIT_CODES = """exit codes: 0 done; 2 bad input or settings; 3 could not finish (the same command continues);
 4 a quality gate failed; 5 another run published first"""
@@ -52,10 +52,10 @@ def _settings_parser(commands: Any, name: str, help: str, description: str) -> a
     return parser
 
 
-def _add_settings(parser: argparse.ArgumentParser, name: str) -> None:
+def _add_settings(parser: argparse.ArgumentParser, name: str, without: Sequence[str] = ()) -> None:
     for key, field in SETTINGS.items():
         meta = field.metadata
-        if key in ("input", "output") or (meta["nightly"] and name != "nightly"):
+        if key in ("input", "output", *without) or (meta["nightly"] and name != "nightly"):
             continue
         flag = f"--{key.replace('_', '-')}"
         if field.type == "bool":
@@ -130,6 +130,23 @@ def build_parser() -> argparse.ArgumentParser:
     compare.add_argument("--methods", metavar="A,B", help="only these methods (default: all)")
     compare.add_argument("--label-column", default="label", metavar="TEXT", help="identity column of TRUTH (default: label)")
     _add_settings(compare, "compare")
+    scaling = _add_command(
+        commands,
+        "scaling",
+        "measure time against workers and faces",
+        "Run `cluster` on INPUT over numbers of workers and of faces on one Ray cluster, check that the labels agree, and\n"
+        "write scaling.json, scaling.csv, scaling.png and reading.txt into OUTPUT: time, speed-up, efficiency, growth, projections.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    scaling.add_argument("input", metavar="INPUT", help="as for cluster")
+    scaling.add_argument(
+        "--output", default="scaling-out", metavar="OUTPUT", help="folder or s3:// prefix (default: scaling-out)"
+    )
+    scaling.add_argument("--workers", dest="counts", default="1,2", metavar="1,2,4", help="numbers of workers (default: 1,2)")
+    scaling.add_argument("--faces", metavar="100k,1M", help="numbers of faces, from INPUT's first on (default: all)")
+    scaling.add_argument("--repeats", type=int, default=3, metavar="N", help="runs of each, interleaved (default: 3)")
+    scaling.add_argument("--predict", metavar="8:5M,16:5M", help="workers:faces to project (default: up to 8 times as many)")
+    _add_settings(scaling, "scaling", ("workers", "run_id", "restart", "work_dir"))
     synthesize = _add_command(
         commands,
         "synthesize",
@@ -270,6 +287,35 @@ def _compare(arguments: argparse.Namespace) -> None:
     print(f"table.txt, table.csv, plot.png and labels: {found.folder}")
 
 
+def _count(text: str) -> int:
+    """100k, 1.5M or a plain number. Raises SettingsError."""
+    units = {"k": 10**3, "m": 10**6}
+    number, unit = (text[:-1], units[text[-1].lower()]) if text[-1:].lower() in units else (text, 1)
+    try:
+        return round(float(number) * unit)
+    except ValueError:
+        raise SettingsError(f"{text!r} is not a number: write 100000, 100k or 1.5M") from None
+
+
+def _scaling(arguments: argparse.Namespace) -> None:
+    from faceflow.scaling import measure_scaling
+
+    sizes = [_count(text) for text in arguments.faces.split(",")] if arguments.faces else None
+    wanted = None
+    if arguments.predict:
+        pairs = [text.partition(":") for text in arguments.predict.split(",")]
+        wanted = [(_count(workers), _count(faces)) for workers, _, faces in pairs]
+    found = measure_scaling(
+        _config_of(arguments), [_count(text) for text in arguments.counts.split(",")], sizes, arguments.repeats, wanted,
+        progress=not arguments.quiet,
+    )  # fmt: skip
+    if arguments.json:
+        print(json.dumps({"folder": found.folder, "runs": [asdict(run) for run in found.runs], "reading": found.reading}))
+        return
+    print("\n".join(found.reading))
+    print(f"scaling.json, scaling.csv, scaling.png, reading.txt: {found.folder}")
+
+
 def _synthesize(arguments: argparse.Namespace) -> None:
     from faceflow.synthesis import synthesize
 
@@ -368,6 +414,7 @@ _COMMANDS = {
     "nightly": _cluster,
     "evaluate": _evaluate,
     "compare": _compare,
+    "scaling": _scaling,
     "synthesize": _synthesize,
     "import": _import,
     "runs": _runs,

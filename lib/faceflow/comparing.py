@@ -159,7 +159,7 @@ def _table_of(config: ClusterConfig) -> _File | None:
 
 
 def _clustered(config: ClusterConfig, output: Store, progress: bool) -> tuple[str, _Run]:
-    run_id = run_clustering(config, progress=progress).run_id
+    run_id = run_clustering(config, progress=progress, report=False).run_id
     work = Store.at(config.work_dir, config.storage_options) if config.work_dir else None
     run = layout.runs_store(output, work).child(run_id)
     ingest, quantize = (manifests.read(run, stage) for stage in ("ingest", "quantize"))

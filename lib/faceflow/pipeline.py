@@ -81,33 +81,34 @@ class RunResult:
         return dataclasses.asdict(self)
 
 
-def run_clustering(config: ClusterConfig, *, progress: bool = True) -> RunResult:
+def run_clustering(config: ClusterConfig, *, progress: bool = True, report: bool = True) -> RunResult:
     """Cluster `config.input` and publish the labels under `config.output`.
 
-    The same call after an interruption continues from the finished pieces. progress: show bars on a terminal.
+    The same call after an interruption continues from the finished pieces. progress: show bars on a terminal; report: write
+    report.html once the labels are in force.
     Raises a FaceflowError: InputError and SettingsError before anything is published, RunError when the run could not
     finish (it can be continued), PublishError when another run published first.
     """
-    return _connect(config, progress, nightly=False)
+    return _connect(config, progress, report, nightly=False)
 
 
-def run_nightly(config: ClusterConfig, *, progress: bool = True) -> RunResult:
+def run_nightly(config: ClusterConfig, *, progress: bool = True, report: bool = True) -> RunResult:
     """As `run_clustering`, but building on the published run: only what is new or changed is read and searched, and clusters
     keep their ids. The first night, and where the published run's directory is gone, everything is done.
 
     Where nothing has changed, the published labels stay in force, and the result is that run's.
     """
-    return _connect(config, progress, nightly=True)
+    return _connect(config, progress, report, nightly=True)
 
 
-def _connect(config: ClusterConfig, progress: bool, nightly: bool) -> RunResult:
+def _connect(config: ClusterConfig, progress: bool, report: bool, nightly: bool) -> RunResult:
     begun = time.perf_counter()
     options = config.storage_options
     output = Store.at(config.output, options)
     runs = layout.runs_store(output, Store.at(config.work_dir, options) if config.work_dir else None)
     try:
         with Executor(config.address, config.workers, progress, warm_up=search.warm_up, moved=moved) as executor:
-            return _run(config, output, runs, executor, begun, nightly)
+            return _run(config, output, runs, executor, begun, nightly, report)
     except OSError as error:
         raise RunError(f"{error}; what is finished is kept, and the same command continues") from error
 
@@ -135,7 +136,9 @@ class _Job:
         self.stores.run.write_json(layout.RUN_RECORD, _record(self.config, state, self.night) | more)
 
 
-def _run(config: ClusterConfig, output: Store, runs: Store, executor: Executor, begun: float, nightly: bool) -> RunResult:
+def _run(
+    config: ClusterConfig, output: Store, runs: Store, executor: Executor, begun: float, nightly: bool, report: bool
+) -> RunResult:
     files = ingest.inputs(Context(config, RunStores.of(output, runs, ""), executor, {}))["input_files"]
     if config.constraints is not None:
         decisions.read(config.constraints, config.storage_options)  # a contradiction is said now, not after the search
@@ -163,7 +166,10 @@ def _run(config: ClusterConfig, output: Store, runs: Store, executor: Executor, 
         extra=told("run_begins", files=len(files), parent=past.run_id if past is not None else None),
     )  # fmt: skip
     try:
-        return _advance_all(job)
+        result = _advance_all(job)
+        if report:
+            _report(job)
+        return result
     except InputError:
         # Not to be continued: once the input is mended, this run's pieces are of no use.
         job.record("refused")
@@ -260,7 +266,6 @@ def _advance_all(job: _Job) -> RunResult:
         result.run_id, result.faces, result.clusters, result.singletons, seconds["total"], result.labels,
         extra=told("run_done", **result.as_dict()),
     )  # fmt: skip
-    _report(job)
     return result
 
 

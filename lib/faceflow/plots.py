@@ -189,3 +189,41 @@ def methods(rows: Sequence[Mapping[str, Any]]) -> Figure:
         right.barh(at, [max(row["seconds"], 1e-3) for row in rows], 0.6, color=MUTED)
         right.set(xscale="log", xlabel="seconds, the neighbor table being there")
     return figure
+
+
+def scaling(medians: Mapping[tuple[str, int, int], float], stages: Sequence[str], predictions: Sequence[Any]) -> Figure:
+    """Time against workers, speed-up against ideal, and time against faces; projections are drawn hollow and say so.
+
+    medians: seconds by (stage or `total`, workers, faces); predictions: of `workers`, `faces`, `seconds`, `low`, `high`.
+    """
+    workers, sizes = sorted({key[1] for key in medians}), sorted({key[2] for key in medians})
+    most, largest = workers[-1], sizes[-1]
+    lines = zip((*stages, "total"), (TEAL, ORANGE, LEAF, RED, SKY, MUTED, INK), strict=False)
+    look: dict[str, dict[str, Any]] = {
+        name: {"color": color, "linewidth": 2.4 if name == "total" else 1.4} for name, color in lines
+    }
+    with mpl.rc_context(STYLE):
+        figure, (left, middle, right) = _figure(13, 4.2, ncols=3)
+        middle.plot(workers, [count / workers[0] for count in workers], "--", color=MUTED, label="ideal")
+        for name in look:
+            times = [medians[name, count, largest] for count in workers]
+            gains = [times[0] / max(each, 1e-3) for each in times]
+            left.plot(workers, times, "o-", label=name, **look[name])
+            middle.plot(workers, gains, "o-", label=f"{name}: efficiency {gains[-1] * workers[0] / most:.2f}", **look[name])
+            right.plot(sizes, [medians[name, most, size] for size in sizes], "o-", **look[name])
+        beyond = [each for each in predictions if each.faces == largest]
+        for each in beyond:
+            left.errorbar(
+                [each.workers], [each.seconds], yerr=[[max(0, each.seconds - each.low)], [max(0, each.high - each.seconds)]],
+                fmt="o", color=INK, markerfacecolor="white", capsize=3,
+                label="total, simulated (not measured)" if each is beyond[0] else None,
+            )  # fmt: skip
+        left.set(xscale="log", yscale="log", xlabel="workers", ylabel="seconds", title=f"time, {largest:,} faces")
+        ticks = sorted({*workers, *(each.workers for each in beyond)})
+        left.set_xticks(ticks, [str(tick) for tick in ticks])
+        left.minorticks_off()
+        middle.set(xlabel="workers", title=f"speed-up over {workers[0]} worker(s)", xticks=workers)
+        right.set(xscale="log", yscale="log", xlabel="faces", ylabel="seconds", title=f"time, {most} workers")
+        left.legend(fontsize=8)
+        middle.legend(fontsize=8)
+    return figure

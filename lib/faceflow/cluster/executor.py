@@ -194,6 +194,11 @@ class Executor:
         return max(1, int(self._ray.cluster_resources().get("CPU", 1)))
 
     @property
+    def nodes(self) -> int:
+        """Machines of the cluster, as of now."""
+        return sum(1 for node in self._ray.nodes() if node["Alive"])
+
+    @property
     def largest_machine_cpus(self) -> int:
         """CPUs of the machine with the most of them."""
         return max([1, *(int(node["Resources"].get("CPU", 0)) for node in self._ray.nodes() if node["Alive"])])
@@ -308,6 +313,7 @@ class Executor:
         step.pieces_done += 1
         step.rows_done += rows
         step.busy_seconds += done.seconds
+        step.longest_seconds = max(step.longest_seconds, done.seconds)
         step.read_bytes += done.read_bytes
         step.written_bytes += done.written_bytes
         step.peak_bytes = max(step.peak_bytes, done.peak_bytes)

@@ -11,9 +11,9 @@ from typing import Any
 @dataclass
 class Step:
     """One set of like pieces at work, or done. begun: Unix time, seconds; seconds: wall time so far; rows: of all pieces (0:
-    they are not counted in rows); cpus: of the cluster; busy_seconds: of all its tasks, as their workers measured; read_bytes,
-    written_bytes: what its tasks read and wrote (`storage.files.moved`); peak_bytes: largest resident memory of a worker;
-    retries: by cause."""
+    they are not counted in rows); cpus: of the cluster; busy_seconds: of all its tasks, as their workers measured;
+    longest_seconds: of the longest; read_bytes, written_bytes: what its tasks read and wrote (`storage.files.moved`);
+    peak_bytes: largest resident memory of a worker; retries: by cause."""
 
     label: str
     pieces: int
@@ -25,6 +25,7 @@ class Step:
     rows_done: int = 0
     in_flight: int = 0
     busy_seconds: float = 0.0
+    longest_seconds: float = 0.0
     read_bytes: int = 0
     written_bytes: int = 0
     peak_bytes: int = 0
@@ -44,7 +45,7 @@ class Step:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        rounded = {name: round(getattr(self, name), 3) for name in ("begun", "seconds", "busy_seconds")}
+        rounded = {name: round(getattr(self, name), 3) for name in ("begun", "seconds", "busy_seconds", "longest_seconds")}
         return asdict(self) | rounded | {"retries": dict(self.retries), "waiting": self.waiting, "share": round(self.share, 4)}
 
 

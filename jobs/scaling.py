@@ -1,0 +1,11 @@
+"""Measure time against workers and faces: `ray job submit -- python jobs/scaling.py INPUT`. Everything is in faceflow.cli."""
+
+import sys
+from pathlib import Path
+
+# Found beside this file, so that a job submitted with this repository as its working directory needs no installation.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
+
+from faceflow.cli import main
+
+sys.exit(main(["scaling", *sys.argv[1:]]))
