@@ -12,7 +12,7 @@ $(VENV)/.cpu: pyproject.toml
 	touch $@
 
 $(VENV)/.test: $(VENV)/.cpu
-	$(BIN)/python -m pip install --quiet --editable '.[cpu,methods,test,lint]'
+	$(BIN)/python -m pip install --quiet --editable '.[cpu,methods,lakes,test,lint]'
 	touch $@
 
 demo: $(VENV)/.cpu

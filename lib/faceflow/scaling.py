@@ -25,7 +25,7 @@ from faceflow.pipeline import STAGES, run_clustering
 from faceflow.stages.pieces import read_footers, readable
 from faceflow.storage import layout, manifests
 from faceflow.storage.files import Store
-from faceflow.storage.inputs import list_parquet
+from faceflow.storage.inputs import list_faces
 
 log = logging.getLogger("faceflow")
 
@@ -130,11 +130,13 @@ def measure_scaling(
 
 def _settings(config: ClusterConfig, source: str, output: str, workers: int) -> dict[str, Any]:
     own = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    return own | {"input": source, "output": output, "workers": workers, "work_dir": None, "run_id": None, "restart": False}
+    own |= {"input": source, "output": output, "workers": workers}
+    snapshot = config.snapshot if source == config.input else None
+    return own | {"snapshot": snapshot, "work_dir": None, "run_id": None, "restart": False, "labels_table": None}
 
 
 def _sizes(config: ClusterConfig, faces: Sequence[int] | None) -> tuple[int, list[int]]:
-    store, found = list_parquet(config.input, config.storage_options)
+    store, found, _ = list_faces(config.input, config.storage_options, config.snapshot)
     footers = read_footers(store, [file.path for file in found], config.id_column, config.embedding_column)
     total = sum(sum(footer.group_rows) for footer in footers)
     sizes = sorted(set(faces)) if faces else [total]
@@ -150,7 +152,7 @@ def _subset(config: ClusterConfig, output: Store, size: int, total: int) -> str:
     name = f"inputs/first-{size}.parquet"
     if output.exists(name):
         return output.address(name)
-    store, found = list_parquet(config.input, config.storage_options)
+    store, found, _ = list_faces(config.input, config.storage_options, config.snapshot)
     columns = [config.id_column, config.embedding_column, *([config.exclusive_column] if config.exclusive_column else [])]
     left = size
     with output.open_write(name) as target:

@@ -37,11 +37,13 @@ PRIVATE_STARTS = 2
 @dataclass(frozen=True)
 class Resources:
     """What one task asks Ray for. cpus 0 stands for all CPUs of the smallest machine that has the most of them; apart: a
-    worker process that has run nothing else, for packages that do not bear each other's company."""
+    worker process that has run nothing else, for packages that do not bear each other's company; custom: a resource of the
+    cluster's own naming, which only some of its machines have (of it a task takes next to nothing)."""
 
     cpus: float = 1
     gpus: float = 0
     apart: bool = False
+    custom: str | None = None
 
 
 Moved = Callable[[], tuple[int, int]]
@@ -201,7 +203,13 @@ class Executor:
     @property
     def largest_machine_cpus(self) -> int:
         """CPUs of the machine with the most of them."""
-        return max([1, *(int(node["Resources"].get("CPU", 0)) for node in self._ray.nodes() if node["Alive"])])
+        return self.machine_cpus(None)
+
+    def machine_cpus(self, custom: str | None) -> int:
+        """CPUs of the machine with the most of them, of those with this resource (of all, where none has it yet)."""
+        alive = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        chosen = [each for each in alive if custom is None or custom in each] or alive
+        return max([1, *(int(each.get("CPU", 0)) for each in chosen)])
 
     @property
     def smallest_machine_cpus(self) -> int:
@@ -238,7 +246,7 @@ class Executor:
         Raises the piece's own FaceflowError, or RunError when a piece keeps failing.
         """
         ray = self._ray
-        cpus = resources.cpus or min(self.largest_machine_cpus, self.workers or sys.maxsize)
+        cpus = resources.cpus or min(self.machine_cpus(resources.custom), self.workers or sys.maxsize)
         results: list[Any] = [None] * len(pieces)
         attempts = [Attempts(piece, label, smaller) for piece in pieces]
         queue, again = iter(range(len(pieces))), list[int]()
@@ -304,6 +312,8 @@ class Executor:
             "num_cpus": asked, "num_gpus": resources.gpus, "max_retries": 0, "name": attempt.label,
             "scheduling_strategy": "SPREAD",
         }  # fmt: skip
+        if resources.custom is not None:
+            options["resources"] = {resources.custom: 0.001}
         if resources.apart:
             options["runtime_env"] = {"env_vars": {"FACEFLOW_TASK": attempt.label}}
         threads = max(1, int(cpus))

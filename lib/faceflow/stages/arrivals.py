@@ -21,7 +21,7 @@ from faceflow.stages.base import Context, Outcome, merge_pieces
 from faceflow.stages.reading import good_entries, read_ids, read_rejected, read_vectors
 from faceflow.storage import layout
 from faceflow.storage.files import Store
-from faceflow.storage.inputs import list_parquet
+from faceflow.storage.inputs import list_faces
 from faceflow.storage.manifests import is_whole
 from faceflow.tables import MAX_FACES, ORIGINS_SCHEMA, PAST_SCHEMA, REJECTED_SCHEMA, Parts
 
@@ -55,7 +55,8 @@ def run(context: Context) -> Outcome:
     """Compare the files, read those that are not as they were, tell new faces from old ones, and carry over the rest."""
     past, executor, stores = context.past, context.executor, context.stores
     assert past is not None
-    store, files = list_parquet(context.config.input, context.config.storage_options)
+    config = context.config
+    store, files, snapshot = list_faces(config.input, config.storage_options, config.snapshot)
     before: Mapping[str, Any] = past.done["ingest"].fingerprint["input_files"]
     numbers = {f.path: i for i, f in enumerate(files)}
     same = {f.path for f in files if before.get(f.path) == [f.size, f.version]}
@@ -108,7 +109,7 @@ def run(context: Context) -> Outcome:
     changed = sum(part.changed for part in new_parts)
     result = {
         "faces": sum(faces), "rejected": sum(part.entries - part.faces for part in every), "dim": taken.dim,
-        "files": len(files),
+        "files": len(files), "input_snapshot": snapshot,
         "added": sum(faces) - stayed - changed, "changed": changed, "removed": starts.faces - stayed - changed,
         "starts": np.cumsum([0, *faces]).tolist(), "entries": np.cumsum([0, *(part.entries for part in every)]).tolist(),
     }  # fmt: skip

@@ -26,13 +26,15 @@ def run(context: Context) -> Outcome:
     """Detect modules over the whole graph; the driver sees only the counts."""
     config, executor = context.config, context.executor
     native = config.engine == "native"
-    threads = executor.largest_machine_cpus if native else 1
+    threads = executor.machine_cpus(config.detect_resource) if native else 1
     counts, pieces = executor.call(
         detect, context.stores.run, context.parts, config.engine, config.flow == "directed", config.seed, config.trials,
         config.verify_codelength, threads, _past_of(context), config.constraints, config.storage_options,
         config.exclusive_column is not None, _other_method(context), label="detect",
         # infomap crashes where faiss, which GPU search loads, was imported after it.
-        resources=Resources(cpus=0 if native else 1, apart=not native or config.verify_codelength),
+        resources=Resources(
+            cpus=0 if native else 1, apart=not native or config.verify_codelength, custom=config.detect_resource
+        ),
     )  # fmt: skip
     return Outcome(counts, pieces)
 

@@ -10,36 +10,39 @@ from faceflow.stages import arrivals
 from faceflow.stages.base import Context, Outcome, Stage
 from faceflow.stages.intake import judge, take_in
 from faceflow.storage.files import FileInfo
-from faceflow.storage.inputs import contains, list_parquet
+from faceflow.storage.inputs import contains, list_faces
 
 log = logging.getLogger("faceflow")
 
 
-def _files(context: Context) -> list[FileInfo]:
+def _files(context: Context) -> tuple[list[FileInfo], dict[str, Any] | None]:
     config = context.config
     if contains(config.input, config.output, config.storage_options):
         raise InputError(
             f"OUTPUT {config.output} lies inside INPUT {config.input}: labels would become input; choose another place"
         )
-    return list_parquet(config.input, config.storage_options)[1]
+    return list_faces(config.input, config.storage_options, config.snapshot)[1:]
 
 
 def inputs(context: Context) -> dict[str, Any]:
     """The exact files this run is made from."""
     past = {"past run": context.past.run_id} if context.past is not None else {}
-    return {"input_files": {f.path: [f.size, f.version] for f in _files(context)}} | past
+    files, snapshot = _files(context)
+    known = {"input_snapshot": snapshot} if snapshot is not None else {}
+    return {"input_files": {f.path: [f.size, f.version] for f in files}} | known | past
 
 
 def run(context: Context) -> Outcome:
     """Read every footer, cut the rows into parts, then read, check and write the parts in parallel."""
     if context.past is not None:
         return arrivals.run(context)
-    store, files = list_parquet(context.config.input, context.config.storage_options)
+    config = context.config
+    store, files, snapshot = list_faces(config.input, config.storage_options, config.snapshot)
     taken = take_in(context, store, {f.path: i for i, f in enumerate(files)}, context.stores.run)
     judge(context, taken.bad, taken.entries[-1])
     counts = {
         "faces": taken.starts[-1], "rejected": taken.bad.total, "dim": taken.dim, "files": len(files), "starts": taken.starts,
-        "entries": taken.entries,
+        "entries": taken.entries, "input_snapshot": snapshot,
     }  # fmt: skip
     return Outcome(counts, taken.sizes)
 

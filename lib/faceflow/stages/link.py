@@ -28,8 +28,8 @@ def run(context: Context) -> Outcome:
         )
         return Outcome({"edges": sum(count for _, count in results)}, merge_pieces([pieces for pieces, _ in results]))
     pieces, count = context.executor.call(
-        link_all, run, parts, config.edges, floor, weak, context.executor.largest_machine_cpus,
-        label="link", resources=Resources(cpus=0),
+        link_all, run, parts, config.edges, floor, weak, context.executor.machine_cpus(config.detect_resource),
+        label="link", resources=Resources(cpus=0, custom=config.detect_resource),
     )  # fmt: skip
     return Outcome({"edges": count}, pieces)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from faceflow.stages import quality
 from faceflow.stages.base import Context, Outcome, Stage
 from faceflow.stages.history import events, moves_schema
 from faceflow.stages.reading import good_entries, label_table, read_column, read_ids, read_rejected
-from faceflow.storage import layout
+from faceflow.storage import lakes, layout
 from faceflow.storage.files import Store
 from faceflow.tables import Parts
 
@@ -142,6 +142,21 @@ def publish_part(run: Store, output: Store, run_id: str, part: int, parts: Parts
     with output.open_write(layout.label_part(run_id, part), durable=True) as file:
         pq.write_table(label_table(ids, good, clusters), file, compression="zstd")
         return Published(int(file.tell()), moves, histogram)
+
+
+def commit_table(table: Store, output: Store, run_id: str) -> int:
+    """Put the run's labels into a Delta table, file by file, in one commit; returns its version."""
+    folder = layout.label_folder(run_id)
+    names = output.names(folder)
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        for name in names:
+            yield from labels_of(name).to_batches()
+
+    def labels_of(name: str) -> pa.Table:
+        return pq.read_table(pa.BufferReader(output.read_bytes(f"{folder}/{name}")))
+
+    return lakes.commit_labels(table, run_id, labels_of(names[0]).schema, batches())
 
 
 def _moves(run: Store, part: int, parts: int, ids: pa.Array, clusters: np.ndarray, past: Past) -> pa.Table:

@@ -38,7 +38,7 @@ def run(context: Context) -> Outcome:
     config, parts = context.config, context.parts
     plan = context.done["quantize"].counts
     run, on_gpu = context.stores.run, config.gpus_per_worker > 0
-    resources = Resources(gpus=config.gpus_per_worker)
+    resources = Resources(gpus=config.gpus_per_worker, custom=config.search_resource)
     floor, weak_floor = context.floors
     limits = (config.neighbors, weak_floor, on_gpu, config.gpu_float16)
     night = bool(plan["incremental"])

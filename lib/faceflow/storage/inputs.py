@@ -12,8 +12,29 @@ from urllib.parse import urlsplit
 
 import pyarrow as pa
 
-from faceflow.errors import InputError, one_line
+from faceflow.errors import InputError, SettingsError, one_line
+from faceflow.storage import lakes
 from faceflow.storage.files import FileInfo, Store, explain
+
+
+def list_faces(
+    address: str, options: Mapping[str, Any] | None, snapshot: int | None = None
+) -> tuple[Store, list[FileInfo], dict[str, Any] | None]:
+    """The Parquet files of a file, folder or glob (`list_parquet`), or of a snapshot of a Delta or Iceberg table, and then also
+    which one: {"format", "snapshot"}."""
+    store = Store.at(address, options)
+    if not store.is_local:
+        check_endpoint(address, options)
+    try:
+        kind = lakes.table_kind(store)
+    except OSError:
+        kind = None  # whatever is wrong, a plain listing says best
+    if kind is not None:
+        found = lakes.open_snapshot(store, kind, snapshot)
+        return store, found.files, {"format": kind, "snapshot": found.version}
+    if snapshot is not None:
+        raise SettingsError(f"snapshot is {snapshot}, but {address} is neither a Delta nor an Iceberg table")
+    return *list_parquet(address, options), None
 
 
 def list_parquet(address: str, options: Mapping[str, Any] | None) -> tuple[Store, list[FileInfo]]:

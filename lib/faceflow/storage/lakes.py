@@ -1,0 +1,204 @@
+"""Delta and Iceberg tables: the data files of one snapshot, and labels as a Delta commit. The only module that imports
+deltalake and pyiceberg."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import unquote
+
+import pyarrow as pa
+
+from faceflow.errors import InputError, RunError, SettingsError, one_line
+from faceflow.storage.files import FileInfo, Store, explain
+
+INSTALL = "it takes the lakes extra: pip install 'faceflow[lakes]'"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One state of a table. kind: delta or iceberg; version: Delta's version or Iceberg's snapshot id; files: data files."""
+
+    kind: str
+    version: int
+    files: list[FileInfo]
+
+
+def table_kind(store: Store) -> str | None:
+    """delta or iceberg, where the address is such a table; else None."""
+    if store.root.endswith(".metadata.json"):
+        return "iceberg"
+    if store.root.endswith((".parquet", ".pq", ".parq", ".npz")) or any(sign in store.root for sign in "*?["):
+        return None
+    if store.names("_delta_log"):
+        return "delta"
+    return "iceberg" if any(name.endswith(".metadata.json") for name in store.names("metadata")) else None
+
+
+def open_snapshot(store: Store, kind: str, version: int | None) -> Snapshot:
+    """The data files of a table, sorted by path; version: which snapshot (None: the newest).
+
+    Raises InputError for a snapshot that is not there, or one whose rows are not those of its files.
+    """
+    found = (_delta if kind == "delta" else _iceberg)(store, version)
+    if not found.files:
+        raise InputError(f"{one_line(store.root)}: snapshot {found.version} of this {kind} table holds no data file")
+    return Snapshot(kind, found.version, sorted(found.files, key=lambda file: file.path))
+
+
+def _delta(store: Store, version: int | None) -> Snapshot:
+    try:
+        from deltalake import DeltaTable
+        from deltalake.exceptions import DeltaError
+    except ImportError:
+        raise SettingsError(f"{one_line(store.root)} is a Delta table, and to read one {INSTALL}") from None
+    try:
+        table = DeltaTable(store.root, version=version, storage_options=_object_store(store))
+        features = set(table.protocol().reader_features or ())
+        if "columnMapping" in features:
+            raise InputError(f"{one_line(store.root)} maps its columns to other names in its files, which is not supported")
+        if "deletionVectors" in features and any(batch.num_rows for batch in table.deletion_vectors()):
+            raise InputError(
+                f"{one_line(store.root)} has deletion vectors: files hold rows that are deleted; purge them first "
+                "(REORG TABLE … APPLY (PURGE))"
+            )
+        actions = pa.table(table.get_add_actions(flatten=True))
+        # The log's paths are relative; file_uris are whole, in the same order, and percent-encoded.
+        sizes, times = (actions.column(name).to_pylist() for name in ("size_bytes", "modification_time"))
+        files = [
+            FileInfo(_address(unquote(uri), store), int(size), str(time))
+            for uri, size, time in zip(table.file_uris(), sizes, times, strict=True)
+        ]
+        return Snapshot("delta", table.version(), files)
+    except (DeltaError, OSError) as error:
+        raise InputError(f"cannot read Delta table {one_line(store.root)}: {explain(error)}") from None
+
+
+def _iceberg(store: Store, version: int | None) -> Snapshot:
+    try:
+        from pyiceberg.exceptions import NoSuchTableError
+        from pyiceberg.table import StaticTable
+    except ImportError:
+        raise SettingsError(f"{one_line(store.root)} is an Iceberg table, and to read one {INSTALL}") from None
+    try:
+        table = StaticTable.from_metadata(_metadata_of(store), _iceberg_io(store))
+        snapshot = table.current_snapshot() if version is None else table.snapshot_by_id(version)
+        if snapshot is None:
+            what = "has no snapshot yet" if version is None else f"has no snapshot {version}"
+            raise InputError(f"Iceberg table {one_line(store.root)} {what}")
+        files = []
+        for task in table.scan(snapshot_id=snapshot.snapshot_id).plan_files():
+            if task.delete_files:
+                raise InputError(
+                    f"{one_line(store.root)} has delete files: files hold rows that are deleted; rewrite its data files first "
+                    "(rewrite_data_files)"
+                )
+            files.append(FileInfo(_address(task.file.file_path, store), int(task.file.file_size_in_bytes), ""))
+        return Snapshot("iceberg", snapshot.snapshot_id, files)
+    except (OSError, ValueError, NoSuchTableError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"cannot read Iceberg table {one_line(store.root)}: {explain(error)}") from None
+
+
+def _metadata_of(store: Store) -> str:
+    """The metadata file named, or a table folder's newest: what its version hint names, else that of the highest number."""
+    if store.root.endswith(".metadata.json"):
+        return store.root
+    names = [name for name in store.names("metadata") if name.endswith(".metadata.json")]
+    if store.exists("metadata/version-hint.text"):
+        hint = store.read_bytes("metadata/version-hint.text").decode().strip()
+        named = [name for name in (hint, f"v{hint}.metadata.json", f"{hint}.metadata.json") if name in names]
+        if named:
+            return store.address(f"metadata/{named[0]}")
+    return store.address(f"metadata/{max(names, key=lambda name: (_number(name), name))}")
+
+
+def _number(name: str) -> int:
+    found = re.match(r"v?(\d+)", name)
+    return int(found[1]) if found else -1
+
+
+def _address(path: str, table: Store) -> str:
+    """A data file's address as a Store has it. A file elsewhere than the table's own kind of store cannot be read with it."""
+    found = Store.at(path)
+    if found.is_local != table.is_local:
+        raise InputError(f"{one_line(table.root)} names {one_line(path)}, which lies on another kind of storage")
+    return found.root
+
+
+def _options(store: Store) -> dict[str, Any]:
+    return {key: json.loads(value) for key, value in store.options}
+
+
+def _s3_settings(store: Store) -> dict[str, str | None]:
+    given = _options(store)
+    client = given.get("client_kwargs") or {}
+    return {
+        "key": given.get("key"),
+        "secret": given.get("secret"),
+        "token": given.get("token"),
+        "endpoint": given.get("endpoint_url") or client.get("endpoint_url"),
+        "region": client.get("region_name"),
+    }
+
+
+def _object_store(store: Store) -> dict[str, str] | None:
+    """What s3fs was told, for deltalake; what it was not told, both find in the environment."""
+    if store.is_local:
+        return None
+    names = {
+        "key": "AWS_ACCESS_KEY_ID", "secret": "AWS_SECRET_ACCESS_KEY", "token": "AWS_SESSION_TOKEN",
+        "endpoint": "AWS_ENDPOINT_URL", "region": "AWS_REGION",
+    }  # fmt: skip
+    found = {names[key]: value for key, value in _s3_settings(store).items() if value}
+    # A commit is a put that must not replace another's.
+    found["aws_conditional_put"] = "etag"
+    if found.get("AWS_ENDPOINT_URL", "").startswith("http:"):
+        found["AWS_ALLOW_HTTP"] = "true"
+    if "AWS_ENDPOINT_URL" in found and "AWS_REGION" not in found:
+        found["AWS_REGION"] = "us-east-1"
+    return found
+
+
+def _iceberg_io(store: Store) -> dict[str, str]:
+    names = {
+        "key": "s3.access-key-id", "secret": "s3.secret-access-key", "token": "s3.session-token", "endpoint": "s3.endpoint",
+        "region": "s3.region",
+    }  # fmt: skip
+    return {names[key]: value for key, value in _s3_settings(store).items() if value} if not store.is_local else {}
+
+
+def commit_labels(store: Store, run_id: str, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> int:
+    """Replace the content of a Delta table by these labels, in one commit; returns its version. A run that has committed before
+    does not commit again.
+
+    batches: read one at a time. Raises RunError where the commit fails: the table then is as it was.
+    """
+    try:
+        from deltalake import CommitProperties, DeltaTable, write_deltalake
+        from deltalake.exceptions import DeltaError
+    except ImportError:
+        raise SettingsError(f"--labels-table writes a Delta table, and for that {INSTALL}") from None
+    options = _object_store(store)
+    try:
+        if DeltaTable.is_deltatable(store.root, storage_options=options):
+            table = DeltaTable(store.root, storage_options=options, without_files=True)
+            for commit in table.history(1):
+                if commit.get("faceflow_run_id") == run_id:
+                    return table.version()
+        elif store.is_local:
+            store.check_writable()
+        write_deltalake(
+            store.root, pa.RecordBatchReader.from_batches(schema, batches), mode="overwrite", schema_mode="overwrite",
+            storage_options=options, commit_properties=CommitProperties(custom_metadata={"faceflow_run_id": run_id}),
+        )  # fmt: skip
+        return DeltaTable(store.root, storage_options=options, without_files=True).version()
+    except (DeltaError, OSError) as error:
+        raise RunError(
+            f"the labels are in force, but their Delta table {one_line(store.root)} was not written: {explain(error)}; "
+            "the same command tries again"
+        ) from error

@@ -1,0 +1,120 @@
+"""A Ray cluster of three hosts with addresses of their own and an S3 server on a fourth, one host cut off in mid-search."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from faceflow.storage.files import Store
+from faceflow.synthesis import synthesize
+from tests.conftest import ROOT, S3, serve_s3
+from tests.integration.clusters import clean_environment
+from tests.integration.hosts import Hosts, hosts
+
+PORT = 6399
+# Ray gives up on a silent machine after a minute or so; a test need not wait that long.
+IMPATIENT = {
+    "RAY_health_check_initial_delay_ms": "1000", "RAY_health_check_period_ms": "1000", "RAY_health_check_timeout_ms": "1000",
+    "RAY_health_check_failure_threshold": "5",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def lan(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Hosts, S3]]:
+    with contextlib.ExitStack() as stack:
+        made = stack.enter_context(hosts(["storage", "head", "first", "second"]))
+        s3 = stack.enter_context(
+            serve_s3(tmp_path_factory.mktemp("s3"), made.address("storage"), made.prefix("storage"))
+        )  # fmt: skip
+        board = "--dashboard-host=127.0.0.1"
+        made.ray("head", "--head", f"--port={PORT}", "--num-cpus=1", '--resources={"head_only": 1}', board, **IMPATIENT)
+        for host in ("first", "second"):
+            made.ray(host, f"--address={made.address('head')}:{PORT}", "--num-cpus=1", '--resources={"search_only": 1}')
+        yield made, s3
+
+
+def job(lan: tuple[Hosts, S3], *arguments: str) -> subprocess.Popen[str]:
+    made, s3 = lan
+    command = [sys.executable, str(ROOT / "jobs" / "cluster.py"), *arguments, "--address", f"{made.address('head')}:{PORT}"]
+    return subprocess.Popen(
+        [*made.prefix("head"), *command], env=clean_environment(**s3.environment), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def nodes(lan: tuple[Hosts, S3]) -> int:
+    made, _ = lan
+    script = f"import ray; ray.init('{made.address('head')}:{PORT}', logging_level='ERROR'); print(len(ray.nodes()))"
+    done = subprocess.run(
+        [*made.prefix("head"), sys.executable, "-c", script], env=clean_environment(), capture_output=True, text=True,
+        timeout=120, check=False,
+    )  # fmt: skip
+    return int(done.stdout.split()[-1]) if done.returncode == 0 else 0
+
+
+def labels(store: Store) -> pa.Table:
+    pointer = store.read_json("latest.json")
+    assert pointer is not None
+    folder = pointer["labels"]
+    return pa.concat_tables(
+        [pq.read_table(pa.BufferReader(store.read_bytes(f"{folder}/{name}"))) for name in store.names(folder)]
+    )
+
+
+def test_a_host_cut_off_in_mid_search_changes_nothing(lan: tuple[Hosts, S3]) -> None:
+    made, s3 = lan
+    synthesize("s3://faces/lan", 60_000, dim=128, storage_options=s3.options)
+    for _ in range(60):
+        if nodes(lan) == 3:
+            break
+        time.sleep(2)
+    else:
+        pytest.fail("the cluster of three hosts did not come up")
+    flags = ["--index", "exact", "--search-resource", "search_only", "--detect-resource", "head_only", "--log-format", "json"]
+    whole = job(lan, "s3://faces/lan", "s3://faces/undisturbed", *flags)
+    _, told = whole.communicate(timeout=300)
+    assert whole.returncode == 0, told
+
+    cut = job(lan, "s3://faces/lan", "s3://faces/cut", *flags)
+    assert cut.stderr is not None
+    lines = []
+    for line in cut.stderr:
+        lines.append(line)
+        if '"event": "stage_begins"' in line and json.loads(line)["stage"] == "search":
+            break
+    time.sleep(2)
+    made.pull("second")
+    lines += cut.stderr.readlines()
+    assert cut.wait(timeout=300) == 0, "".join(lines)
+    story = "".join(lines)
+    assert "its machine died" in story or "its worker died" in story, story
+    assert labels(Store.at("s3://faces/cut", s3.options)).equals(labels(Store.at("s3://faces/undisturbed", s3.options)))
+
+
+def test_tasks_go_where_the_named_resources_are(lan: tuple[Hosts, S3], tmp_path: Path) -> None:
+    made, _ = lan
+    script = (
+        "import socket, ray\n"
+        "from faceflow.cluster.executor import Executor, Resources\n"
+        f"with Executor('{made.address('head')}:{PORT}', progress=False) as executor:\n"
+        "    for name in ('head_only', 'search_only'):\n"
+        "        place = executor.call(ray.util.get_node_ip_address, label='where', resources=Resources(custom=name))\n"
+        "        print(name, place)\n"
+    )
+    done = subprocess.run(
+        [*made.prefix("head"), sys.executable, "-c", script], env=clean_environment(PYTHONPATH=str(ROOT / "lib")),
+        capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    places = dict(line.split() for line in done.stdout.splitlines() if line.count(" ") == 1)
+    assert places["head_only"] == made.address("head")
+    assert places["search_only"] in (made.address("first"), made.address("second"))
