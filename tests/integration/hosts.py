@@ -6,8 +6,10 @@ import contextlib
 import os
 import secrets
 import shutil
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,6 +85,14 @@ class Hosts:
                 env=clean_environment(**env), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
             )
         )  # fmt: skip
+
+    def wait_for(self, host: str, port: int) -> None:
+        for _ in range(120):
+            with contextlib.suppress(OSError):
+                socket.create_connection((self.address(host), port), timeout=1).close()
+                return
+            time.sleep(0.5)
+        pytest.fail(f"nothing answers on port {port} of {host}")
 
     def end(self) -> None:
         for host in self.numbers:

@@ -37,8 +37,11 @@ def lan(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Hosts, S3]]:
         )  # fmt: skip
         board = "--dashboard-host=127.0.0.1"
         made.ray("head", "--head", f"--port={PORT}", "--num-cpus=1", '--resources={"head_only": 1}', board, **IMPATIENT)
-        for host in ("first", "second"):
+        made.wait_for("head", PORT)
+        # One after the other: the hosts share a disk, and two that start at once take one name for their sockets.
+        for number, host in enumerate(("first", "second"), 2):
             made.ray(host, f"--address={made.address('head')}:{PORT}", "--num-cpus=1", '--resources={"search_only": 1}')
+            wait_for_nodes(made, number)
         yield made, s3
 
 
@@ -46,19 +49,17 @@ def job(lan: tuple[Hosts, S3], *arguments: str) -> subprocess.Popen[str]:
     made, s3 = lan
     command = [sys.executable, str(ROOT / "jobs" / "cluster.py"), *arguments, "--address", f"{made.address('head')}:{PORT}"]
     return subprocess.Popen(
-        [*made.prefix("head"), *command], env=clean_environment(**s3.environment), text=True,
+        [*made.prefix("head"), *command, "--storage-options", json.dumps(s3.options)], env=clean_environment(), text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
 
-def nodes(lan: tuple[Hosts, S3]) -> int:
-    made, _ = lan
-    script = f"import ray; ray.init('{made.address('head')}:{PORT}', logging_level='ERROR'); print(len(ray.nodes()))"
-    done = subprocess.run(
-        [*made.prefix("head"), sys.executable, "-c", script], env=clean_environment(), capture_output=True, text=True,
-        timeout=120, check=False,
-    )  # fmt: skip
-    return int(done.stdout.split()[-1]) if done.returncode == 0 else 0
+def wait_for_nodes(made: Hosts, wanted: int) -> None:
+    script = (
+        f"import ray, time; ray.init('{made.address('head')}:{PORT}', logging_level='ERROR')\n"
+        f"while len(ray.nodes()) < {wanted}: time.sleep(0.5)\n"
+    )
+    subprocess.run([*made.prefix("head"), sys.executable, "-c", script], env=clean_environment(), timeout=120, check=True)
 
 
 def labels(store: Store) -> pa.Table:
@@ -73,12 +74,6 @@ def labels(store: Store) -> pa.Table:
 def test_a_host_cut_off_in_mid_search_changes_nothing(lan: tuple[Hosts, S3]) -> None:
     made, s3 = lan
     synthesize("s3://faces/lan", 60_000, dim=128, storage_options=s3.options)
-    for _ in range(60):
-        if nodes(lan) == 3:
-            break
-        time.sleep(2)
-    else:
-        pytest.fail("the cluster of three hosts did not come up")
     flags = ["--index", "exact", "--search-resource", "search_only", "--detect-resource", "head_only", "--log-format", "json"]
     whole = job(lan, "s3://faces/lan", "s3://faces/undisturbed", *flags)
     _, told = whole.communicate(timeout=300)

@@ -139,7 +139,16 @@ def open_input(store: Store, path: str) -> Any:
     """A readable file object for pyarrow: memory-mapped on a disk, with read-ahead by range on S3."""
     if store.is_local:
         return pa.memory_map(path)
-    return pa.PythonFile(store.fs.open(path, "rb", cache_type="readahead", block_size=8 * 2**20))
+    try:
+        return pa.PythonFile(store.fs.open(path, "rb", cache_type="readahead", block_size=8 * 2**20))
+    except Exception as error:
+        if type(error).__name__ != "NoCredentialsError":
+            raise
+        # The driver could list the files: it has credentials that this machine lacks.
+        raise PermissionError(
+            f"no credentials on {socket.gethostname()}: give every machine of the cluster the same (an instance role, or the "
+            "AWS_* environment where Ray is started), or use --storage-options"
+        ) from None
 
 
 def contains(outer: str, inner: str, options: Mapping[str, Any] | None = None) -> bool:
