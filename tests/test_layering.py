@@ -28,6 +28,7 @@ LAYERS = [
         "progress",
         "plots",
         "scaling",
+        "planning",
     },
     {"cli"},
 ]
@@ -47,7 +48,8 @@ HOMES = {
     "PIL": {"report"},
 }
 STAGE_HELPERS = {
-    "arrivals", "base", "candidates", "cells", "checking", "decisions", "floors", "grouping", "history", "intake", "pieces",
+    "arrivals", "base", "candidates", "cells", "checking", "decisions", "floors", "forecast", "grouping", "history", "intake",
+    "pieces",
     "quality", "reading", "renewal",
 }  # fmt: skip
 

@@ -147,6 +147,17 @@ def build_parser() -> argparse.ArgumentParser:
     scaling.add_argument("--repeats", type=int, default=3, metavar="N", help="runs of each, interleaved (default: 3)")
     scaling.add_argument("--predict", metavar="8:5M,16:5M", help="workers:faces to project (default: up to 8 times as many)")
     _add_settings(scaling, "scaling", ("workers", "run_id", "restart", "work_dir"))
+    plan = _add_command(
+        commands,
+        "plan",
+        "tell what a run will take, and whether it fits",
+        "Look at a sample of INPUT and at the cluster: faces, edges, memory, disk and seconds to be expected. Writes nothing.\n"
+        "Exit code 2 where the run cannot fit, with what to change.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    plan.add_argument("input", metavar="INPUT", help="as for cluster")
+    plan.add_argument("output", metavar="OUTPUT", nargs="?", default=".", help="as for cluster; for the space on its disk")
+    _add_settings(plan, "plan", ("run_id", "restart", "labels_table", "thumbnails"))
     synthesize = _add_command(
         commands,
         "synthesize",
@@ -316,6 +327,15 @@ def _scaling(arguments: argparse.Namespace) -> None:
     print(f"scaling.json, scaling.csv, scaling.png, reading.txt: {found.folder}")
 
 
+def _plan(arguments: argparse.Namespace) -> None:
+    from faceflow.planning import lines, plan_run
+
+    found = plan_run(_config_of(arguments))
+    print(json.dumps(asdict(found)) if arguments.json else "\n".join(lines(found)))
+    if found.problems:
+        raise SettingsError("this run does not fit: " + "; ".join(found.problems))
+
+
 def _synthesize(arguments: argparse.Namespace) -> None:
     from faceflow.synthesis import synthesize
 
@@ -415,6 +435,7 @@ _COMMANDS = {
     "evaluate": _evaluate,
     "compare": _compare,
     "scaling": _scaling,
+    "plan": _plan,
     "synthesize": _synthesize,
     "import": _import,
     "runs": _runs,

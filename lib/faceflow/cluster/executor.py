@@ -30,6 +30,9 @@ OBJECT_STORE_BYTES = 128 * 2**20
 HEARTBEAT = 5.0
 """Seconds after which a step that goes on is looked at although nothing happened."""
 
+SILENT_MACHINE = {"RAY_grpc_client_keepalive_time_ms": "30000", "RAY_grpc_client_keepalive_timeout_ms": "30000"}
+"""How soon the driver asks a machine that has a task of it and says nothing, and how long it waits for the answer."""
+
 PRIVATE_STARTS = 2
 """Times a private Ray is started before the run gives up: one of its dozen processes may have died."""
 
@@ -210,6 +213,12 @@ class Executor:
         alive = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
         chosen = [each for each in alive if custom is None or custom in each] or alive
         return max([1, *(int(each.get("CPU", 0)) for each in chosen)])
+
+    def machine_memory(self, custom: str | None) -> int:
+        """Bytes that Ray has for tasks on the machine with the most of them, chosen as `machine_cpus`."""
+        alive = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        chosen = [each for each in alive if custom is None or custom in each] or alive
+        return int(max([0, *(each.get("memory", 0) for each in chosen)]))
 
     @property
     def smallest_machine_cpus(self) -> int:
@@ -406,6 +415,9 @@ def _environment_for_ray() -> Iterator[None]:
         # A job script finds the package beside itself; workers must find the same one.
         "PYTHONPATH": os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])]),
     }
+    # A machine that falls silent (a pulled cable, a dead hypervisor) is waited for until these pings fail, by default seven
+    # minutes (Ray 2.60); what the user has set stays.
+    wanted |= {name: os.environ.get(name, value) for name, value in SILENT_MACHINE.items()}
     before = {key: os.environ.get(key) for key in wanted}
     os.environ.update(wanted)
     try:

@@ -25,22 +25,6 @@ from faceflow.tables import QUANTIZER_METADATA
 
 log = logging.getLogger("faceflow")
 
-MAX_PROBES = 256
-"""The most cells that one face probes to reach TARGET_RECALL."""
-
-ALLOWED_MISS = 0.002
-"""Share of the edges that the probes may miss by prediction at a million faces and above; well below what a run promises
-(0.01), as it is a prediction. Measured: 0.003 predicted and 0.005 missed at 1M synthetic faces."""
-
-ALLOWED_MISS_ALONE = 0.01
-"""The same for pairs that nobody can introduce to each other (`kernels.joins`); twice that from 8M faces on. Measured on LFW,
-where 4,069 of 5,749 people have one photo and many two: edge recall .9998, and .9969 without this second target."""
-
-LEAST_HELD_OUT, HELD_OUT_AT_1M, MOST_HELD_OUT = 4_096, 16_384, 65_536
-"""Held-out faces whose mutual pairs predict the recall: a twelfth of all, and from a million faces on in proportion to the
-root of their number, so that about 12,000 pairs (of people with 68 photos) are seen: seconds of one core."""
-
-
 MOST_ACTIVE = 0.25
 """Share of faces that may come, change or go in a night for it to be searched as one: past that, all pairs are less work."""
 
@@ -248,19 +232,6 @@ def measure_flops(dim: int) -> float:
     return tiles.measure_flops(dim)
 
 
-def target_recall(faces: int) -> tuple[float, float]:
-    """Predicted edge recall that the probes are chosen for, of all pairs and of those that nobody introduces; a small set
-    can afford higher ones."""
-    scale = (faces / 1e6) ** (1 / 3)
-    return 1 - ALLOWED_MISS * min(1.0, scale), 1 - ALLOWED_MISS_ALONE * min(2.0, scale)
-
-
-def held_out_faces(faces: int) -> int:
-    """How many faces are held out of the training to predict the recall."""
-    most = HELD_OUT_AT_1M * max(1.0, faces / 1e6) ** 0.5
-    return int(min(max(LEAST_HELD_OUT, faces // 12), most, MOST_HELD_OUT))
-
-
 @dataclass(frozen=True)
 class Training:
     """How to make the quantizer; probes None: as many as the predicted recall asks for."""
@@ -299,7 +270,7 @@ def train(run: Store, starts: tuple[int, ...], dim: int, training: Training, thr
     rows, held_out = sample_rows(
         starts[-1],
         cells * quantizer.SAMPLE_PER_CELL,
-        held_out_faces(starts[-1]),
+        plans.held_out_faces(starts[-1]),
         training.seed,
     )
     sample = _gather(run, starts, dim, rows)
@@ -310,9 +281,9 @@ def train(run: Store, starts: tuple[int, ...], dim: int, training: Training, thr
     del sample
     if training.probes is None:
         held = _gather(run, starts, dim, held_out)
-        most = min(MAX_PROBES, cells)
+        most = min(plans.MAX_PROBES, cells)
         choice = probing.choose_rule(
-            held, starts[-1], centroids, training.neighbors, training.floor, most, *target_recall(starts[-1])
+            held, starts[-1], centroids, training.neighbors, training.floor, most, *plans.target_recall(starts[-1])
         )
     else:
         rule = probing.ProbeRule(None, min(training.probes, cells))
