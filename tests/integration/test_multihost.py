@@ -27,6 +27,8 @@ IMPATIENT = {
     "RAY_health_check_failure_threshold": "5",
 }  # fmt: skip
 
+PINGS = {"RAY_grpc_client_keepalive_time_ms": "8000", "RAY_grpc_client_keepalive_timeout_ms": "8000"}
+
 
 @pytest.fixture(scope="module")
 def lan(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Hosts, S3]]:
@@ -49,7 +51,7 @@ def job(lan: tuple[Hosts, S3], *arguments: str) -> subprocess.Popen[str]:
     made, s3 = lan
     command = [sys.executable, str(ROOT / "jobs" / "cluster.py"), *arguments, "--address", f"{made.address('head')}:{PORT}"]
     return subprocess.Popen(
-        [*made.prefix("head"), *command, "--storage-options", json.dumps(s3.options)], env=clean_environment(), text=True,
+        [*made.prefix("head"), *command, "--storage-options", json.dumps(s3.options)], env=clean_environment(**PINGS), text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
