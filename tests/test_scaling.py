@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from faceflow.cli import main
+from faceflow.kernels import costs
 from faceflow.scaling import Run, predict
 from faceflow.synthesis import synthesize
 
@@ -66,9 +67,13 @@ def step(label: str, pieces: int, busy: float, seconds: float) -> dict[str, obje
 def test_projections_divide_what_can_be_divided() -> None:
     seconds = {"ingest": 0.0, "quantize": 0.0, "search": 41.0, "link": 10.0, "detect": 20.0, "publish": 0.0, "total": 72.0}
     steps = {"search": [step("search", 16, 80.0, 40.0)], "detect": [step("detect", 1, 20.0, 20.0)]}
-    runs = [Run(1_000_000, 2, repeat, seconds, steps, 0) for repeat in range(3)]
+    load = costs.Workload(1_000_000, 256, 90, 90, 2_000, 4, 32_768, 1_000, 5, 64, 16_384, True, True, 8, 2, 2, 8e10)
+    runs = [Run(1_000_000, 2, repeat, seconds, steps, 0, load) for repeat in range(3)]
     four, sixteen, many = (each.seconds for each in predict(runs, [(4, 1_000_000), (16, 1_000_000), (1000, 1_000_000)]))
     assert four == pytest.approx(1 + 20 + 30 + 1)  # half the search, all of link and detect, and what lies outside stages
     assert sixteen == many == pytest.approx(1 + 5 + 30 + 1)  # never faster than the longest piece
     (same,) = predict(runs, [(2, 1_000_000)])
     assert (same.low, same.seconds, same.high) == (72.0, 72.0, 72.0)
+    # Detection grows a little faster than the faces, the search faster than that.
+    (five,) = predict(runs, [(2, 5_000_000)])
+    assert 5 * 72 < five.seconds < 15 * 72

@@ -59,8 +59,9 @@ class RunResult:
     (None: the floor was given, so nothing was estimated); recall: edge recall of the search, `estimate`, `low`, `high` (a 95 %
     interval), from `faces` sampled faces with `edges` true neighbors; quality: of the clusters, without labels: `within`, mean
     similarity of a face to its neighbors in its cluster; `between`, of those that have one outside, to the nearest;
-    `outside_share`, how many have; `doubtful_share`, faces nearer to one outside than to those inside on average; `sizes`,
-    clusters by size; seconds: wall time of each stage and `total`; peak_memory_bytes: largest resident memory of the driver;
+    `outside_share`, how many have; `doubtful_share`, faces nearer to one outside than to those inside on average; `stability`,
+    how alike clusters come back from resampled edges (0 to 1, of `stability_clusters` tried); `sizes`, clusters by size;
+    seconds: wall time of each stage and `total`; peak_memory_bytes: largest resident memory of the driver;
     worker_peak_memory_bytes: of any one worker, mapped files included (0: none ran).
     """
 

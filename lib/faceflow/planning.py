@@ -78,7 +78,7 @@ def plan_run(config: ClusterConfig) -> Forecast:
     edges = outlook.strong + 0.5 * (outlook.neighbors - outlook.strong) if config.edges == "auto" else outlook.strong
     load = costs.Workload(
         faces, dim, outlook.neighbors, edges, outlook.plan.cells, outlook.probes,
-        forecast.pairs_counted(faces) if config.min_similarity == "auto" else 0,
+        plans.pairs_counted(faces) if config.min_similarity == "auto" else 0,
         min(faces, config.recall_sample), quantizer.ITERATIONS, quantizer.SAMPLE_PER_CELL, plans.held_out_faces(faces),
         config.edges != "threshold", config.engine == "native", outlook.id_bytes, workers, threads, flops,
     )  # fmt: skip

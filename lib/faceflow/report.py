@@ -217,6 +217,8 @@ def _card(example: Mapping[str, Any], thumbnails: str | None) -> dict[str, Any]:
         sentence += f", {example['within']:.3f} alike"
     if example["doubtful_share"]:
         sentence += f", {example['doubtful_share']:.0%} of them doubtful"
+    if example.get("stability") is not None:
+        sentence += f", stability {example['stability']:.2f}"
     shown = {
         "sentence": sentence,
         "near": _number(example["nearest_outside"], 3),

@@ -20,12 +20,13 @@ from faceflow import plots
 from faceflow.cluster.executor import Executor, peak_memory
 from faceflow.config import ClusterConfig
 from faceflow.errors import QualityError, SettingsError
-from faceflow.kernels import laws
+from faceflow.kernels import costs, laws, plans, quantizer
 from faceflow.pipeline import STAGES, run_clustering
 from faceflow.stages.pieces import read_footers, readable
 from faceflow.storage import layout, manifests
 from faceflow.storage.files import Store
 from faceflow.storage.inputs import list_faces
+from faceflow.storage.manifests import Manifest
 
 log = logging.getLogger("faceflow")
 
@@ -41,7 +42,8 @@ GROUP_FACES = 16_384
 
 @dataclass(frozen=True)
 class Run:
-    """One run of the grid. seconds: of each stage and `total`; steps: what its stages' tasks did (`cluster.usage.Step`)."""
+    """One run of the grid. seconds: of each stage and `total`; steps: what its stages' tasks did (`cluster.usage.Step`); load:
+    how much there was to do."""
 
     faces: int
     workers: int
@@ -49,6 +51,7 @@ class Run:
     seconds: Mapping[str, float]
     steps: Mapping[str, Sequence[Mapping[str, Any]]]
     worker_peak_memory_bytes: int
+    load: costs.Workload
 
 
 @dataclass(frozen=True)
@@ -116,8 +119,10 @@ def measure_scaling(
             if answers.setdefault(size, answer) != answer:
                 raise QualityError(f"{size:,} faces with {count} workers got other labels than before: please report it")
             run = layout.runs_store(place, None).child(result.run_id)
-            steps = {stage.name: made.steps for stage in STAGES if (made := manifests.read(run, stage.name)) is not None}
-            runs.append(Run(size, count, repeat, result.seconds, steps, result.worker_peak_memory_bytes))
+            done = {stage.name: made for stage in STAGES if (made := manifests.read(run, stage.name)) is not None}
+            steps = {name: made.steps for name, made in done.items()}
+            load = _load(settings, done, executor.largest_machine_cpus)
+            runs.append(Run(size, count, repeat, result.seconds, steps, result.worker_peak_memory_bytes, load))
             log.info(
                 "scaling  %d of %d: %d faces, %d workers: %.1f s", number + 1, len(grid), size, count, result.seconds["total"]
             )
@@ -133,6 +138,31 @@ def _settings(config: ClusterConfig, source: str, output: str, workers: int) -> 
     own |= {"input": source, "output": output, "workers": workers}
     snapshot = config.snapshot if source == config.input else None
     return own | {"snapshot": snapshot, "work_dir": None, "run_id": None, "restart": False, "labels_table": None}
+
+
+def _load(config: ClusterConfig, done: Mapping[str, Manifest], threads: int) -> costs.Workload:
+    """What the run had to do, as its manifests tell."""
+    faces, plan = done["ingest"].counts["faces"], done["quantize"].counts
+    workers = config.workers or 1
+    return costs.Workload(
+        faces, done["ingest"].counts["dim"], done["search"].counts["neighbors"] / faces, done["link"].counts["edges"] / faces,
+        plan.get("cells", 0), plan.get("mean_probes", 0.0), plans.pairs_counted(faces) if "valley" in plan else 0,
+        min(faces, config.recall_sample), quantizer.ITERATIONS, quantizer.SAMPLE_PER_CELL, plans.held_out_faces(faces),
+        config.edges != "threshold", config.engine == "native", 0.0, workers, threads, plan["gflops"] * 1e9 / workers,
+    )  # fmt: skip
+
+
+def _grown(load: costs.Workload, faces: int) -> costs.Workload:
+    """The same kind of set with so many faces: more people, of as many photos each."""
+    if load.cells:
+        plan = plans.choose(faces, load.dim, "cells", None, None, load.iterations, load.per_cell, joined=True)
+        now, then = (
+            float(plans.expected_probes(count, np.array([float(cells)]), True)[0])
+            for count, cells in ((load.faces, load.cells), (faces, plan.cells))
+        )
+        load = dataclasses.replace(load, cells=plan.cells, probes=1 + (load.probes - 1) * (then - 1) / max(now - 1, 1e-9))
+    sampled = plans.pairs_counted(faces) if load.sampled else 0
+    return dataclasses.replace(load, faces=faces, sampled=sampled, held_out=plans.held_out_faces(faces))
 
 
 def _sizes(config: ClusterConfig, faces: Sequence[int] | None) -> tuple[int, list[int]]:
@@ -190,17 +220,19 @@ def _project(runs: Sequence[Run], workers: int, faces: int) -> float:
     """Seconds of a whole run with so many workers and faces, simulated from the pieces of the runs with most of both.
 
     A step takes as many rounds as its pieces need, and beside that what it took beside them when it was measured; a stage that
-    runs in one task takes what it took. Times grow with the faces as they did from the smallest measured size to the largest.
+    runs in one task takes what it took. With more faces each stage takes longer as its work grows (`kernels.costs`): a power
+    fitted to smaller sizes would miss what only begins to count later.
     """
     largest, most = max(run.faces for run in runs), max(run.workers for run in runs)
     here = [run for run in runs if (run.faces, run.workers) == (largest, most)]
     total = 0.0
+    load = here[0].load
+    grown, measured_load = (costs.stage_seconds(each) for each in (_grown(load, faces), load))
     for stage in STAGES:
         name = stage.name
         measured = statistics.median(run.seconds[name] for run in here)
         simulated = statistics.median(_stage_at(run, name, most, workers) for run in here)
-        power = _power([run for run in runs if run.workers == most], name)
-        total += max(0.0, measured if name in CENTRAL else simulated) * (faces / largest) ** power
+        total += max(0.0, measured if name in CENTRAL else simulated) * grown[name] / measured_load[name]
     outside = statistics.median(run.seconds["total"] - sum(run.seconds[stage.name] for stage in STAGES) for run in here)
     return total + max(0.0, outside)
 
@@ -216,14 +248,6 @@ def _stage_at(run: Run, stage: str, measured: int, workers: int) -> float:
             )
             seconds += after - min(before, step["seconds"])
     return seconds
-
-
-def _power(runs: Sequence[Run], stage: str) -> float:
-    """Growth with the faces, between the two largest sizes; 1 where only one was run."""
-    sizes = sorted({run.faces for run in runs})[-2:]
-    chosen = [run for run in runs if run.faces in sizes]
-    found = laws.exponent(np.array([run.faces for run in chosen]), np.array([run.seconds[stage] for run in chosen]))
-    return 1.0 if found is None else min(max(found, 0.0), 2.0)
 
 
 def predict(runs: Sequence[Run], wanted: Sequence[tuple[int, int]], seed: int = 0) -> list[Prediction]:

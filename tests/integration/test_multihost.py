@@ -51,8 +51,8 @@ def job(lan: tuple[Hosts, S3], *arguments: str) -> subprocess.Popen[str]:
     made, s3 = lan
     command = [sys.executable, str(ROOT / "jobs" / "cluster.py"), *arguments, "--address", f"{made.address('head')}:{PORT}"]
     return subprocess.Popen(
-        [*made.prefix("head"), *command, "--storage-options", json.dumps(s3.options)], env=clean_environment(**PINGS), text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        [*made.prefix("head"), *command, "--storage-options", json.dumps(s3.options)], env=clean_environment(**PINGS),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 

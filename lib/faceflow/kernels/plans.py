@@ -28,6 +28,10 @@ GPU_SMALL_TILES = 8.0
 leave most of the chip idle. An assumption, not a measurement."""
 
 
+COUNTED_FACES = 32_768
+"""Faces of a million or fewer of which all pairs are counted: half a billion pairs, seconds of one core. Of more faces, more in
+proportion to the fourth root, as ever fewer of the pairs are of one person."""
+
 MAX_PROBES = 256
 """The most cells that one face probes to reach TARGET_RECALL."""
 
@@ -110,6 +114,11 @@ def shard_count(faces: int, dim: int, neighbors: int, cells: int, mean_probes: f
     for_memory = faces * min(mean_probes, 4.0) * face_bytes / (0.25 * worker_bytes)
     for_balance = min(4 * workers, faces / 8_192)
     return max(1, min(cells, math.ceil(max(for_memory, for_balance))))
+
+
+def pairs_counted(faces: int) -> int:
+    """Faces of which all pairs are counted to find the floor."""
+    return min(faces, int(COUNTED_FACES * max(1.0, faces / 1e6) ** 0.25))
 
 
 def target_recall(faces: int) -> tuple[float, float]:

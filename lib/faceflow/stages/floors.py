@@ -7,17 +7,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from faceflow.kernels import impostors
+from faceflow.kernels import impostors, plans
 from faceflow.stages.base import Context
 from faceflow.stages.reading import matrix, read_vectors
 from faceflow.storage import layout
 from faceflow.storage.files import Store
 from faceflow.storage.manifests import is_whole
 from faceflow.tables import sample_schema
-
-SAMPLE_FACES = 32_768
-"""Faces of a million or fewer of which all pairs are counted: half a billion pairs, seconds of one core. Of more faces, more in
-proportion to the fourth root, as ever fewer of the pairs are of one person."""
 
 BLOCK_FACES = 4_096
 """Faces whose pairs one task counts."""
@@ -42,9 +38,8 @@ def settle(context: Context) -> dict[str, Any]:
 
 def _choose(context: Context) -> tuple[impostors.Floors, np.ndarray]:
     parts, dim, run, executor = context.parts, context.dim, context.stores.run, context.executor
-    size = int(SAMPLE_FACES * max(1.0, parts.faces / 1e6) ** 0.25)
     rng = np.random.default_rng([context.config.seed, 5])
-    rows = np.sort(rng.choice(parts.faces, min(size, parts.faces), replace=False))
+    rows = np.sort(rng.choice(parts.faces, plans.pairs_counted(parts.faces), replace=False))
     cuts = np.searchsorted(rows, parts.starts)
     here = [part for part in range(len(parts)) if cuts[part + 1] > cuts[part]]
     executor.map(

@@ -10,7 +10,7 @@ import numpy as np
 from faceflow.config import ClusterConfig
 from faceflow.errors import InputError
 from faceflow.kernels import impostors, plans, probing, quantizer
-from faceflow.stages import checking, floors
+from faceflow.stages import checking
 from faceflow.stages.pieces import Footer, readable
 from faceflow.storage.files import Store
 
@@ -171,8 +171,3 @@ def _probes(
     # Smaller cells hold fewer people each.
     mine, real = plans.expected_probes(faces, np.array([fewer, cells], float), floor is not None)
     return 1.0 + max(0.0, choice.mean_probes - 1.0) * float((real - 1) / max(mine - 1, 1e-9)) if mine > 1 else 1.0
-
-
-def pairs_counted(faces: int) -> int:
-    """Faces of which quantize counts all pairs."""
-    return min(faces, int(floors.SAMPLE_FACES * max(1.0, faces / 1e6) ** 0.25))

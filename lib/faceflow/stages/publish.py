@@ -40,7 +40,11 @@ def run(context: Context) -> Outcome:
         "publish",
         sizes=[parts.rows(part) for part in range(len(parts))],
     )
-    found, examples = context.executor.call(quality.summarize, stores.run, stores.output, stores.run_id, parts, label="quality")
+    config = context.config
+    found, examples = context.executor.call(
+        quality.summarize, stores.run, stores.output, stores.run_id, parts, config.seed,
+        config.flow == "directed" if config.method == "infomap" else None, label="quality",
+    )  # fmt: skip
     shown = {key: value for key, value in found.items() if key != "sizes"}
     for_report = {"examples": examples, "similarities": sum(part.similarities for part in results).tolist()}
     if past is not None:
@@ -57,7 +61,7 @@ def labels_are_there(context: Context) -> bool:
 
 STAGE = Stage(
     name="publish",
-    reads=("ids", "modules", "neighbors"),
+    reads=("ids", "modules", "neighbors", "edges"),
     writes=("clusters", "quality"),
     scratch=("quality",),
     settings=("id_column",),

@@ -1,0 +1,117 @@
+"""What can be seen of a run from outside: Prometheus metrics, JSON log lines, the state of a run at work."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import re
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from faceflow.cli import main
+from faceflow.cluster.usage import Step
+from faceflow.progress import Watcher
+from faceflow.storage import layout
+from faceflow.storage.files import Store
+from tests.conftest import write_faces
+from tests.integration.clusters import clean_environment
+
+STAGES = ["ingest", "quantize", "search", "link", "detect", "publish"]
+
+
+def faces(folder: Path, count: int = 600) -> str:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((20, 24))[np.arange(count) % 20] + 0.3 * rng.standard_normal((count, 24))
+    return str(write_faces(folder / "f.parquet", x.astype(np.float32)))
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_metrics_reach_prometheus(tmp_path: Path) -> None:
+    import ray
+
+    assert main(["cluster", faces(tmp_path), str(tmp_path / "out"), "--run-id", "metered", "--quiet"]) == 0
+    address = f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics"
+    wanted = {
+        ("rows_total", "step", "ingest"): 600.0, ("rows_total", "step", "publish"): 600.0, ("pieces_total", "step", "detect"): 1.0,
+    }  # fmt: skip
+    found: dict[tuple[str, str, str], float] = {}
+    for _ in range(60):
+        text = urllib.request.urlopen(address, timeout=5).read().decode()
+        for name, labels, value in re.findall(r"^ray_faceflow_(\w+)\{(.*)\} ([-0-9.e+]+)$", text, re.M):
+            tags = dict(re.findall(r'(\w+)="([^"]*)"', labels))
+            if tags.get("run") == "metered":
+                kind = "step" if "step" in tags else "stage"
+                found[name, kind, tags[kind]] = float(value)
+        if wanted.items() <= found.items():
+            break
+        time.sleep(1)
+    assert wanted.items() <= found.items(), found
+    for name in ("busy_seconds_total", "read_bytes_total", "written_bytes_total"):
+        assert found[name, "step", "publish"] > 0
+    names = {name for name, _, _ in found}
+    assert {"pieces_in_flight", "pieces_waiting", "rows_per_second", "stage"} <= names
+
+
+def test_each_log_line_is_an_object(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "faceflow.cli", "cluster", faces(tmp_path), str(tmp_path / "out"), "--run-id", "told"]
+    for again in (False, True):
+        done = subprocess.run(
+            [*command, "--log-format", "json", "--json"], env=clean_environment(), capture_output=True, text=True, timeout=200,
+            check=True,
+        )  # fmt: skip
+        lines = [json.loads(line) for line in done.stderr.splitlines()]
+        assert all({"time", "level", "message"} <= set(line) for line in lines)
+        assert all(line["run"] == "told" for line in lines)
+        by_event: dict[str, list[dict[str, object]]] = {}
+        for line in lines:
+            by_event.setdefault(str(line.get("event")), []).append(line)
+        finished = "stage_skipped" if again else "stage_done"
+        assert [line["stage"] for line in by_event[finished]] == STAGES
+        result = json.loads(done.stdout.splitlines()[-1])
+        (end,) = by_event["run_done"]
+        assert end["clusters"] == result["clusters"] == 20
+        assert end["labels"] == result["labels"]
+
+
+def test_status_of_a_run_at_work_and_of_one_that_fell_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = Store.at(str(tmp_path / "out"))
+    run = out.child("_runs/r")
+    now = datetime.datetime.now(datetime.UTC)
+    run.write_json(layout.RUN_RECORD, {"state": "begun", "updated": now.isoformat(), "settings": {}})
+    watcher = Watcher(run, "r", tuple(STAGES))
+    watcher.stage("ingest")
+    watcher.finished("ingest", 12.5)
+    watcher.stage("search")
+    step = Step("search", 8, 4_000, seconds=30.0, pieces_done=6, rows_done=3_000, in_flight=2)
+    step.retries["its worker died"] = 1
+    watcher._written = -1e9
+    watcher.step(step)
+    assert main(["status", out.root, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["state"], found["stage"], found["left"]) == ("at work", "search", 10.0)
+    assert found["seconds"] == {"ingest": 12.5}
+    assert main(["status", out.root]) == 0
+    told = capsys.readouterr().out
+    for part in (
+        "6 of 8 pieces",
+        "3,000 of 4,000 rows, 100 rows/s",
+        "2 in flight, 0 waiting",
+        "1 x its worker died",
+        "10 s left",
+    ):
+        assert part in told, told
+    state = run.read_json(layout.PROGRESS)
+    assert state is not None
+    long_ago = (now - datetime.timedelta(minutes=5)).isoformat()
+    run.write_json(layout.PROGRESS, state | {"updated": long_ago})
+    run.write_json(layout.RUN_RECORD, {"state": "begun", "updated": long_ago, "settings": {}})
+    assert main(["status", out.root]) == 0
+    told = capsys.readouterr().out
+    assert "stopped" in told
+    assert "it fell silent; the same command continues it" in told
