@@ -48,9 +48,8 @@ HOMES = {
     "PIL": {"report"},
 }
 STAGE_HELPERS = {
-    "arrivals", "base", "candidates", "cells", "checking", "decisions", "floors", "forecast", "grouping", "history", "intake",
-    "pieces",
-    "quality", "reading", "renewal",
+    "adoption", "arrivals", "base", "candidates", "cells", "checking", "decisions", "floors", "forecast", "grouping",
+    "history", "intake", "pieces", "quality", "reading", "renewal",
 }  # fmt: skip
 
 

@@ -132,6 +132,26 @@ def test_thumbnails(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert "thumbnails" in capsys.readouterr().err
 
 
+def test_a_night_tells_what_changed(made: Path) -> None:
+    out = made / "nights"
+    folder = made / "growing"
+    shutil.copytree(made / "in", folder)
+    assert main(["nightly", str(folder), str(out), "--quiet", "--min-recall", "0", "--run-id", "first"]) == 0
+    rng = np.random.default_rng(5)
+    new = np.repeat(rng.standard_normal((2, 48)), 6, axis=0) + 0.3 * rng.standard_normal((12, 48))
+    write_faces(folder / "g.parquet", new.astype(np.float32), pa.array([f"new-{i}" for i in range(12)]))
+    assert main(["nightly", str(folder), str(out), "--quiet", "--min-recall", "0", "--run-id", "second"]) == 0
+    first, second = (
+        " ".join(" ".join(Tags((out / layout.report_folder(run) / "report.html").read_text()).text).split())
+        for run in ("first", "second")
+    )
+    assert "This run stands alone" in first
+    assert "Since run first : 12 faces new, 0 faces changed, 0 faces gone; 12 lines of moves" in second
+    events = pq.read_table(out / layout.events_part("second"))["event"].to_pylist()
+    assert events.count("created") == 2
+    assert re.search(r"created grown shrunk changed merged split vanished 2 ", second)
+
+
 def test_in_a_real_browser(made: Path, tmp_path: Path) -> None:
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if browser is None:

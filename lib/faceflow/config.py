@@ -93,6 +93,12 @@ class ClusterConfig:
         choices=METHODS,
     )
     clusters: int | None = _setting(None, "clusters to make, for methods that must be told (minibatch-kmeans)", metavar="N")
+    adopt: str = _setting(
+        "auto",
+        "faces that stand alone but are nearer to one person's mean than chance would have them: give them to that person. "
+        "auto: where floor, edges and method are the automatic ones",
+        choices=("auto", "always", "never"),
+    )
     engine: str = _setting(
         "native",
         "community detection: native is our own map-equation engine, infomap the package",

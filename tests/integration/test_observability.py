@@ -38,7 +38,8 @@ def test_metrics_reach_prometheus(tmp_path: Path) -> None:
     assert main(["cluster", faces(tmp_path), str(tmp_path / "out"), "--run-id", "metered", "--quiet"]) == 0
     address = f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics"
     wanted = {
-        ("rows_total", "step", "ingest"): 600.0, ("rows_total", "step", "publish"): 600.0, ("pieces_total", "step", "detect"): 1.0,
+        ("rows_total", "step", "ingest"): 600.0, ("rows_total", "step", "publish"): 600.0,
+        ("pieces_total", "step", "detect"): 1.0,
     }  # fmt: skip
     found: dict[tuple[str, str, str], float] = {}
     for _ in range(60):

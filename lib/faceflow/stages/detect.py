@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from faceflow.cluster.executor import Resources
 from faceflow.errors import QualityError
-from faceflow.stages import decisions, grouping
+from faceflow.stages import adoption, decisions, grouping
 from faceflow.stages.base import Context, Outcome, Stage
 from faceflow.stages.reading import read_column
 from faceflow.storage import layout
@@ -30,7 +30,7 @@ def run(context: Context) -> Outcome:
     counts, pieces = executor.call(
         detect, context.stores.run, context.parts, config.engine, config.flow == "directed", config.seed, config.trials,
         config.verify_codelength, threads, _past_of(context), config.constraints, config.storage_options,
-        config.exclusive_column is not None, _other_method(context), label="detect",
+        config.exclusive_column is not None, _other_method(context), context.dim if _adopts(context) else None, label="detect",
         # infomap crashes where faiss, which GPU search loads, was imported after it.
         resources=Resources(
             cpus=0 if native else 1, apart=not native or config.verify_codelength, custom=config.detect_resource
@@ -44,6 +44,13 @@ def _other_method(context: Context) -> tuple[str, int, float | None, int | None]
     if config.method == "infomap":
         return None
     return config.method, context.dim, context.floors[0], config.clusters
+
+
+def _adopts(context: Context) -> bool:
+    config = context.config
+    if config.adopt != "auto":
+        return config.adopt == "always"
+    return config.min_similarity == "auto" and config.edges == "auto" and config.method == "infomap"
 
 
 def _past_of(context: Context) -> tuple[Store, Parts, bool, bool] | None:
@@ -70,7 +77,7 @@ STAGE = Stage(
     name="detect",
     reads=("edges",),
     writes=("modules",),
-    settings=("method", "clusters", "engine", "flow", "seed", "trials", "constraints", "exclusive_column"),
+    settings=("method", "clusters", "adopt", "engine", "flow", "seed", "trials", "constraints", "exclusive_column"),
     after=("ingest", "link"),
     packages=("faceflow", "infomap"),
     inputs=lambda context: decisions.fingerprint(context.config),
@@ -102,10 +109,12 @@ def detect(
     options: Mapping[str, Any] | None = None,
     exclusive: bool = False,
     other: tuple[str, int, float | None, int | None] | None = None,
+    adopting: int | None = None,
 ) -> tuple[dict[str, float], dict[str, int]]:
     """Run the engine over all edge parts and write one module per row, part by part; past: the run to continue from;
     constraints: the file of constraints on them, and options of its store; exclusive: whether to keep faces of one photo apart;
-    other: the method to use in place of the map equation, the embeddings' dimension, the floor, how many clusters it is told.
+    other: the method to use in place of the map equation, the embeddings' dimension, the floor, how many clusters it is told;
+    adopting: the embeddings' dimension, if faces that stand alone may be adopted.
 
     Raises QualityError when the codelength is to be verified and the package's differs by more than 1e-6 of it.
     """
@@ -134,7 +143,10 @@ def detect(
                 "please report it; --engine infomap avoids it"
             )
     modules, fixed = partition.modules, np.zeros(parts.faces, bool)
-    # The codelength is that of the modules before people had their say.
+    # The codelength is that of the graph's modules, before what follows.
+    if adopting is not None:
+        modules, adopted = adoption.adopt(run, parts, adopting, modules, seed, threads)
+        counts |= adopted
     if constraints is not None:
         within = functools.partial(_edges_of, edges, np.logical_and)
         modules, fixed, bound = decisions.apply(constraints, options, run, parts, modules, within)
