@@ -5,7 +5,7 @@
     python -m tests.benchmarks.accuracy --growth 30000 --look ms1m          # N, 3N, 9N: what a floor tuned at N is worth later
 
 F is the mean of pairwise and BCubed F. The best fixed floor is looked for in steps of .01 about the automatic one, once with
-the 80 and once with the 200 nearest neighbors, with the labels; the default knows no labels. (Above LARGE faces: every third floor,
+the 80 and once with the 200 nearest neighbors, with the labels; the default knows no labels. (Above LARGE faces: every third,
 then all about the best of these.) One JSON line a set; `recipes` has F of every edge recipe at the automatic floor.
 """
 

@@ -57,13 +57,13 @@ def doubts(
     """
     here = cluster[first_row : first_row + len(offsets) - 1]
     known, number = np.unique(here, return_inverse=True)
-    found, histogram = Doubts.none(len(known)), np.zeros((2, BINS), np.int64)
+    found, histogram = Doubts.none(len(known)), np.zeros(2 * BINS, np.int64)
     _sum_doubts(
         offsets, rows, similarities, first_row, cluster, number,
         found.faces, found.inside, found.within, found.outside, found.between, found.doubtful, found.nearest,
         found.face, found.other, histogram,
     )  # fmt: skip
-    return known, found, histogram
+    return known, found, histogram.reshape(2, BINS)
 
 
 @numba.njit(cache=True, nogil=True)
@@ -76,13 +76,14 @@ def _sum_doubts(
         mine, at = cluster[first_row + i], number[i]
         count, total, best, at_best = 0, 0.0, -2.0, -1
         for e in range(offsets[i], offsets[i + 1]):
-            band = min(BINS - 1, max(0, int((similarities[e] + np.float32(1)) * np.float32(BINS / 2))))
+            band = np.uint32((similarities[e] + np.float32(1)) * np.float32(BINS / 2))
+            band = min(band, np.uint32(BINS - 1))
             if cluster[rows[e]] == mine:
                 count += 1
                 total += similarities[e]
-                histogram[0, band] += 1
+                histogram[band] += 1
             else:
-                histogram[1, band] += 1
+                histogram[band + np.uint32(BINS)] += 1
                 if similarities[e] > best:
                     best, at_best = np.float64(similarities[e]), rows[e]
         faces[at] += 1
