@@ -156,7 +156,9 @@ def recall(certificate: Mapping[str, float], bands: np.ndarray, floor: float | N
     with mpl.rc_context(STYLE):
         figure, (left, right) = _figure(9.5, 2.5, ncols=2, width_ratios=[2, 3])
         low, high, estimate = certificate["low"], certificate["high"], certificate["estimate"]
-        left.errorbar([estimate], [0], xerr=[[estimate - low], [high - estimate]], fmt="o", color=TEAL, capsize=4)
+        left.errorbar(
+            [estimate], [0], xerr=[[max(0.0, estimate - low)], [max(0.0, high - estimate)]], fmt="o", color=TEAL, capsize=4
+        )
         bottom = min(low, wanted if wanted else low)
         left.axvline(wanted, color=RED, linestyle="--", linewidth=1.2)
         left.annotate("--min-recall", (wanted, 0.42), (4, 0), textcoords="offset points", color=RED, fontsize=8.5)

@@ -340,10 +340,10 @@ def test_a_night_that_is_interrupted_continues_or_gives_way(
     real = pipeline._advance
     for stage in pipeline.STAGES:
 
-        def stop(current: Any, context: Any, until: str = stage.name) -> Any:
+        def stop(current: Any, context: Any, watcher: Any, until: str = stage.name) -> Any:
             if current.name == until:
                 raise OSError("the machine is gone")
-            return real(current, context)
+            return real(current, context, watcher)
 
         with monkeypatch.context() as patch:
             patch.setattr(pipeline, "_advance", stop)

@@ -20,6 +20,7 @@ from faceflow import ClusterConfig, RunResult, run_clustering
 from faceflow.cli import main
 from faceflow.errors import FingerprintError, InputError, PublishError, QualityError, SettingsError
 from faceflow.evaluation import evaluate
+from faceflow.progress import Watcher
 from faceflow.stages import quantize
 from faceflow.stages import search as search_stage
 from faceflow.storage import layout
@@ -214,10 +215,10 @@ def test_the_second_of_two_racing_runs_is_refused(
     write_faces(tmp_path / "in" / "a.parquet", blobs()[0])
     advance = pipeline._advance
 
-    def meanwhile(stage: pipeline.Stage, context: pipeline.Context) -> pipeline.Manifest:
+    def meanwhile(stage: pipeline.Stage, context: pipeline.Context, watcher: Watcher) -> pipeline.Manifest:
         if stage.name == "publish" and context.stores.run_id == "slow":
             run(tmp_path / "in", tmp_path / "out", run_id="fast")
-        return advance(stage, context)
+        return advance(stage, context, watcher)
 
     monkeypatch.setattr(pipeline, "_advance", meanwhile)
     with pytest.raises(PublishError):
