@@ -32,6 +32,8 @@ def png(figure: Figure) -> bytes:
     out = io.BytesIO()
     with mpl.rc_context(STYLE):
         figure.savefig(out, format="png", dpi=PNG_DPI)
+        # The layout is found, which is half of the work; drawn again, the figure keeps it.
+        figure.set_layout_engine("none")
     return out.getvalue()
 
 
@@ -79,6 +81,7 @@ def sizes(bands: Mapping[str, int]) -> Figure:
         axes.set_xticks(range(len(bands)), list(bands), rotation=30 if len(bands) > 9 else 0)
         axes.set(yscale="log", xlabel="faces of a cluster", ylabel="clusters", ylim=(0.6, None))
         axes.margins(y=0.15)
+        axes.minorticks_off()
         axes.grid(axis="x", visible=False)
     return figure
 
@@ -148,6 +151,7 @@ def _mark(axes: Any, floor: float | None, weak: float | None, valley: float | No
     for at, style, color, name in lines:
         if at is not None:
             axes.axvline(at, linestyle=style, color=color, linewidth=1.3, label=f"{name} {at:.3f}")
+    axes.minorticks_off()
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8.5)
 
 

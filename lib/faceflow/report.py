@@ -48,10 +48,9 @@ def write_report(output: Store, run: Store, run_id: str, thumbnails: str | None,
     whole = {stage: manifest for stage, manifest in done.items() if manifest is not None}
     folder = to if to is not None else output.child(layout.report_folder(run_id))
     drawn = _figures(whole, record)
-    page = _page(run_id, whole, record, drawn, thumbnails)
     for name, figure in drawn.items():
         folder.write_bytes(f"{name}.png", plots.png(figure))
-    folder.write_bytes(PAGE, page.encode())
+    folder.write_bytes(PAGE, _page(run_id, whole, record, drawn, thumbnails).encode())
     return folder.address(PAGE)
 
 

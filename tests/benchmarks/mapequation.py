@@ -112,7 +112,7 @@ def make_run(temporary: Path, faces: int, neighbors: int) -> str:
         str(temporary / "in"), str(temporary / "out"), neighbors=neighbors, min_similarity=0.58, edges="threshold",
         index="cells", run_id="bench",
     )  # fmt: skip
-    run_clustering(config, progress=False)
+    run_clustering(config, progress=False, report=False)
     return str(temporary / "out" / "_runs" / "bench")
 
 

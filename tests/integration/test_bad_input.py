@@ -114,7 +114,7 @@ def test_no_good_row(tmp_path: Path) -> None:
     pq.write_table(pa.table({"id": ["a", "b"], "embedding": [[0.0, 0.0], [float("nan"), 1.0]]}), tmp_path / "in.parquet")
     config = ClusterConfig(str(tmp_path / "in.parquet"), str(tmp_path / "out"), bad_rows="quarantine", max_bad_fraction=1.0)
     with pytest.raises(InputError, match="no face is left; nothing was published"):
-        run_clustering(config, progress=False)
+        run_clustering(config, progress=False, report=False)
 
 
 def test_a_part_without_any_good_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blobs: Blobs) -> None:
@@ -129,7 +129,7 @@ def test_a_part_without_any_good_row(tmp_path: Path, monkeypatch: pytest.MonkeyP
             str(tmp_path / "in.parquet"), str(tmp_path / index), index=index, min_similarity=0.5, bad_rows="quarantine",
             max_bad_fraction=0.5,
         )  # fmt: skip
-        result = run_clustering(config, progress=False)
+        result = run_clustering(config, progress=False, report=False)
         assert (result.faces, result.rejected) == (150, 50)
         labels = read(Path(result.labels))
         assert labels["cluster"].null_count == 50
@@ -162,7 +162,8 @@ def test_clean_keeps_what_is_in_force_and_what_may_be_at_work(
     pq.write_table(pa.table({"id": np.arange(200), "embedding": blobs()[0].tolist()}), tmp_path / "in.parquet")
     out = tmp_path / "out"
     for run_id in ("one", "two", "three", "four"):
-        run_clustering(ClusterConfig(str(tmp_path / "in.parquet"), str(out), run_id=run_id, min_similarity=0.5), progress=False)
+        config = ClusterConfig(str(tmp_path / "in.parquet"), str(out), run_id=run_id, min_similarity=0.5)
+        run_clustering(config, progress=False, report=False)
     pointer = json.loads((out / "latest.json").read_text())
     (out / "latest.json").write_text(
         json.dumps(pointer | {"run_id": "two", "labels": "labels/run=two"})
@@ -190,7 +191,7 @@ def test_restart_throws_away_and_begins_again(tmp_path: Path, blobs: Blobs) -> N
         config = ClusterConfig(
             str(tmp_path / "in.parquet"), str(tmp_path / "out"), run_id="night", min_similarity=0.5, **settings
         )
-        return run_clustering(config, progress=False)
+        return run_clustering(config, progress=False, report=False)
 
     pq.write_table(pa.table({"id": np.zeros(200, int), "embedding": x.tolist()}), tmp_path / "in.parquet")
     with pytest.raises(InputError):
@@ -214,16 +215,16 @@ def test_the_loser_of_a_race_names_the_winner(tmp_path: Path, blobs: Blobs, monk
 
     def beaten(*arguments: Any) -> None:
         monkeypatch.setattr(pipeline, "_publish", real)
-        run_clustering(config("winner"), progress=False)
+        run_clustering(config("winner"), progress=False, report=False)
         real(*arguments)
 
     monkeypatch.setattr(pipeline, "_publish", beaten)
     with pytest.raises(
         PublishError, match=r"run winner published to .*out while run loser was at work: its labels stay in force"
     ):
-        run_clustering(config("loser"), progress=False)
+        run_clustering(config("loser"), progress=False, report=False)
     assert json.loads((tmp_path / "out" / "latest.json").read_text())["run_id"] == "winner"
-    run_clustering(config("loser"), progress=False)  # the same command again
+    run_clustering(config("loser"), progress=False, report=False)  # the same command again
     latest = json.loads((tmp_path / "out" / "latest.json").read_text())
     assert (latest["run_id"], latest["parent_run_id"]) == ("loser", "winner")
 
@@ -263,10 +264,12 @@ def test_restart_leaves_nothing_of_the_labels_before(tmp_path: Path, blobs: Blob
     write_faces(tmp_path / "in" / "a.parquet", x)
     with monkeypatch.context() as patch:
         patch.setattr(intake, "part_faces", lambda faces, dim: 50)
-        run_clustering(ClusterConfig(str(tmp_path / "in"), str(tmp_path / "out"), run_id="x"), progress=False)
-    run_clustering(ClusterConfig(str(tmp_path / "in"), str(tmp_path / "out"), run_id="y"), progress=False)
+        run_clustering(ClusterConfig(str(tmp_path / "in"), str(tmp_path / "out"), run_id="x"), progress=False, report=False)
+    run_clustering(ClusterConfig(str(tmp_path / "in"), str(tmp_path / "out"), run_id="y"), progress=False, report=False)
     write_faces(tmp_path / "in" / "a.parquet", x[:60])
-    run_clustering(ClusterConfig(str(tmp_path / "in"), str(tmp_path / "out"), run_id="x", restart=True), progress=False)
+    run_clustering(
+        ClusterConfig(str(tmp_path / "in"), str(tmp_path / "out"), run_id="x", restart=True), progress=False, report=False
+    )
     assert len(read(tmp_path / "out" / "labels" / "run=x")) == 60
 
 
@@ -278,6 +281,6 @@ def test_the_same_command_after_raised_probes_is_skipped(tmp_path: Path, blobs: 
         str(tmp_path / "in"), str(tmp_path / "out"), run_id="x", index="cells", cells=40, probes=1, raise_probes=True,
         min_similarity=0.7, min_recall=0.99,
     )  # fmt: skip
-    first = run_clustering(config, progress=False)
+    first = run_clustering(config, progress=False, report=False)
     assert json.loads((tmp_path / "out" / "_runs" / "x" / "run.json").read_text())["effort"] > 0
-    assert run_clustering(config, progress=False).recall == first.recall
+    assert run_clustering(config, progress=False, report=False).recall == first.recall

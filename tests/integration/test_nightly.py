@@ -85,7 +85,7 @@ class Lake:
 
 
 def night(lake: Path, output: Path, **more: Any) -> RunResult:
-    return run_nightly(ClusterConfig(str(lake), str(output), **(SETTINGS | more)), progress=False)
+    return run_nightly(ClusterConfig(str(lake), str(output), **(SETTINGS | more)), progress=False, report=False)
 
 
 def table_of(output: Path, run_id: str) -> dict[str, dict[str, float]]:
@@ -241,7 +241,7 @@ def test_another_column_is_read_again(tmp_path: Path) -> None:
     run = night(tmp_path / "in", tmp_path / "out", embedding_column="other")
     assert manifest(tmp_path / "out", run.run_id, "ingest")["changed"] == 100
     config = ClusterConfig(str(tmp_path / "in"), str(tmp_path / "full"), embedding_column="other", **SETTINGS)
-    full = run_clustering(config, progress=False)
+    full = run_clustering(config, progress=False, report=False)
     assert table_of(tmp_path / "out", run.run_id) == table_of(tmp_path / "full", full.run_id)
 
 
@@ -379,7 +379,7 @@ def test_lfw_in_ten_nights(face_data: Path, tmp_path: Path) -> None:
         labels = replay(tmp_path / "out", labels, run_id) if labels else labels_of(tmp_path / "out", run_id)
     assert labels == labels_of(tmp_path / "out", run_id)
     ours = evaluate(str(tmp_path / "out"), str(tmp_path / "in"))
-    run_clustering(ClusterConfig(str(tmp_path / "in"), str(tmp_path / "full"), **settings), progress=False)
+    run_clustering(ClusterConfig(str(tmp_path / "in"), str(tmp_path / "full"), **settings), progress=False, report=False)
     theirs = evaluate(str(tmp_path / "full"), str(tmp_path / "in"))
     assert abs(ours.pairwise_f - theirs.pairwise_f) < 0.003
     assert abs(ours.bcubed_f - theirs.bcubed_f) < 0.003
@@ -394,7 +394,7 @@ def test_nights_on_s3(s3: S3, tmp_path: Path, blobs: Callable[..., tuple[np.ndar
     for i, rows in enumerate((range(500), range(500, 560), range(560, 600))):
         path = write_faces(tmp_path / f"{i}.parquet", x[rows], pa.array([f"{r}" for r in rows]))
         fs.put_file(str(path), f"faces/nights/in/{i}.parquet")
-        result = run_nightly(config, progress=False)
+        result = run_nightly(config, progress=False, report=False)
         assert result.faces == rows.stop
     files = fs.glob(f"faces/nights/out/labels/run={result.run_id}/*.parquet")
     found = pa.concat_tables([pq.read_table(fs.open(f)) for f in sorted(files)])

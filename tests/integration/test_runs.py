@@ -33,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("ray_session")
 
 
 def run(source: Path | str, output: Path | str, **settings: object) -> RunResult:
-    return run_clustering(ClusterConfig(str(source), str(output), **settings), progress=False)  # type: ignore[arg-type]
+    return run_clustering(ClusterConfig(str(source), str(output), **settings), progress=False, report=False)  # type: ignore[arg-type]
 
 
 def labels(output: Path) -> pa.Table:

@@ -39,7 +39,9 @@ def calm(s3: S3, tmp_path_factory: pytest.TempPathFactory) -> pa.Table:
         path = tmp_path_factory.mktemp("faces") / f"{i}.parquet"
         write_faces(path, x[i::4].astype(np.float32), pa.array([f"{j}" for j in range(i, len(x), 4)]))
         fs.put_file(str(path), f"faces/in/{i}.parquet")
-    run_clustering(ClusterConfig("s3://faces/in", "s3://faces/calm", storage_options=s3.options, **SETTINGS), progress=False)
+    run_clustering(
+        ClusterConfig("s3://faces/in", "s3://faces/calm", storage_options=s3.options, **SETTINGS), progress=False, report=False
+    )
     return labels(s3, "calm")
 
 
@@ -51,7 +53,7 @@ def test_labels_survive_an_s3_that_fails(s3: S3, calm: pa.Table, kind: str) -> N
     with FaultyS3(s3.endpoint, rate=0.08, seed=3, kinds=kinds, stalls=stalls) as proxy:
         faulty = s3.options | {"endpoint_url": proxy.endpoint}
         config = ClusterConfig("s3://faces/in", f"s3://faces/out-{kind}", storage_options=faulty, **SETTINGS)
-        run_clustering(config, progress=False)
+        run_clustering(config, progress=False, report=False)
     assert labels(s3, f"out-{kind}").equals(calm)
     assert proxy.counts[kind] > 0 if kind != "all" else len(proxy.counts) >= 5, proxy.counts
     assert proxy.requests > 100
