@@ -37,7 +37,7 @@ def test_it_runs_the_grid_and_reads_it(tmp_path: Path, capsys: pytest.CaptureFix
         assert image.width > 1000
     assert (out / "reading.txt").read_text().strip() in told
     assert "efficiency" in told
-    assert "Projected, not measured: 1,000,000 faces on 8 workers" in told
+    assert "Projected, not measured: 1,000,000 faces, 8 workers" in told
     # Only what was asked for stays.
     assert sorted(path.name for path in out.iterdir()) == [
         "inputs",

@@ -146,7 +146,7 @@ def build_parser() -> argparse.ArgumentParser:
     scaling.add_argument("--faces", metavar="100k,1M", help="numbers of faces, from INPUT's first on (default: all)")
     scaling.add_argument("--repeats", type=int, default=3, metavar="N", help="runs of each, interleaved (default: 3)")
     scaling.add_argument("--predict", metavar="8:5M,16:5M", help="workers:faces to project (default: up to 8 times as many)")
-    _add_settings(scaling, "scaling", ("workers", "run_id", "restart", "work_dir"))
+    _add_settings(scaling, "scaling", ("workers", "run_id", "restart", "work_dir", "labels_table", "thumbnails"))
     plan = _add_command(
         commands,
         "plan",
@@ -423,8 +423,10 @@ def _report(arguments: argparse.Namespace) -> None:
     if arguments.thumbnails is not None:
         check_thumbnails(arguments.thumbnails)
     options = parse_setting("storage_options", arguments.storage_options)
-    page = report_run(arguments.output, arguments.run_id, arguments.thumbnails, arguments.to, arguments.work_dir, options)
-    print(json.dumps({"report": page}) if arguments.json else page)
+    made = report_run(arguments.output, arguments.run_id, arguments.thumbnails, arguments.to, arguments.work_dir, options)
+    print(json.dumps({"report": made.page, "faces": made.faces, "pictures": made.pictures}) if arguments.json else made.page)
+    if complaint := made.complaint(arguments.thumbnails):
+        print(complaint, file=sys.stderr)
 
 
 _COMMANDS = {

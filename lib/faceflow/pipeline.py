@@ -271,8 +271,8 @@ def _advance_all(job: _Job) -> RunResult:
     job.record("published", effort=effort, seconds=seconds["total"], ray_start_seconds=job.executor.usage.start_seconds)
     job.executor.at_work(stores.run_id, "")
     log.info(
-        "run %s: %d faces in %d clusters (%d singletons), %.1f s; labels in %s",
-        result.run_id, result.faces, result.clusters, result.singletons, seconds["total"], result.labels,
+        "run %s: %s faces in %s clusters (%s singletons), %.1f s; labels in %s",
+        result.run_id, f"{result.faces:,}", f"{result.clusters:,}", f"{result.singletons:,}", seconds["total"], result.labels,
         extra=told("run_done", **result.as_dict()),
     )  # fmt: skip
     return result
@@ -283,12 +283,14 @@ def _report(job: _Job) -> None:
     stores = job.stores
     begun = time.perf_counter()
     try:
-        page = job.executor.call(write_report, stores.output, stores.run, stores.run_id, job.config.thumbnails, label="report")
+        made = job.executor.call(write_report, stores.output, stores.run, stores.run_id, job.config.thumbnails, label="report")
     except FaceflowError as error:
         log.warning("no report was written: %s", error)
         return
     seconds = round(time.perf_counter() - begun, 3)
-    log.info("report   %s (%.1f s)", page, seconds, extra=told("report", report=page, seconds=seconds))
+    log.info("report   %s (%.1f s)", made.page, seconds, extra=told("report", report=made.page, seconds=seconds))
+    if complaint := made.complaint(job.config.thumbnails):
+        log.warning("%s", complaint)
 
 
 def _publish(output: Store, pointer: dict[str, Any], parent_version: str | None) -> None:
@@ -311,7 +313,11 @@ def _recall_holds(config: ClusterConfig, done: dict[str, Manifest]) -> bool:
     recall, plan = done["search"].counts["recall"], done["quantize"].counts
     shown = f"edge recall {recall['estimate']:.4f} (95 % interval {recall['low']:.4f} to {recall['high']:.4f})"
     log.info(
-        "recall   %s from %d faces, %d true neighbors", shown, recall["faces"], recall["edges"], extra=told("recall", **recall)
+        "recall   %s from %s faces, %s true neighbors",
+        shown,
+        f"{recall['faces']:,}",
+        f"{recall['edges']:,}",
+        extra=told("recall", **recall),
     )
     if recall["estimate"] >= config.min_recall:
         return True
@@ -366,8 +372,12 @@ def _advance(stage: Stage, context: Context, watcher: Watcher) -> Manifest:
     for folder in stage.scratch:
         run.delete(folder)
     faces = context.parts.faces if "ingest" in context.done else outcome.counts["faces"]
-    plain = {key: value for key, value in outcome.counts.items() if not isinstance(value, (list, tuple, dict))}
-    shown = ", ".join(f"{k} {v:,}" if isinstance(v, int) else f"{k} {v}" for k, v in plain.items())
+    plain = {
+        key: value for key, value in outcome.counts.items() if value is not None and not isinstance(value, (list, tuple, dict))
+    }
+    shown = ", ".join(
+        f"{k} {v:,}" if isinstance(v, int) else f"{k} {v:.6g}" if isinstance(v, float) else f"{k} {v}" for k, v in plain.items()
+    )
     rate = faces / max(seconds, 1e-3)
     log.info(
         "%-8s done in %.1f s, %s rows/s (%s)", stage.name, seconds, f"{rate:,.0f}", shown,

@@ -20,9 +20,9 @@ from faceflow.tables import MAX_FACES
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a run is expected to take. seconds: of each stage and `total`; bytes: of the driver, of one worker of the search, of
-    the worker that holds the graph (central), of the run directory; memory: of the machine that is to hold the graph;
-    disk_free: None where OUTPUT is not a local disk; problems: why it cannot fit, and what to change."""
+    """What a run is expected to take. seconds: of each stage (`start`: of a private Ray) and `total`; bytes: of the driver, of
+    one worker of the search, of the worker that holds the graph (central), of the run directory; memory: of the machine that is
+    to hold the graph; disk_free: None where OUTPUT is not a local disk; problems: why it cannot fit, and what to change."""
 
     faces: int
     dim: int
@@ -52,6 +52,7 @@ def plan_run(config: ClusterConfig) -> Forecast:
     """
     store, files, _ = list_faces(config.input, config.storage_options, config.snapshot)
     with Executor(config.address, config.workers, progress=False) as executor:
+        private = executor.is_private
         columns = (config.id_column, config.embedding_column, config.exclusive_column)
         groups = list(chunks([file.path for file in files], FOOTERS_PER_TASK))
         read = executor.map(read_footers, [(store, tuple(group), *columns) for group in groups], "footers")
@@ -82,8 +83,9 @@ def plan_run(config: ClusterConfig) -> Forecast:
         min(faces, config.recall_sample), quantizer.ITERATIONS, quantizer.SAMPLE_PER_CELL, plans.held_out_faces(faces),
         config.edges != "threshold", config.engine == "native", outlook.id_bytes, workers, threads, flops,
     )  # fmt: skip
-    seconds = costs.stage_seconds(load)
-    seconds["total"] = sum(seconds.values()) + (costs.START_SECONDS if config.address is None else 0.0)
+    start = {"start": costs.START_SECONDS} if private else {}
+    seconds = start | costs.stage_seconds(load)
+    seconds["total"] = sum(seconds.values())
     central, disk = costs.central_bytes(load), costs.disk_bytes(load)
     free = _disk_free(config)
     return Forecast(
@@ -139,7 +141,7 @@ def lines(found: Forecast) -> list[str]:
     shown += [
         f"memory: driver {found.driver_bytes / gib:.2f} GiB; each worker of the search {found.worker_bytes / gib:.1f} GiB; "
         f"link and detect {found.central_bytes / gib:.1f} GiB of {found.memory / gib:.1f} GiB there",
-        f"disk: {found.disk_bytes / gib:.1f} GiB at the peak"
+        f"disk: {found.disk_bytes / gib:.2f} GiB at the peak"
         + (f" of {found.disk_free / gib:.1f} GiB free" if found.disk_free is not None else ""),
     ]
     return shown

@@ -106,15 +106,16 @@ def similarities(
             if flank is not None and valley is not None:
                 right = middle[(middle > valley - 0.35 * (high - low)) & (middle < high)]
                 level = np.exp(flank[0] - flank[1] * (right - valley)) * flank_bins / len(pairs)
-                drawn = (level > 0.5) & (level < pairs.max(initial=1))
+                here = pairs[(middle > valley - 0.35 * (high - low)) & (middle < high)]
+                drawn = (level > 0.5) & (level <= np.maximum(here, 1))
                 upper.plot(right[drawn], level[drawn], "--", color=ORANGE, label="different people, as fitted")
             upper.set(yscale="log", ylabel="pairs", ylim=(0.5, None), title="a sample of all pairs of faces")
             _mark(upper, floor, weak, valley)
         lower = axes[-1, 0]
-        for counts, color, name in ((neighbors[0], TEAL, "in one cluster"), (neighbors[1], RED, "in two clusters")):
+        for counts, color, name in ((neighbors[0], TEAL, "of one cluster"), (neighbors[1], RED, "of two clusters")):
             _fill(lower, counts, (low, high), color=color, alpha=0.55, label=name)
         lower.set(yscale="log", ylabel="neighbors", xlabel="cosine similarity", xlim=(low, high), ylim=(0.5, None))
-        lower.set_title("neighbors found: both faces …")
+        lower.set_title("the neighbors found")
         _mark(lower, floor, weak, None)
     return figure
 
@@ -146,7 +147,7 @@ def _mark(axes: Any, floor: float | None, weak: float | None, valley: float | No
     lines = (
         (floor, "-", INK, "floor"),
         (weak if weak != floor else None, ":", INK, "weak floor"),
-        (valley, ":", MUTED, "valley"),
+        (valley, "-.", TEAL, "valley"),
     )
     for at, style, color, name in lines:
         if at is not None:

@@ -135,21 +135,27 @@ def status(
         kind = "stopped" if state.get("stopped") or age >= SILENT_AFTER else "at work"
     elif kind == "published" and (out.read_json(layout.LATEST) or {}).get("run_id") == name:
         kind = "in force"
-    step = state.get("step")
+    step, stage = state.get("step"), state.get("stage", "")
+    if kind not in ("at work", "stopped"):
+        step, stage = None, ""
     left = None
     if kind == "at work" and step and not step["finished"] and step["share"]:
         left = round(step["seconds"] * (1 / step["share"] - 1), 1)
     return Status(
-        name, kind, state.get("stage", ""), state.get("stage_seconds", 0.0), step, state.get("seconds", {}), left,
+        name, kind, stage, state.get("stage_seconds", 0.0), step, state.get("seconds", {}), left,
         round(age, 1), state.get("host", ""), state.get("pid", 0), state.get("stopped", ""),
     )  # fmt: skip
 
 
 def lines(found: Status) -> list[str]:
     """The status as a person reads it."""
-    shown = [f"run {found.run_id}: {found.state}, last heard of {found.age:.0f} s ago"]
-    if found.host:
-        shown[0] += f" (process {found.pid} on {found.host})"
+    if found.state in ("at work", "stopped"):
+        shown = [f"run {found.run_id}: {found.state}, last heard of {found.age:.0f} s ago"]
+        if found.host:
+            shown[0] += f" (process {found.pid} on {found.host})"
+    else:
+        state = "published, its labels are in force" if found.state == "in force" else found.state
+        shown = [f"run {found.run_id}: {state}; ended {found.age:.0f} s ago"]
     shown += [f"  {name:9} done in {seconds:,.1f} s" for name, seconds in found.seconds.items()]
     if found.state in ("at work", "stopped") and found.stage and found.stage not in found.seconds:
         shown.append(f"  {found.stage:9} at work for {found.stage_seconds:,.0f} s")

@@ -6,6 +6,7 @@ import base64
 import io
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -32,8 +33,25 @@ LONGEST_PAUSE = 30.0
 """Seconds between two stages from which on the run was interrupted, and the pause is left out of the timeline."""
 
 
-def write_report(output: Store, run: Store, run_id: str, thumbnails: str | None, to: Store | None = None) -> str:
-    """Write report.html and its charts for a published run; returns the page's address.
+@dataclass(frozen=True)
+class Written:
+    """Where the page is, how many faces it shows, and of how many of them there is a picture."""
+
+    page: str
+    faces: int
+    pictures: int
+
+    def complaint(self, thumbnails: str | None) -> str | None:
+        """What to say of pictures that are missing."""
+        if thumbnails is None or self.pictures == self.faces:
+            return None
+        return (
+            f"--thumbnails {thumbnails}: {self.pictures:,} of {self.faces:,} pictures found; the others are shown by their ids"
+        )
+
+
+def write_report(output: Store, run: Store, run_id: str, thumbnails: str | None, to: Store | None = None) -> Written:
+    """Write report.html and its charts for a published run.
 
     thumbnails: a URL or path with {id}, which is where a face's picture is; pictures on a disk become part of the page.
     Raises InputError where the run has not been finished.
@@ -50,13 +68,14 @@ def write_report(output: Store, run: Store, run_id: str, thumbnails: str | None,
     drawn = _figures(whole, record)
     for name, figure in drawn.items():
         folder.write_bytes(f"{name}.png", plots.png(figure))
-    folder.write_bytes(PAGE, _page(run_id, whole, record, drawn, thumbnails).encode())
-    return folder.address(PAGE)
+    page, shown = _page(run_id, whole, record, drawn, thumbnails)
+    folder.write_bytes(PAGE, page.encode())
+    return Written(folder.address(PAGE), len(shown), sum(face["image"] is not None for face in shown))
 
 
 def _page(
     run_id: str, done: Mapping[str, Manifest], record: Mapping[str, Any], drawn: Mapping[str, Any], thumbnails: str | None
-) -> str:
+) -> tuple[str, list[dict[str, str | None]]]:
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
@@ -67,7 +86,7 @@ def _page(
     ingest, publish, quality = counts["ingest"], counts["publish"], counts["publish"].get("quality", {})
     recall = counts["search"]["recall"]
     examples = [_card(each, thumbnails) for each in publish.get("examples", [])]
-    stages = _stages(done)
+    stages = _stages(done, float(record.get("ray_start_seconds", 0.0)))
     seconds = sum(manifest.seconds for manifest in done.values())
     tiles = [
         (f"{ingest['faces']:,}", "faces"),
@@ -80,7 +99,8 @@ def _page(
         (_duration(record.get("seconds", seconds)), "from Parquet to labels"),
     ]
     parent = (record.get("night") or {}).get("past")
-    return template.render(
+    shown = [face for each in examples for face in (*each["faces_shown"], *each["pair_shown"])]
+    page = template.render(
         run_id=run_id,
         created=record["updated"].replace("T", " ")[:16] + " UTC",
         settings={name: value for name, value in record["settings"].items() if value is not None},
@@ -93,13 +113,14 @@ def _page(
         largest=sorted((e for e in examples if e["largest"]), key=lambda each: (-each["faces"], each["cluster"])),
         sizes_sentence=_sizes_sentence(publish, ingest["faces"]),
         floor_sentence=_floor_sentence(counts["quantize"], ingest["faces"]),
-        recall_sentence=f"{recall['estimate']:.4f} of the true neighbors of {recall['faces']:,} sampled faces were found "
+        recall_sentence=f"{recall['estimate']:.2%} of the true neighbors of {recall['faces']:,} sampled faces were found "
         f"({recall['edges']:,} edges, searched exactly; 95 % interval {recall['low']:.4f} to {recall['high']:.4f}).",
-        time_sentence=_time_sentence(stages, seconds, record),
+        time_sentence=_time_sentence(stages, seconds),
         stages=stages,
         figures={name: Markup(plots.svg(figure)) for name, figure in drawn.items()},
         image_sources=_image_sources(thumbnails),
     )
+    return page, shown
 
 
 def _figures(done: Mapping[str, Manifest], record: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,32 +135,48 @@ def _figures(done: Mapping[str, Manifest], record: Mapping[str, Any]) -> dict[st
             plan["weak_floor"], plan.get("valley"), plan.get("flank"), impostors.BINS,
         ),
         "recall": plots.recall(search["recall"], bands, floor, float(record["settings"]["min_recall"])),
-        "timeline": plots.timeline(_stages(done), cpus),
+        "timeline": plots.timeline(_stages(done, float(record.get("ray_start_seconds", 0.0))), cpus),
     }  # fmt: skip
 
 
-def _stages(done: Mapping[str, Manifest]) -> list[dict[str, Any]]:
-    """Stages on one time axis: where a run was interrupted, the pause is left out."""
+def _stages(done: Mapping[str, Manifest], ray_start: float) -> list[dict[str, Any]]:
+    """Stages on one time axis, Ray's start first: where a run was interrupted, the pause is left out."""
     found: list[dict[str, Any]] = []
     at, end = 0.0, None
     faces = done["ingest"].counts["faces"]
     for name, manifest in done.items():
+        # The first stage that needs Ray waits for it.
+        start = ray_start if name == "ingest" and manifest.seconds > ray_start else 0.0
+        if start:
+            blank = {
+                "steps": [],
+                "busy": 0.0,
+                "available": 0.0,
+                "rate": "",
+                "used": "",
+                "read": "",
+                "written": "",
+                "peak": "",
+                "retries": "",
+            }
+            found.append({"name": "Ray starts", "start": 0.0, "seconds": start, "shown_seconds": f"{start:,.1f}"} | blank)
+        seconds = manifest.seconds - start
         pause = manifest.begun - end if end is not None else 0.0
         at += pause if 0 <= pause < LONGEST_PAUSE else 0.0
         steps = [dict(step) | {"start": at + max(0.0, step["begun"] - manifest.begun)} for step in manifest.steps]
         busy, available = (
             sum(step["busy_seconds"] for step in steps),
-            max([1, *(step.get("cpus", 1) for step in steps)]) * max(manifest.seconds, 1e-9),
+            max([1, *(step.get("cpus", 1) for step in steps)]) * max(seconds, 1e-9),
         )
         found.append(
             {
-                "name": name, "start": at, "seconds": manifest.seconds, "steps": steps, "busy": busy, "available": available,
-                "shown_seconds": f"{manifest.seconds:,.1f}", "rate": f"{faces / max(manifest.seconds, 1e-3):,.0f}",
+                "name": name, "start": at + start, "seconds": seconds, "steps": steps, "busy": busy, "available": available,
+                "shown_seconds": f"{seconds:,.1f}", "rate": f"{faces / max(seconds, 1e-3):,.0f}",
                 "used": f"{min(1.0, busy / available):.0%}" if steps else "",
                 "read": _bytes(sum(step["read_bytes"] for step in steps)),
                 "written": _bytes(sum(step["written_bytes"] for step in steps)),
                 "peak": _bytes(max([0, *(step["peak_bytes"] for step in steps)])),
-                "retries": ", ".join(f"{n} x {cause}" for step in steps for cause, n in step["retries"].items()),
+                "retries": ", ".join(f"{n} x {cause}" for step in steps for cause, n in step["retries"].items()) or "0",
             }
         )  # fmt: skip
         at += manifest.seconds
@@ -167,8 +204,9 @@ def _changes(counts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     ingest, publish = counts["ingest"], counts["publish"]
     kinds = ("created", "grown", "shrunk", "changed", "merged", "split", "vanished")
     parts = [f"{ingest[key]:,} faces {text}" for key, text in (("added", "new"), ("changed", "changed"), ("removed", "gone"))]
-    sentence = f"{', '.join(parts)}; {publish.get('moved', 0):,} lines of moves"
-    sentence += f", {publish.get('untouched_moved', 0):,} of faces that were there before and have another cluster now."
+    sentence = (
+        f"{', '.join(parts)}; {publish.get('untouched_moved', 0):,} faces that were there before are in another cluster now."
+    )
     return {"sentence": sentence, "events": {kind: f"{publish.get('events', {}).get(kind, 0):,}" for kind in kinds}}
 
 
@@ -192,14 +230,12 @@ def _floor_sentence(plan: Mapping[str, Any], faces: int) -> str:
     )
 
 
-def _time_sentence(stages: Sequence[Mapping[str, Any]], seconds: float, record: Mapping[str, Any]) -> str:
+def _time_sentence(stages: Sequence[Mapping[str, Any]], seconds: float) -> str:
     slowest = max(stages, key=lambda stage: stage["seconds"])
     busy, available = (sum(stage[key] for stage in stages) for key in ("busy", "available"))
     text = f"Most of it is {slowest['name']} ({slowest['seconds'] / max(seconds, 1e-9):.0%})."
     if available and busy:
         text += f" The CPUs were at work {min(1.0, busy / available):.0%} of the time."
-    if record.get("ray_start_seconds"):
-        text += f" Connecting to Ray took {record['ray_start_seconds']:.1f} s of it."
     return text
 
 
@@ -213,11 +249,11 @@ def _versions(done: Mapping[str, Manifest]) -> dict[str, Any]:
 def _card(example: Mapping[str, Any], thumbnails: str | None) -> dict[str, Any]:
     sentence = f"{example['faces']:,} faces"
     if example["within"] is not None:
-        sentence += f", {example['within']:.3f} alike"
+        sentence += f"; mean similarity {example['within']:.3f}"
     if example["doubtful_share"]:
-        sentence += f", {example['doubtful_share']:.0%} of them doubtful"
+        sentence += f"; {example['doubtful_share']:.0%} of the faces doubtful"
     if example.get("stability") is not None:
-        sentence += f", stability {example['stability']:.2f}"
+        sentence += f"; stability {example['stability']:.2f}"
     shown = {
         "sentence": sentence,
         "near": _number(example["nearest_outside"], 3),
@@ -287,7 +323,7 @@ def report_run(
     to: str | None = None,
     work_dir: str | None = None,
     options: Mapping[str, Any] | None = None,
-) -> str:
+) -> Written:
     """The report of a run of OUTPUT, anew (default: of the one in force). Raises InputError where there is no such run."""
     out = Store.at(output, options)
     runs = layout.runs_store(out, Store.at(work_dir, options) if work_dir else None)

@@ -36,6 +36,9 @@ CENTRAL = ("link", "detect")
 TRIALS = 400
 """Resamplings of the repeats, from which an interval of a prediction comes."""
 
+SHORTEST_SECONDS = 1.0
+"""A stage that takes less says more about the machine's mood than about scaling."""
+
 GROUP_FACES = 16_384
 """Rows of a row group of the subsets that are written."""
 
@@ -103,7 +106,7 @@ def measure_scaling(
     runs: list[Run] = []
     answers: dict[int, str] = {}
     # One connection for all: what a private Ray takes to start is not part of any run.
-    with Executor(config.address, max(workers), progress=False) as executor:
+    with Executor(config.address, progress=False) as executor:
         cpus, nodes = executor.cpus, executor.nodes
         if cpus < max(workers):
             raise SettingsError(f"workers: {max(workers)} tasks at once need as many CPUs, and the cluster has {cpus}")
@@ -124,8 +127,9 @@ def measure_scaling(
             load = _load(settings, done, executor.largest_machine_cpus)
             runs.append(Run(size, count, repeat, result.seconds, steps, result.worker_peak_memory_bytes, load))
             log.info(
-                "scaling  %d of %d: %d faces, %d workers: %.1f s", number + 1, len(grid), size, count, result.seconds["total"]
-            )
+                "scaling  %d of %d: %s faces, %d %s: %.1f s", number + 1, len(grid), f"{size:,}", count, _workers(count),
+                result.seconds["total"],
+            )  # fmt: skip
             place.delete("")
     found = Scaling(runs, cpus, nodes, predict(runs, wanted or _beyond(workers, sizes)), [], output.root)
     found = dataclasses.replace(found, reading=read(found))
@@ -227,12 +231,12 @@ def _project(runs: Sequence[Run], workers: int, faces: int) -> float:
     here = [run for run in runs if (run.faces, run.workers) == (largest, most)]
     total = 0.0
     load = here[0].load
-    grown, measured_load = (costs.stage_seconds(each) for each in (_grown(load, faces), load))
+    grown, now = (costs.stage_seconds(_grown(load, count)) for count in (faces, load.faces))
     for stage in STAGES:
         name = stage.name
         measured = statistics.median(run.seconds[name] for run in here)
         simulated = statistics.median(_stage_at(run, name, most, workers) for run in here)
-        total += max(0.0, measured if name in CENTRAL else simulated) * grown[name] / measured_load[name]
+        total += max(0.0, measured if name in CENTRAL else simulated) * grown[name] / now[name]
     outside = statistics.median(run.seconds["total"] - sum(run.seconds[stage.name] for stage in STAGES) for run in here)
     return total + max(0.0, outside)
 
@@ -276,7 +280,7 @@ def read(found: Scaling) -> list[str]:
     total = found.median("total", most, largest)
     slowest = max(seconds, key=lambda stage: seconds[stage])
     lines = [
-        f"{largest:,} faces on {most} workers ({found.cpus} CPUs, {found.nodes} node(s)): {total:.1f} s; "
+        f"{largest:,} faces, {most} {_workers(most)} ({found.cpus} CPUs, {found.nodes} node(s)): {total:.1f} s; "
         f"the labels of each size were the same in all runs.",
         f"The longest stage is {slowest}: {seconds[slowest]:.1f} s, {seconds[slowest] / total:.0%} of it.",
     ]
@@ -285,14 +289,19 @@ def read(found: Scaling) -> list[str]:
         for stage in (*found.stages, "total"):
             first, last = found.median(stage, base, largest), found.median(stage, most, largest)
             gain = first / max(last, 1e-3)
-            lines.append(
-                f"{stage}: {first:.1f} s with {base}, {last:.1f} s with {most}: {gain:.2f} times as fast, "
-                f"efficiency {gain * base / most:.2f}."
-            )
+            read = f"{gain:.2f} times as fast, efficiency {gain * base / most:.2f}"
+            if first < SHORTEST_SECONDS:
+                read = "too short to tell"
+            lines.append(f"{stage}: {first:.1f} s with {base}, {last:.1f} s with {most}: {read}.")
         pairs = [(count, found.median("total", count, largest)) for count in workers]
         counts, times = (np.array(column, float) for column in zip(*pairs, strict=True))
         amdahl = laws.fit_amdahl(counts, times)
-        lines.append(f"Amdahl: {amdahl.serial_share:.0%} of one worker's time is serial; never below {amdahl.serial:.1f} s.")
+        if amdahl.parallel == 0:
+            lines.append("Amdahl: more workers did not make it faster, so there is nothing to fit.")
+        else:
+            lines.append(
+                f"Amdahl: {amdahl.serial_share:.0%} of one worker's time is serial; never below {amdahl.serial:.1f} s."
+            )
         usl = laws.fit_usl(counts, times)
         if usl is None:
             lines.append("Universal scalability law: it takes three numbers of workers, 1 among them, to fit.")
@@ -303,14 +312,22 @@ def read(found: Scaling) -> list[str]:
         powers = []
         for stage in (*found.stages, "total"):
             value = laws.exponent(np.array(sizes, float), np.array([found.median(stage, most, size) for size in sizes]))
-            powers.append(f"{stage} {value:.2f}")
-        lines.append(f"Seconds grow with the faces to the power of: {', '.join(powers)} ({sizes[0]:,} to {largest:,}).")
+            if found.median(stage, most, largest) >= SHORTEST_SECONDS:
+                powers.append(f"{stage} {value:.2f}")
+        if powers:
+            lines.append(f"Seconds grow with the faces to the power of: {', '.join(powers)} ({sizes[0]:,} to {largest:,}).")
+    repeated = max(run.repeat for run in found.runs) > 0
     for each in found.predictions:
-        lines.append(
-            f"Projected, not measured: {each.faces:,} faces on {each.workers} workers: {each.seconds:,.0f} s "
-            f"({each.low:,.0f} to {each.high:,.0f}; spread of the repeats only)."
+        spread = (
+            f"{each.low:,.0f} to {each.high:,.0f} by the spread of the repeats" if repeated else "one run each: no spread known"
         )
+        where = f"{each.faces:,} faces, {each.workers} {_workers(each.workers)}"
+        lines.append(f"Projected, not measured: {where}: {each.seconds:,.0f} s ({spread}).")
     return lines
+
+
+def _workers(count: int) -> str:
+    return "worker" if count == 1 else "workers"
 
 
 def _write(found: Scaling, output: Store, config: ClusterConfig) -> None:

@@ -55,7 +55,7 @@ def test_a_delta_snapshot_is_its_own_files(delta: str) -> None:
 
 
 def test_delta_refusals(delta: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="cannot read Delta table"):
+    with pytest.raises(InputError, match="has no version 17: the newest is 2"):
         list_faces(delta, None, 17)
     (tmp_path / "plain").mkdir()
     pq.write_table(faces(0, 10), tmp_path / "plain" / "a.parquet")

@@ -151,6 +151,11 @@ class Executor:
     def _wanted_address(self) -> str:
         return self.address or os.environ.get("RAY_ADDRESS") or "local"
 
+    @property
+    def is_private(self) -> bool:
+        """Whether Ray is one that this machine starts for itself."""
+        return self._wanted_address == "local"
+
     def _start_anew(self) -> None:
         """After the death of this machine's raylet, without which Ray runs nothing for this process."""
         if not self._owned or self._wanted_address != "local":

@@ -99,4 +99,4 @@ def certify(true: np.ndarray, found: np.ndarray) -> Certificate:
         effective = min(float(edges), p * (1 - p) / variance) if variance > 0 else effective
     center = (p + Z**2 / (2 * effective)) / (1 + Z**2 / effective)
     half = Z / (1 + Z**2 / effective) * np.sqrt(p * (1 - p) / effective + Z**2 / (4 * effective**2))
-    return Certificate(p, float(max(0.0, center - half)), float(min(1.0, center + half)), faces, edges)
+    return Certificate(p, float(max(0.0, min(p, center - half))), float(min(1.0, max(p, center + half))), faces, edges)

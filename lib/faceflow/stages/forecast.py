@@ -20,6 +20,9 @@ PAIRED_FACES = 32_768
 TRAINING_FACES = 131_072
 """Faces that a quantizer is trained on, at most; a larger one than they allow is foretold from a smaller."""
 
+COUNTED_BY_FACE = 1.5
+"""Times the faces looked at that there are, up to which each one's neighbors are counted."""
+
 SHORTEST_BLOCK = 32
 """Consecutive faces of one row group, at least: fewer cost as much to read."""
 
@@ -63,7 +66,7 @@ def look(config: ClusterConfig, store: Store, footers: Sequence[Footer], dim: in
     paired = np.sort(order[:PAIRED_FACES])
     counts = _Pairs(vectors[paired], block[paired], _block_length(block), faces)
     floor, weak, valley, strangers = _floors(config, counts, faces)
-    neighbors, strong = (min(float(config.neighbors), counts.neighbors(each)) for each in (weak, floor))
+    neighbors, strong = (counts.neighbors(each, config.neighbors) for each in (weak, floor))
     probes = float(config.probes or 0)
     if training:
         apart = vectors[order[: len(order) // 2][:held]], vectors[order[-min(training, len(order) // 2) :]]
@@ -139,6 +142,7 @@ class _Pairs:
             inside += impostors.count_pairs(vectors[begin:end], rows[begin:end], vectors[begin:end], rows[begin:end])
         here = _block_length(block)
         self._inside, self._across, self._sampled = inside, every - inside, len(vectors)
+        self._vectors = vectors
         self._near = (length - 1) / max(1.0, here - 1)
         self._far = max(1.0, (faces - length) / max(1.0, len(vectors) - here))
         if self._across.sum() == 0:
@@ -150,13 +154,22 @@ class _Pairs:
         """As `impostors.choose_floors` wants it: a uniform sample of all pairs."""
         return self._across + np.round(self._inside * (self._near / self._far)).astype(np.int64)
 
-    def neighbors(self, floor: float | None) -> float:
-        """Expected neighbors a face at a similarity of `floor` or more."""
+    def neighbors(self, floor: float | None, k: int) -> float:
+        """Expected neighbors a face at a similarity of `floor` or more, at most k."""
         if floor is None:
-            return np.inf
+            return float(k)
+        if self._across.sum() and self._far <= COUNTED_BY_FACE and not self._inside.sum():
+            # Nearly all faces are here: a person of more photos than k counts for k only.
+            found = np.concatenate(
+                [
+                    (self._vectors[begin : begin + 1024] @ self._vectors.T >= np.float32(floor)).sum(axis=1) - 1
+                    for begin in range(0, len(self._vectors), 1024)
+                ]
+            )
+            return float(np.minimum(found * self._far, k).mean())
         start = int(np.clip((floor + 1) * impostors.BINS / 2, 0, impostors.BINS))
         inside, across = (2 * counts[start:].sum() / self._sampled for counts in (self._inside, self._across))
-        return float(inside * self._near + across * self._far)
+        return min(float(k), float(inside * self._near + across * self._far))
 
 
 def _probes(

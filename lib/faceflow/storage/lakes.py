@@ -74,6 +74,12 @@ def _delta(store: Store, version: int | None) -> Snapshot:
         ]
         return Snapshot("delta", table.version(), files)
     except (DeltaError, OSError) as error:
+        if version is not None:
+            newest = _delta(store, None).version  # says itself if the table cannot be read at all
+            if version > newest:
+                raise InputError(
+                    f"Delta table {one_line(store.root)} has no version {version}: the newest is {newest}"
+                ) from None
         raise InputError(f"cannot read Delta table {one_line(store.root)}: {explain(error)}") from None
 
 
