@@ -159,7 +159,7 @@ def _stages(done: Mapping[str, Manifest], ray_start: float) -> list[dict[str, An
                 "peak": "",
                 "retries": "",
             }
-            found.append({"name": "Ray starts", "start": 0.0, "seconds": start, "shown_seconds": f"{start:,.1f}"} | blank)
+            found.append({"name": "start of Ray", "start": 0.0, "seconds": start, "shown_seconds": f"{start:,.1f}"} | blank)
         seconds = manifest.seconds - start
         pause = manifest.begun - end if end is not None else 0.0
         at += pause if 0 <= pause < LONGEST_PAUSE else 0.0
