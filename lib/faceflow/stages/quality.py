@@ -24,8 +24,8 @@ SCHEMA = pa.schema(
 )
 """`kernels.quality.Doubts` of one part, by cluster."""
 
-STABILITY_TRIALS, STABILITY_EDGES = 5, 1_000_000
-"""Resampled graphs, and edges of the clusters looked at, at most: about a second."""
+STABILITY_TRIALS, STABILITY_EDGES = 5, 300_000
+"""Resampled graphs, and edges of the clusters looked at, at most: half a second."""
 
 MOST_FACES_ON_S3 = 1_000_000
 """Where edges cannot be mapped, all of them would be fetched by one task: above this many faces, none are."""
