@@ -146,6 +146,7 @@ def test_publishes_what_the_readme_promises(tmp_path: Path, blobs: Callable[...,
     assert set(pointer) == {
         "run_id", "labels", "faces", "rejected", "clusters", "singletons", "edges", "parent_run_id", "next_id", "settings",
         "floor", "impostors_a_face", "seconds", "recall", "recall_interval", "quality", "created",
+            "input_snapshot",
     }  # fmt: skip
     assert (pointer["faces"], pointer["clusters"], pointer["parent_run_id"]) == (200, 20, None)
     assert set(pointer["seconds"]) == {"ingest", "quantize", "search", "link", "detect", "publish", "total"}
