@@ -49,7 +49,7 @@ HOMES = {
 }
 STAGE_HELPERS = {
     "adoption", "arrivals", "base", "candidates", "cells", "checking", "decisions", "floors", "forecast", "grouping",
-    "history", "intake", "pieces", "quality", "reading", "renewal",
+    "history", "intake", "pieces", "quality", "reading", "renewal", "resampling",
 }  # fmt: skip
 
 

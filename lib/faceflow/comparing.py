@@ -128,10 +128,10 @@ def compare_methods(
             raise SettingsError(f"unknown method {name!r}{did_you_mean(name, methods.METHODS)}")
     identities = read_identities(truth, config.id_column, label_column, config.storage_options)
     people = pc.count_distinct(identities["value"]).as_py()
-    output, file = Store.at(config.output, config.storage_options), _table_of(config)
+    (output, runs), file = layout.stores(config.output, config.work_dir, config.storage_options), _table_of(config)
     if file is not None and file.faces != len(identities):
         raise InputError(f"{config.input} has {file.faces:,} faces, but {truth} has {len(identities):,}")
-    run_id, source = (None, file) if file is not None else _clustered(config, output, progress)
+    run_id, source = (None, file) if file is not None else _clustered(config, runs, progress)
     del identities
     folder, rows = output.child(layout.compare_folder(run_id or Path(config.input).stem)), []
     with Executor(config.address, config.workers, progress) as executor:
@@ -158,10 +158,9 @@ def _table_of(config: ClusterConfig) -> _File | None:
     return _File(config.input, len(import_neighbors(config.input)[0]) - 1, float(floor), config.edges)
 
 
-def _clustered(config: ClusterConfig, output: Store, progress: bool) -> tuple[str, _Run]:
+def _clustered(config: ClusterConfig, runs: Store, progress: bool) -> tuple[str, _Run]:
     run_id = run_clustering(config, progress=progress, report=False).run_id
-    work = Store.at(config.work_dir, config.storage_options) if config.work_dir else None
-    run = layout.runs_store(output, work).child(run_id)
+    run = runs.child(run_id)
     ingest, quantize = (manifests.read(run, stage) for stage in ("ingest", "quantize"))
     assert ingest is not None
     assert quantize is not None

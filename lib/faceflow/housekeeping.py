@@ -10,7 +10,6 @@ from typing import Any
 from faceflow.errors import InputError, SettingsError
 from faceflow.pipeline import STAGES
 from faceflow.storage import layout
-from faceflow.storage.files import Store
 
 AT_WORK_HOURS = 24
 """An unfinished run that was begun or continued within this time may be at work, and is never removed."""
@@ -40,8 +39,7 @@ class RunInfo:
 
 def list_runs(output: str, work_dir: str | None = None, options: Mapping[str, Any] | None = None) -> list[RunInfo]:
     """Every run of OUTPUT, the newest first. Raises InputError where there is no OUTPUT of faceflow."""
-    out = Store.at(output, options)
-    runs = layout.runs_store(out, Store.at(work_dir, options) if work_dir else None)
+    out, runs = layout.stores(output, work_dir, options)
     latest = out.read_json(layout.LATEST)
     found = []
     for name in runs.names(""):
@@ -72,19 +70,14 @@ def clean(
     """
     if keep < 0:
         raise SettingsError(f"keep is {keep}: it must be 0 or more")
-    out = Store.at(output, options)
-    runs = layout.runs_store(out, Store.at(work_dir, options) if work_dir else None)
+    out, runs = layout.stores(output, work_dir, options)
     now = datetime.datetime.now(datetime.UTC)
     safe = now - datetime.timedelta(hours=AT_WORK_HOURS)
     old = [run for run in list_runs(output, work_dir, options) if not run.current][keep:]
     removed = [run for run in old if run.state != "begun" or run.updated < safe]
     for run in removed if not dry_run else []:
-        out.delete(layout.label_folder(run.run_id))
-        out.delete(layout.rejected_folder(run.run_id))
-        out.delete(layout.moves_folder(run.run_id))
-        out.delete(layout.quality_folder(run.run_id))
-        out.delete(layout.report_folder(run.run_id))
-        out.delete(layout.compare_folder(run.run_id))
+        for folder in (*layout.PUBLISHED, layout.compare_folder):
+            out.delete(folder(run.run_id))
         for name in runs.names(run.run_id):
             if name != layout.RUN_RECORD:
                 runs.delete(f"{run.run_id}/{name}")

@@ -107,9 +107,7 @@ def run_nightly(config: ClusterConfig, *, progress: bool = True, report: bool = 
 
 def _connect(config: ClusterConfig, progress: bool, report: bool, nightly: bool) -> RunResult:
     begun = time.perf_counter()
-    options = config.storage_options
-    output = Store.at(config.output, options)
-    runs = layout.runs_store(output, Store.at(config.work_dir, options) if config.work_dir else None)
+    output, runs = layout.stores(config.output, config.work_dir, config.storage_options)
     try:
         with Executor(config.address, config.workers, progress, warm_up=search.warm_up, moved=moved) as executor:
             return _run(config, output, runs, executor, begun, nightly, report)
@@ -161,7 +159,7 @@ def _run(
     if past is not None and past.run_id == run_id:
         raise SettingsError(f"run {run_id} is published: a night needs another --run-id")
     stores = RunStores.of(output, runs, run_id)
-    watcher = Watcher(stores.run, run_id, tuple(stage.name for stage in STAGES))
+    watcher = Watcher(stores.run, run_id)
     executor.watch = watcher.step
     job = _Job(config, stores, executor, begun, parent, parent_version, watcher, past, night)
     bind(run=run_id)
@@ -434,10 +432,7 @@ def _choose_run(config: ClusterConfig, output: Store, runs: Store, published: st
             raise SettingsError(f"run {run_id} is published: it cannot be begun again; choose another --run-id")
         log.info("run %s is begun again: what it had done is removed", run_id)
         runs.delete(run_id)
-        for folder in (
-            layout.label_folder, layout.rejected_folder, layout.moves_folder, layout.events_folder, layout.quality_folder,
-            layout.report_folder,
-        ):  # fmt: skip
+        for folder in (*layout.PUBLISHED, layout.events_folder):
             output.delete(folder(run_id))
     if runs.read_json(f"{run_id}/{layout.RUN_RECORD}") is None:
         runs.write_json(f"{run_id}/{layout.RUN_RECORD}", _record(config, "begun", night))

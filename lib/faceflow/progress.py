@@ -33,8 +33,8 @@ SILENT_AFTER = 60.0
 class Watcher:
     """Writes the state of one run while it is at work."""
 
-    def __init__(self, run: Store, run_id: str, stages: tuple[str, ...]) -> None:
-        self._run, self._run_id, self._stages = run, run_id, stages
+    def __init__(self, run: Store, run_id: str) -> None:
+        self._run, self._run_id = run, run_id
         self._stage, self._why = "", ""
         self._step: Step | None = None
         self._seconds: dict[str, float] = {}
@@ -43,23 +43,23 @@ class Watcher:
     def stage(self, name: str) -> None:
         """A stage begins."""
         self._stage, self._began, self._step = name, time.monotonic(), None
-        self._write(None)
+        self._write()
 
     def finished(self, name: str, seconds: float) -> None:
         """A stage is done, now or before this command."""
-        self._seconds[name] = seconds
-        self._write(None)
+        self._seconds[name], self._step = seconds, None
+        self._write()
 
     def stopped(self, why: str) -> None:
         """The run ends before its last stage."""
         self._why = why
-        self._write(self._step)
+        self._write()
 
     def step(self, step: Step) -> None:
         """Something happened, or a few seconds have passed (`Executor.watch`)."""
         now, self._step = time.monotonic(), step
         if now - self._written >= WRITE_EVERY:
-            self._write(step)
+            self._write()
         if now - self._told >= TELL_EVERY and not step.finished and not sys.stderr.isatty():
             self._told = now
             rate = step.rows_done / max(step.seconds, 1e-3)
@@ -69,15 +69,14 @@ class Watcher:
                 extra=told("progress", stage=self._stage, **step.as_dict()),
             )  # fmt: skip
 
-    def _write(self, step: Step | None) -> None:
+    def _write(self) -> None:
         self._written = time.monotonic()
         state = {
             "run_id": self._run_id,
             "stage": self._stage,
-            "stages": list(self._stages),
             "stage_seconds": round(time.monotonic() - self._began, 1),
             "seconds": self._seconds,
-            "step": step.as_dict() if step is not None else None,
+            "step": self._step.as_dict() if self._step is not None else None,
             "stopped": self._why,
             "host": socket.gethostname(),
             "pid": os.getpid(),
@@ -118,8 +117,7 @@ def status(
 
     Raises InputError where there is no such run.
     """
-    out = Store.at(output, options)
-    runs = layout.runs_store(out, Store.at(work_dir, options) if work_dir else None)
+    out, runs = layout.stores(output, work_dir, options)
     found = {name: record for name in runs.names("") if (record := runs.read_json(f"{name}/{layout.RUN_RECORD}"))}
     if run_id is not None and run_id not in found:
         raise InputError(f"{output} has no run {run_id}: `faceflow runs {output}` lists them")

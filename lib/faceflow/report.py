@@ -15,7 +15,7 @@ import numpy as np
 
 from faceflow import plots
 from faceflow.errors import InputError
-from faceflow.kernels import impostors
+from faceflow.kernels import impostors, quality
 from faceflow.storage import layout, manifests
 from faceflow.storage.files import Store
 from faceflow.storage.manifests import Manifest
@@ -65,16 +65,22 @@ def write_report(output: Store, run: Store, run_id: str, thumbnails: str | None,
         )
     whole = {stage: manifest for stage, manifest in done.items() if manifest is not None}
     folder = to if to is not None else output.child(layout.report_folder(run_id))
-    drawn = _figures(whole, record)
+    stages = _stages(whole, float(record.get("ray_start_seconds", 0.0)))
+    drawn = _figures(whole, record, stages)
     for name, figure in drawn.items():
         folder.write_bytes(f"{name}.png", plots.png(figure))
-    page, shown = _page(run_id, whole, record, drawn, thumbnails)
+    page, shown = _page(run_id, whole, record, stages, drawn, thumbnails)
     folder.write_bytes(PAGE, page.encode())
     return Written(folder.address(PAGE), len(shown), sum(face["image"] is not None for face in shown))
 
 
 def _page(
-    run_id: str, done: Mapping[str, Manifest], record: Mapping[str, Any], drawn: Mapping[str, Any], thumbnails: str | None
+    run_id: str,
+    done: Mapping[str, Manifest],
+    record: Mapping[str, Any],
+    stages: list[dict[str, Any]],
+    drawn: Mapping[str, Any],
+    thumbnails: str | None,
 ) -> tuple[str, list[dict[str, str | None]]]:
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
@@ -86,7 +92,6 @@ def _page(
     ingest, publish, quality = counts["ingest"], counts["publish"], counts["publish"].get("quality", {})
     recall = counts["search"]["recall"]
     examples = [_card(each, thumbnails) for each in publish.get("examples", [])]
-    stages = _stages(done, float(record.get("ray_start_seconds", 0.0)))
     seconds = sum(manifest.seconds for manifest in done.values())
     tiles = [
         (f"{ingest['faces']:,}", "faces"),
@@ -123,19 +128,20 @@ def _page(
     return page, shown
 
 
-def _figures(done: Mapping[str, Manifest], record: Mapping[str, Any]) -> dict[str, Any]:
+def _figures(done: Mapping[str, Manifest], record: Mapping[str, Any], stages: list[dict[str, Any]]) -> dict[str, Any]:
     plan, search, publish = done["quantize"].counts, done["search"].counts, done["publish"].counts
     cpus = max([1, *(int(step.get("cpus", 1)) for manifest in done.values() for step in manifest.steps)])
     pairs, floor = plan.get("pairs"), plan["floor"]
     bands = np.array(search.get("recall_bands") or [[0], [0]])
+    found = np.array(publish.get("similarities") or np.zeros((2, quality.BINS), int))
     return {
         "sizes": plots.sizes(publish.get("quality", {}).get("sizes", {})),
         "similarities": plots.similarities(
-            np.array(pairs) if pairs else None, np.array(publish.get("similarities") or np.zeros((2, 1_024), int)), floor,
+            np.array(pairs) if pairs else None, found, floor,
             plan["weak_floor"], plan.get("valley"), plan.get("flank"), impostors.BINS,
         ),
         "recall": plots.recall(search["recall"], bands, floor, float(record["settings"]["min_recall"])),
-        "timeline": plots.timeline(_stages(done, float(record.get("ray_start_seconds", 0.0))), cpus),
+        "timeline": plots.timeline(stages, cpus),
     }  # fmt: skip
 
 
@@ -325,8 +331,7 @@ def report_run(
     options: Mapping[str, Any] | None = None,
 ) -> Written:
     """The report of a run of OUTPUT, anew (default: of the one in force). Raises InputError where there is no such run."""
-    out = Store.at(output, options)
-    runs = layout.runs_store(out, Store.at(work_dir, options) if work_dir else None)
+    out, runs = layout.stores(output, work_dir, options)
     name = run_id or (out.read_json(layout.LATEST) or {}).get("run_id")
     if name is None or runs.read_json(f"{name}/{layout.RUN_RECORD}") is None:
         raise InputError(

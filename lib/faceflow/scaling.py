@@ -115,13 +115,13 @@ def measure_scaling(
         output.delete("warm-up")
         grid = list(itertools.product(range(repeats), sizes, workers))
         for number, (repeat, size, count) in enumerate(grid):
-            place = output.child(f"run-{size}-{count}-{repeat}")
+            place, records = layout.stores(output.address(f"run-{size}-{count}-{repeat}"), None, config.storage_options)
             settings = ClusterConfig(**_settings(config, inputs[size], place.root, count))
             result = run_clustering(settings, progress=progress, report=False)
             answer = _digest(place, layout.label_folder(result.run_id))
             if answers.setdefault(size, answer) != answer:
                 raise QualityError(f"{size:,} faces with {count} workers got other labels than before: please report it")
-            run = layout.runs_store(place, None).child(result.run_id)
+            run = records.child(result.run_id)
             done = {stage.name: made for stage in STAGES if (made := manifests.read(run, stage.name)) is not None}
             steps = {name: made.steps for name, made in done.items()}
             load = _load(settings, done, executor.largest_machine_cpus)

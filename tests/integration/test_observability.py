@@ -85,7 +85,7 @@ def test_status_of_a_run_at_work_and_of_one_that_fell_silent(tmp_path: Path, cap
     run = out.child("_runs/r")
     now = datetime.datetime.now(datetime.UTC)
     run.write_json(layout.RUN_RECORD, {"state": "begun", "updated": now.isoformat(), "settings": {}})
-    watcher = Watcher(run, "r", tuple(STAGES))
+    watcher = Watcher(run, "r")
     watcher.stage("ingest")
     watcher.finished("ingest", 12.5)
     watcher.stage("search")

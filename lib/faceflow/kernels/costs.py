@@ -21,6 +21,9 @@ PROBE_SCANNED = 1.0e-7
 ASSIGN_OVERHEAD = 1.2
 """Of assignment, beside its product."""
 
+TILE_SCAN = 1.25
+"""What a tile takes beside its product and its hits: the scan for hits."""
+
 HIT_PUSHED = 1.1e-7
 """A neighbor found, in the search; and MERGED, in the merge."""
 MERGED = 5.2e-8
@@ -126,10 +129,6 @@ def stage_seconds(load: Workload) -> dict[str, float]:
         "publish": (PUBLISHED * n + JUDGED * entries) / w,
     }
     return {stage: STAGE_SECONDS + value for stage, value in seconds.items()}
-
-
-TILE_SCAN = 1.25
-"""What a tile takes beside its product and its hits: the scan for hits."""
 
 
 def central_bytes(load: Workload) -> int:

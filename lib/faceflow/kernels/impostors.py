@@ -19,6 +19,7 @@ BINS = 32_768
 """Bins of a histogram over cosines from -1 to 1: enough where all cosines lie within a hundredth of each other."""
 
 SHOWN_BINS = 1_024
+"""Bins of a histogram that a plot shows: finer than its pixels."""
 
 SMOOTHING, COARSE = 0.1, 0.25
 """Width of the smoothing kernel, in deviations of the impostors' hill; and while that is not known, of the narrowest hill."""

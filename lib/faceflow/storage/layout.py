@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from faceflow.storage.files import Store
 
@@ -125,6 +127,10 @@ def rejected_part(run_id: str, index: int) -> str:
     return f"{rejected_folder(run_id)}/part-{index:05d}.parquet"
 
 
+PUBLISHED = (label_folder, rejected_folder, moves_folder, quality_folder, report_folder)
+"""Folders of OUTPUT that are of no use without the run that wrote them."""
+
+
 @dataclass(frozen=True)
 class RunStores:
     """Where one run reads and writes: the published OUTPUT and the run's own directory."""
@@ -138,6 +144,7 @@ class RunStores:
         return cls(output, runs.child(run_id), run_id)
 
 
-def runs_store(output: Store, work_dir: Store | None) -> Store:
-    """The folder of run directories: OUTPUT/_runs, or WORK_DIR."""
-    return work_dir if work_dir is not None else output.child("_runs")
+def stores(output: str, work_dir: str | None = None, options: Mapping[str, Any] | None = None) -> tuple[Store, Store]:
+    """OUTPUT, and the folder of run directories: OUTPUT/_runs, or WORK_DIR."""
+    out = Store.at(output, options)
+    return out, Store.at(work_dir, options) if work_dir else out.child("_runs")
