@@ -226,6 +226,38 @@ def test_library_call_takes_matrices_and_arrays() -> None:
         map_equation((np.array([0, 5]), np.array([1, 1])), rows=3)
 
 
+def dense_flow(links: list[tuple[int, int, float]], n: int) -> np.ndarray:
+    matrix = np.zeros((n, n))
+    for source, target, weight in links:
+        matrix[source, target] += np.float32(weight)
+    strength = matrix.sum(axis=1)
+    walk = np.divide(matrix, strength[:, None], out=np.zeros_like(matrix), where=strength[:, None] > 0)
+    jump = strength / strength.sum()
+    visits = np.linalg.solve(np.eye(n) - 0.85 * (walk.T + np.outer(jump, strength == 0)), 0.15 * jump)
+    rows = walk.T @ visits
+    return rows / rows.sum()
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(2, 40), st.floats(0.5, 8))
+def test_flow_is_the_stationary_one_and_continues_from_itself(seed: int, n: int, degree: float) -> None:
+    """Also with rows that lead nowhere, rows that nothing leads to, and clusters that hardly touch."""
+    rng = np.random.default_rng(seed)
+    links = [
+        (i, int(j), float(rng.uniform(1e-3, 1) ** 3))
+        for i in range(n)
+        for j in rng.choice(n, min(n - 1, rng.poisson(degree)), replace=False)
+        if i != j and (i % 2 == int(j) % 2 or rng.uniform() < 0.1)
+    ]
+    if not links:
+        return
+    graph = graphs.build_graph([compressed(links, n)])
+    flow = flows.directed_flow(graph)
+    np.testing.assert_allclose(flow.rows, dense_flow(links, n), atol=1e-10)
+    again = flows.directed_flow(graph, start=flow.rows)
+    assert again.iterations <= 5
+    np.testing.assert_allclose(again.rows, flow.rows, atol=1e-10)
+
+
 def test_flow_of_many_pairs_converges() -> None:
     """The walk alternates between two rows that have only each other: a mode of eigenvalue -1, which extrapolation
     would blow up."""

@@ -14,11 +14,8 @@ TOLERANCE = 1e-11
 """L1 change of the row flow at which the power iteration stops: what is missing then is below 6e-11, as each step takes at
 least a share ALPHA off it."""
 
-EXTRAPOLATE_EVERY = 6
-"""Steps between two power extrapolations. Clusters hardly touch, so the slow modes of the walk all have an eigenvalue
-close to 1 - ALPHA, and one extrapolation with that value removes them together (Kamvar, Haveliwala, Manning & Golub,
-"Extrapolation methods for accelerating PageRank computations", WWW 2003). The stopping rule does not change. Where one gained
-less than plain steps are sure to, there are other modes, which it blows up: then it is the last."""
+MOST_SOLVER_STEPS = 60
+"""Steps of the solver, of two products each: on graphs of faces it needs 6 to 20. What it leaves, the power iteration does."""
 
 MAX_ITERATIONS = 400
 
@@ -101,8 +98,9 @@ def directed_flow(graph: Graph, threads: int = 1, start: np.ndarray | None = Non
     without teleportation gives the edge flows, normalised to 1, and each row's flow is what comes in.
     Source: Lambiotte & Rosvall, "Ranking and clustering of nodes in networks with smart teleportation", Phys. Rev. E 85
     (2012) (recorded teleportation off, teleportation to links).
-    threads: CPU threads, without influence on the result; start: float64[n], visit rates to begin with;
+    threads: CPU threads, without influence on the result; start: float64[n], `rows` of the flow of a graph like it;
     tolerance: change of the rates in one step, summed over rows, below which they count as stationary.
+    The rates solve a linear system (`_solve`); steps of the walk itself, one as a rule, then show that they are stationary.
     """
     n = len(graph)
     use_threads(threads)
@@ -112,8 +110,9 @@ def directed_flow(graph: Graph, threads: int = 1, start: np.ndarray | None = Non
         return Flow(np.zeros(n), np.zeros(n), 0)
     jump, dangling = strength / total, strength == 0
     inverse = np.divide(1.0, strength, out=np.zeros(n), where=~dangling)
-    p = jump.copy() if start is None else start / start.sum()
-    after, iterations, change_then = np.empty(n), 0, np.inf
+    p = jump if start is None else _with_teleportation(start / start.sum(), jump, dangling)
+    p, iterations = _solve(graph, inverse, jump, p, tolerance)
+    after = np.empty(n)
     for _ in range(MAX_ITERATIONS):
         iterations += 1
         _pull(graph.in_offsets, graph.sources, graph.in_weights, p * inverse, after)
@@ -124,16 +123,73 @@ def directed_flow(graph: Graph, threads: int = 1, start: np.ndarray | None = Non
         p, after = after, p
         if change < tolerance:
             break
-        if iterations % EXTRAPOLATE_EVERY == 0 and change > 100 * tolerance and change_then > 0:
-            if change > change_then * (1 - ALPHA) ** EXTRAPOLATE_EVERY:
-                change_then = 0.0
-                continue
-            change_then = change
-            p += (p - after) * ((1 - ALPHA) / ALPHA)
-            np.maximum(p, 0, out=p)
-            p /= p.sum()
     per_weight = p * inverse
     per_weight /= float(p[~dangling].sum())
     rows = np.empty(n)
     _pull(graph.in_offsets, graph.sources, graph.in_weights, per_weight, rows)
     return Flow(rows, per_weight, iterations)
+
+
+def _with_teleportation(rows: np.ndarray, jump: np.ndarray, dangling: np.ndarray) -> np.ndarray:
+    """The visit rates with teleportation, of whose last step these are the rows."""
+    stuck = (1 - ALPHA) * float(rows[dangling].sum())
+    stuck /= 1 + stuck
+    return (1 - ALPHA) * (1 - stuck) * rows + jump * (ALPHA + (1 - ALPHA) * stuck)
+
+
+def _solve(graph: Graph, inverse: np.ndarray, jump: np.ndarray, start: np.ndarray, tolerance: float) -> tuple[np.ndarray, int]:
+    """(visit rates float64[n] near `tolerance`, products that took): x of (I - (1 - ALPHA) W) x = jump, normalised, where W
+    moves a visitor along an edge. As who dangles teleports where everybody does, that is the walk's (Del Corso, Gulli & Romani,
+    "Fast PageRank computation via a sparse linear system", Internet Math. 2005).
+
+    By BiCGSTAB (van der Vorst, SIAM J. Sci. Stat. Comput. 13, 1992): 33 products where the power iteration takes 150 (1M faces,
+    90M edges). Sums are NumPy's, and do not depend on threads. Where it breaks down, what it had by then is returned.
+    """
+
+    def apply(vector: np.ndarray, out: np.ndarray) -> np.ndarray:
+        np.multiply(vector, inverse, out=scaled)
+        _pull(graph.in_offsets, graph.sources, graph.in_weights, scaled, out)
+        out *= ALPHA - 1
+        out += vector
+        return out
+
+    def dot(a: np.ndarray, b: np.ndarray) -> float:
+        return float(np.multiply(a, b, out=scaled).sum())
+
+    scaled, direction, turned, image = np.empty_like(jump), np.zeros_like(jump), np.zeros_like(jump), np.empty_like(jump)
+    # Rates as they are visited sum to 1; x sums to as much as leaks: what the walk loses of it is what jump puts in.
+    x = start / (1 - (1 - ALPHA) * float(start[inverse > 0].sum()))
+    residual = jump - apply(x, image)
+    shadow = residual.copy()
+    least, best, products = float(np.abs(residual).sum()), x.copy(), 1
+    rho = alpha = omega = 1.0
+    for _ in range(MOST_SOLVER_STEPS):
+        if least < tolerance * float(x.sum()):
+            break
+        before, rho = rho, dot(shadow, residual)
+        if rho == 0:
+            break
+        direction -= np.multiply(turned, omega, out=scaled)
+        direction *= rho / before * alpha / omega
+        direction += residual
+        apply(direction, turned)
+        products += 2
+        along = dot(shadow, turned)
+        if along == 0:
+            break
+        alpha = rho / along
+        x += np.multiply(direction, alpha, out=scaled)
+        residual -= np.multiply(turned, alpha, out=scaled)
+        apply(residual, image)
+        size = dot(image, image)
+        omega = dot(image, residual) / size if size else 0.0
+        x += np.multiply(residual, omega, out=scaled)
+        residual -= np.multiply(image, omega, out=scaled)
+        left = float(np.abs(residual).sum())
+        if left < least:
+            least = left
+            best[:] = x
+        if omega == 0 or not np.isfinite(left):
+            break
+    rates = np.maximum(best, 0)
+    return rates / rates.sum(), products
