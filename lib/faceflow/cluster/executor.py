@@ -417,6 +417,9 @@ def _environment_for_ray() -> Iterator[None]:
         # Else a worker that dies before the driver is registered leaves the driver waiting for ever (Ray 2.60).
         "RAY_prestart_worker_first_driver": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the coming default; set, so that Ray does not warn of it
+        # Ray ends a worker that idles for a second (beside one that trains, links or detects), and a new one takes two of
+        # both CPUs' seconds to start; ours end with the run.
+        "RAY_idle_worker_killing_time_threshold_ms": "3600000",
         # A job script finds the package beside itself; workers must find the same one.
         "PYTHONPATH": os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])]),
     }
