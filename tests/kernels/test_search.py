@@ -92,7 +92,7 @@ def cells_tables(x: np.ndarray, probes: search.Probes, cells: int, shards: int, 
 @pytest.mark.parametrize("floor", FLOORS)
 def test_probing_every_cell_is_exact(floor: float | None) -> None:
     x = unit(400, 16, seed=3)
-    centroids = quantizer.train(x, 12, seed=0, threads=1)
+    centroids, _ = quantizer.train(x, 12, seed=0, threads=1)
     probes = probing.probe(x, centroids, probing.ProbeRule(None, 12))
     check_table(x, cells_tables(x, probes, 12, 3, 9, floor), 9, floor)
 
@@ -100,7 +100,7 @@ def test_probing_every_cell_is_exact(floor: float | None) -> None:
 def probed(n: int, cells: int, seed: int, margin: float, most: int) -> tuple[np.ndarray, search.Probes, np.ndarray, np.ndarray]:
     """(faces, probes, home cell of each, whether face i probes cell c) of a small random set."""
     x = unit(n, 8, seed)
-    centroids = quantizer.train(x, cells, seed=seed, threads=1)
+    centroids, _ = quantizer.train(x, cells, seed=seed, threads=1)
     offsets, flat = probing.probe(x, centroids, probing.ProbeRule(margin, most))
     visits = np.zeros((n, cells), bool)
     visits[np.repeat(np.arange(n), np.diff(offsets)), flat] = True
@@ -182,7 +182,7 @@ def test_ties_break_by_row() -> None:
 
 def test_quantizer_does_not_depend_on_threads() -> None:
     x = unit(4000, 16, seed=1)
-    one, two = (quantizer.train(x, 50, seed=4, threads=t) for t in (1, 2))
+    one, two = (quantizer.train(x, 50, seed=4, threads=t)[0] for t in (1, 2))
     np.testing.assert_array_equal(one, two)
     np.testing.assert_allclose(np.linalg.norm(one, axis=1), 1, atol=1e-5)
     cells, similarities = quantizer.nearest_cell(x, one, 1)
@@ -195,7 +195,7 @@ def test_quantizer_does_not_depend_on_threads() -> None:
 
 def test_margin_probing_against_a_direct_computation() -> None:
     x = unit(500, 16, seed=2)
-    centroids = quantizer.train(x, 20, seed=0, threads=1)
+    centroids, _ = quantizer.train(x, 20, seed=0, threads=1)
     offsets, cells = probing.probe(x, centroids, probing.ProbeRule(0.1, 6))
     s = x @ centroids.T
     for i in range(len(x)):
@@ -206,7 +206,7 @@ def test_margin_probing_against_a_direct_computation() -> None:
 
 def test_predicted_recall_is_what_the_rule_reaches() -> None:
     x = unit(3000, 32, seed=8)
-    centroids = quantizer.train(x, 60, seed=0, threads=1)
+    centroids, _ = quantizer.train(x, 60, seed=0, threads=1)
     choice = probing.choose_rule(x, len(x), centroids, 50, 0.6, 60, 0.95, 0.0)
     rule, mean_probes, predicted = choice.rule, choice.mean_probes, choice.recall
     assert predicted is not None

@@ -21,7 +21,7 @@ TPDI_TEMPERATURE, TPDI_MOST = 0.05, 0.7
 WITNESSED = 0.5
 """Share of a neighbor's own neighbors that must be near a face for the two to be joined by an edge below the floor."""
 
-BASE_WEIGHT, DENSE_POWER, DENSE_NEIGHBORS = 0.15, 2.0, 60
+BASE_WEIGHT, DENSE_POWER, DENSE_NEIGHBORS = 0.15, 3, 60
 """Of `auto`: weight of an edge at the weak floor, in units of the excess over it; how much the power of the excess
 grows, from 1, with the number of neighbors; and the number at which it has grown so much."""
 
@@ -123,9 +123,12 @@ def _raise_by_excess(
     for i in numba.prange(len(offsets) - 1):
         for e in range(offsets[i], offsets[i + 1]):
             fewer = min(offsets[i + 1] - offsets[i], offsets[rows[e] + 1] - offsets[rows[e]])
-            power = 1 + DENSE_POWER * min(1.0, fewer / DENSE_NEIGHBORS)
             excess = max(np.float64(values[e]) - weak, 0.0) / scale + BASE_WEIGHT
-            weight[e] = max(excess**power * weight[e], LEAST_WEIGHT)
+            # Three multiplications are four times as fast as a power, and in a dense set nearly all there is.
+            raised = (
+                excess**DENSE_POWER if fewer >= DENSE_NEIGHBORS else excess ** (1 + (DENSE_POWER - 1) * fewer / DENSE_NEIGHBORS)
+            )
+            weight[e] = max(raised * weight[e], LEAST_WEIGHT)
 
 
 def supported(block: Block, strong: float, weak: float) -> np.ndarray:

@@ -45,14 +45,16 @@ def nearest_cell(vectors: np.ndarray, centroids: np.ndarray, threads: int = 1) -
     return cells, similarities
 
 
-def train(sample: np.ndarray, cells: int, seed: int, threads: int) -> np.ndarray:
-    """Unit centroids of a spherical k-means, float32[cells, d]: ITERATIONS of Lloyd from random faces of the sample.
+def train(sample: np.ndarray, cells: int, seed: int, threads: int) -> tuple[np.ndarray, np.ndarray]:
+    """Unit centroids of a spherical k-means, float32[cells, d]: ITERATIONS of Lloyd from random faces of the sample; and how
+    many of the sample each cell had before its centroid moved for the last time, int64[cells].
 
     sample: float32[n, d], unit rows, n >= cells. threads: CPU threads to use; the result does not depend on it. A cell that
     becomes empty starts again at the face that lies furthest from its centroid.
     """
     rng = np.random.default_rng([seed, 5])
     centroids = sample[np.sort(rng.choice(len(sample), cells, replace=False))].astype(np.float32)
+    home = np.empty(0, np.int32)
     for _ in range(ITERATIONS):
         home, similarities = nearest_cell(sample, centroids, threads)
         sums = np.zeros((cells, sample.shape[1]), np.float64)
@@ -61,7 +63,7 @@ def train(sample: np.ndarray, cells: int, seed: int, threads: int) -> np.ndarray
         empty = np.flatnonzero(lengths <= 1e-12)
         centroids = (sums / np.maximum(lengths, 1e-300)[:, None]).astype(np.float32)
         centroids[empty] = sample[np.argsort(similarities, kind="stable")[: len(empty)]]
-    return centroids
+    return centroids, np.bincount(home, minlength=cells)
 
 
 @numba.njit(cache=True, nogil=True)

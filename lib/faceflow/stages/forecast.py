@@ -177,7 +177,7 @@ def _probes(
 ) -> float:  # fmt: skip
     """Probes a face, by the rule that quantize would choose with these faces in place of its own samples."""
     fewer = min(cells, max(1, len(training) // quantizer.SAMPLE_PER_CELL))
-    centroids = quantizer.train(training, fewer, config.seed, threads)
+    centroids, _ = quantizer.train(training, fewer, config.seed, threads)
     choice = probing.choose_rule(
         held_out, faces, centroids, config.neighbors, floor, min(plans.MAX_PROBES, fewer), *plans.target_recall(faces)
     )

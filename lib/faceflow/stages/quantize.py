@@ -274,11 +274,11 @@ def train(run: Store, starts: tuple[int, ...], dim: int, training: Training, thr
         training.seed,
     )
     sample = _gather(run, starts, dim, rows)
-    centroids = quantizer.train(sample, cells, training.seed, threads)
-    # A cell's share of the tiles' work grows with the square of its size, which the sample estimates.
-    load = np.bincount(quantizer.nearest_cell(sample, centroids, threads)[0], minlength=cells) + 1.0
-    order = quantizer.locality_order(centroids, load**2)
+    centroids, sizes = quantizer.train(sample, cells, training.seed, threads)
     del sample
+    # A cell's share of the tiles' work grows with the square of its size, which the sample estimates.
+    load = sizes + 1.0
+    order = quantizer.locality_order(centroids, load**2)
     if training.probes is None:
         held = _gather(run, starts, dim, held_out)
         most = min(plans.MAX_PROBES, cells)
