@@ -141,7 +141,7 @@ def worker_bytes(load: Workload, k: int, budget: int) -> int:
     if not load.cells:
         return int(BASE_BYTES + EXACT_BLOCK_BYTES)
     shards = plans.shard_count(load.faces, load.dim, k, load.cells, load.probes, budget, load.workers)
-    held = load.faces * min(load.probes, 4.0) * (4 * load.dim + 16 * min(k, 2 * load.neighbors) + 64) / shards
+    held = load.faces * min(load.probes, 4.0) * (4 * load.dim + 12 * min(k, 2 * load.neighbors) + 64) / shards
     return int(BASE_BYTES + INGEST_PART_BYTES + held)
 
 

@@ -107,10 +107,10 @@ def choose(
 def shard_count(faces: int, dim: int, neighbors: int, cells: int, mean_probes: float, worker_bytes: int, workers: int) -> int:
     """Shards such that one fits a worker's memory and all workers stay busy; results do not depend on it.
 
-    A shard holds, for each face that probes one of its cells, the vector and a buffer of 2k candidates; with every probe
+    A shard holds, for each face that probes one of its cells, the vector and a buffer of k candidates and a half more; with every probe
     in another shard (the worst case) a face travels mean_probes times. worker_bytes: resident bytes a worker may use.
     """
-    face_bytes = 4 * dim + 16 * neighbors + 64
+    face_bytes = 4 * dim + 12 * neighbors + 64
     for_memory = faces * min(mean_probes, 4.0) * face_bytes / (0.25 * worker_bytes)
     for_balance = min(4 * workers, faces / 8_192)
     return max(1, min(cells, math.ceil(max(for_memory, for_balance))))
