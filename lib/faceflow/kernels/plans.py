@@ -107,8 +107,9 @@ def choose(
 def shard_count(faces: int, dim: int, neighbors: int, cells: int, mean_probes: float, worker_bytes: int, workers: int) -> int:
     """Shards such that one fits a worker's memory and all workers stay busy; results do not depend on it.
 
-    A shard holds, for each face that probes one of its cells, the vector and a buffer of k candidates and a half more; with every probe
-    in another shard (the worst case) a face travels mean_probes times. worker_bytes: resident bytes a worker may use.
+    A shard holds, for each face that probes one of its cells, the vector and room for k candidates and a half more; with
+    every probe in another shard (the worst case) a face travels mean_probes times. worker_bytes: resident bytes a worker may
+    use.
     """
     face_bytes = 4 * dim + 12 * neighbors + 64
     for_memory = faces * min(mean_probes, 4.0) * face_bytes / (0.25 * worker_bytes)
