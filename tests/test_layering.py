@@ -19,6 +19,7 @@ LAYERS = [
     {
         "pipeline",
         "report",
+        "runs",
         "evaluation",
         "synthesis",
         "importing",
@@ -30,6 +31,7 @@ LAYERS = [
         "scaling",
         "planning",
     },
+    {"commands"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import sys
 import traceback
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 from faceflow import __version__, logs
-from faceflow.config import SETTINGS, ClusterConfig, check_thumbnails, load_config, parse_setting
-from faceflow.errors import FaceflowError, SettingsError, did_you_mean
+from faceflow.commands import COMMANDS, UNSET
+from faceflow.config import SETTINGS
+from faceflow.errors import FaceflowError, did_you_mean
 
 EXIT_CODES = """exit codes: 0 done; 2 bad input or settings; 3 could not finish (the same command continues);
 4 a quality gate failed; 5 another run published first"""
-
-_UNSET: Any = object()
 
 
 class _Parser(argparse.ArgumentParser):
@@ -43,10 +39,10 @@ def _add_command(commands: Any, name: str, help: str, description: str, **option
 def _settings_parser(commands: Any, name: str, help: str, description: str) -> argparse.ArgumentParser:
     parser = _add_command(commands, name, help, description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "input", metavar="INPUT", nargs="?", default=_UNSET, help="Parquet file, folder (nested) or glob; local or s3://"
+        "input", metavar="INPUT", nargs="?", default=UNSET, help="Parquet file, folder (nested) or glob; local or s3://"
     )
     parser.add_argument(
-        "output", metavar="OUTPUT", nargs="?", default=_UNSET, help="folder or s3:// prefix for labels, pointer and runs"
+        "output", metavar="OUTPUT", nargs="?", default=UNSET, help="folder or s3:// prefix for labels, pointer and runs"
     )
     _add_settings(parser, name)
     return parser
@@ -59,11 +55,11 @@ def _add_settings(parser: argparse.ArgumentParser, name: str, without: Sequence[
             continue
         flag = f"--{key.replace('_', '-')}"
         if field.type == "bool":
-            parser.add_argument(flag, dest=key, action="store_const", const=True, default=_UNSET, help=meta["help"])
+            parser.add_argument(flag, dest=key, action="store_const", const=True, default=UNSET, help=meta["help"])
             continue
         shown = "" if field.default is None else f" (default: {field.default})"
         parser.add_argument(
-            flag, dest=key, default=_UNSET, help=(meta["help"] + shown).replace("%", "%%"),
+            flag, dest=key, default=UNSET, help=(meta["help"] + shown).replace("%", "%%"),
             metavar=meta["metavar"] or ("|".join(meta["choices"]) if meta["choices"] else "TEXT"),
         )  # fmt: skip
     parser.add_argument("--config", metavar="FILE", help="TOML file with any of these settings; flags win over it")
@@ -241,211 +237,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _config_of(arguments: argparse.Namespace) -> ClusterConfig:
-    given = {key: value for key in SETTINGS if (value := getattr(arguments, key, _UNSET)) is not _UNSET}
-    return load_config(given, arguments.config)
-
-
-def _cluster(arguments: argparse.Namespace) -> None:
-    from faceflow.pipeline import run_clustering, run_nightly
-
-    job = run_nightly if arguments.command == "nightly" else run_clustering
-    result = job(_config_of(arguments), progress=not arguments.quiet)
-    if arguments.json:
-        print(json.dumps(result.as_dict()))
-    else:
-        print(
-            f"{result.faces:,} faces, {result.edges:,} edges -> {result.clusters:,} clusters, {result.singletons:,} of one face"
-        )
-        if result.rejected:
-            print(f"{result.rejected:,} rows were set aside: rejected/run={result.run_id} under OUTPUT says which and why")
-        print(f"run {result.run_id}, {result.seconds['total']:.1f} s; labels: {result.labels}")
-
-
-def _evaluate(arguments: argparse.Namespace) -> None:
-    from faceflow.evaluation import evaluate
-
-    scores = evaluate(
-        arguments.labels, arguments.truth, label_column=arguments.label_column, id_column=arguments.id_column,
-        storage_options=parse_setting("storage_options", arguments.storage_options),
-    )  # fmt: skip
-    if arguments.json:
-        print(json.dumps(asdict(scores)))
-        return
-    print(f"{'':10}precision  recall     F")
-    for name in ("pairwise", "bcubed"):
-        row = [getattr(scores, f"{name}_{part}") for part in ("precision", "recall", "f")]
-        print(f"{name:10}" + "  ".join(f"{value:9.4f}" for value in row))
-    print(f"NMI {scores.nmi:.4f}  ARI {scores.ari:.4f}")
-    print(
-        f"{scores.faces:,} faces, {scores.clusters:,} clusters ({scores.singletons:,} of one face), "
-        f"{scores.identities:,} identities"
-    )
-
-
-def _compare(arguments: argparse.Namespace) -> None:
-    from faceflow.comparing import compare_methods, table
-
-    wanted = [name.strip() for name in arguments.methods.split(",")] if arguments.methods is not None else None
-    found = compare_methods(
-        _config_of(arguments), arguments.truth, wanted, label_column=arguments.label_column,
-        progress=not arguments.quiet,
-    )  # fmt: skip
-    if arguments.json:
-        print(json.dumps({"run_id": found.run_id, "folder": found.folder, "rows": [asdict(row) for row in found.rows]}))
-        return
-    print(table(found.rows))
-    print(f"table.txt, table.csv, plot.png and labels: {found.folder}")
-
-
-def _count(text: str) -> int:
-    """100k, 1.5M or a plain number. Raises SettingsError."""
-    units = {"k": 10**3, "m": 10**6}
-    number, unit = (text[:-1], units[text[-1].lower()]) if text[-1:].lower() in units else (text, 1)
-    try:
-        return round(float(number) * unit)
-    except ValueError:
-        raise SettingsError(f"{text!r} is not a number: write 100000, 100k or 1.5M") from None
-
-
-def _scaling(arguments: argparse.Namespace) -> None:
-    from faceflow.scaling import measure_scaling
-
-    sizes = [_count(text) for text in arguments.faces.split(",")] if arguments.faces else None
-    wanted = None
-    if arguments.predict:
-        pairs = [text.partition(":") for text in arguments.predict.split(",")]
-        wanted = [(_count(workers), _count(faces)) for workers, _, faces in pairs]
-    found = measure_scaling(
-        _config_of(arguments), [_count(text) for text in arguments.counts.split(",")], sizes, arguments.repeats, wanted,
-        progress=not arguments.quiet,
-    )  # fmt: skip
-    if arguments.json:
-        print(json.dumps({"folder": found.folder, "runs": [asdict(run) for run in found.runs], "reading": found.reading}))
-        return
-    print("\n".join(found.reading))
-    print(f"scaling.json, scaling.csv, scaling.png, reading.txt: {found.folder}")
-
-
-def _plan(arguments: argparse.Namespace) -> None:
-    from faceflow.planning import lines, plan_run
-
-    found = plan_run(_config_of(arguments))
-    print(json.dumps(asdict(found)) if arguments.json else "\n".join(lines(found)))
-    if found.problems:
-        raise SettingsError("this run does not fit: " + "; ".join(found.problems))
-
-
-def _synthesize(arguments: argparse.Namespace) -> None:
-    from faceflow.synthesis import synthesize
-
-    made = synthesize(
-        arguments.output, arguments.faces, dim=arguments.dim, mean_size=arguments.mean_size, sizes=arguments.sizes,
-        look=arguments.look, seed=arguments.seed, storage_options=parse_setting("storage_options", arguments.storage_options),
-    )  # fmt: skip
-    if arguments.json:
-        print(json.dumps(made))
-    else:
-        print(f"{made['faces']:,} faces of {made['identities']:,} identities in {made['files']} file(s): {arguments.output}")
-
-
-def _import(arguments: argparse.Namespace) -> None:
-    from faceflow.importing import import_faces
-
-    made = import_faces(
-        arguments.features, arguments.output, labels=arguments.labels, dim=arguments.dim,
-        storage_options=parse_setting("storage_options", arguments.storage_options),
-    )  # fmt: skip
-    if arguments.json:
-        print(json.dumps(made))
-    else:
-        known = f" of {made['identities']:,} identities" if arguments.labels else ""
-        print(f"{made['faces']:,} faces{known} in {made['files']} file(s): {arguments.output}")
-
-
-def _show_runs(found: Sequence[Any], as_json: bool) -> None:
-    now = datetime.datetime.now(datetime.UTC)
-    if as_json:
-        print(json.dumps([asdict(run) | {"updated": run.updated.isoformat()} for run in found]))
-        return
-    width = max([6, *(len(run.run_id) for run in found)])
-    print(f"  {'run':{width}}  {'state':9}  {'stage':8}  {'age':>8}  {'run dir':>9}  {'labels':>9}")
-    for run in found:
-        print(
-            f"{'*' if run.current else ' '} {run.run_id:{width}}  {run.state:9}  {run.stage:8}  {run.age(now):>8}  "
-            f"{run.size / 1e6:6,.0f} MB  {run.label_size / 1e6:6,.0f} MB"
-        )
-
-
-def _runs(arguments: argparse.Namespace) -> None:
-    from faceflow.housekeeping import list_runs
-
-    options = parse_setting("storage_options", arguments.storage_options)
-    _show_runs(list_runs(arguments.output, arguments.work_dir, options), arguments.json)
-
-
-def _clean(arguments: argparse.Namespace) -> None:
-    from faceflow.housekeeping import clean
-
-    options = parse_setting("storage_options", arguments.storage_options)
-    removed = clean(arguments.output, arguments.keep, arguments.work_dir, options, arguments.dry_run)
-    if not arguments.json:
-        freed = sum(run.size + run.label_size for run in removed) / 1e6
-        print(f"{'would remove' if arguments.dry_run else 'removed'} {len(removed)} run(s), {freed:,.0f} MB")
-    if removed or arguments.json:
-        _show_runs(removed, arguments.json)
-
-
-def _diff(arguments: argparse.Namespace) -> None:
-    from faceflow.comparison import compare_runs
-
-    options = parse_setting("storage_options", arguments.storage_options)
-    found = compare_runs(arguments.output, arguments.first, arguments.second, arguments.to, options)
-    if arguments.json:
-        print(json.dumps(asdict(found)))
-        return
-    print(f"{found.faces:,} faces in both, {found.moved:,} of them in another cluster; {found.new:,} new, {found.gone:,} gone")
-    print(", ".join(f"{count:,} clusters {event}" for event, count in found.events.items()) or "every cluster is as it was")
-    print(f"events: {found.events_file}\nmoves: {found.moves_file}")
-
-
-def _status(arguments: argparse.Namespace) -> None:
-    from faceflow.progress import lines, status
-
-    options = parse_setting("storage_options", arguments.storage_options)
-    found = status(arguments.output, arguments.run_id, arguments.work_dir, options)
-    print(json.dumps(asdict(found)) if arguments.json else "\n".join(lines(found)))
-
-
-def _report(arguments: argparse.Namespace) -> None:
-    from faceflow.report import report_run
-
-    if arguments.thumbnails is not None:
-        check_thumbnails(arguments.thumbnails)
-    options = parse_setting("storage_options", arguments.storage_options)
-    made = report_run(arguments.output, arguments.run_id, arguments.thumbnails, arguments.to, arguments.work_dir, options)
-    print(json.dumps({"report": made.page, "faces": made.faces, "pictures": made.pictures}) if arguments.json else made.page)
-    if complaint := made.complaint(arguments.thumbnails):
-        print(complaint, file=sys.stderr)
-
-
-_COMMANDS = {
-    "report": _report,
-    "status": _status,
-    "cluster": _cluster,
-    "nightly": _cluster,
-    "evaluate": _evaluate,
-    "compare": _compare,
-    "scaling": _scaling,
-    "plan": _plan,
-    "synthesize": _synthesize,
-    "import": _import,
-    "runs": _runs,
-    "clean": _clean,
-    "diff": _diff,
-}
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     arguments, unknown = build_parser().parse_known_args(argv)
@@ -454,7 +245,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     quiet = getattr(arguments, "quiet", False)
     logs.set_up(getattr(arguments, "log_format", "text"), quiet)
     try:
-        _COMMANDS[arguments.command](arguments)
+        COMMANDS[arguments.command](arguments)
         return 0
     except FaceflowError as error:
         print(f"error: {error}", file=sys.stderr)

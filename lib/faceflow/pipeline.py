@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import importlib.metadata
 import logging
-import secrets
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ from faceflow.errors import FaceflowError, InputError, PublishError, QualityErro
 from faceflow.logs import bind, told
 from faceflow.progress import Watcher
 from faceflow.report import write_report
+from faceflow.runs import choose_run, now, record
 from faceflow.stages import decisions, detect, ingest, link, publish, quantize, search
 from faceflow.stages.base import Context, Past, Stage
 from faceflow.storage import layout, manifests
@@ -29,25 +28,6 @@ from faceflow.storage.manifests import Manifest
 log = logging.getLogger("faceflow")
 
 STAGES: tuple[Stage, ...] = (ingest.STAGE, quantize.STAGE, search.STAGE, link.STAGE, detect.STAGE, publish.STAGE)
-
-NOT_IDENTITY = (
-    "workers",
-    "address",
-    "run_id",
-    "work_dir",
-    "gpus_per_worker",
-    "search_resource",
-    "detect_resource",
-    "memory_limit",
-    "min_recall",
-    "raise_probes",
-    "verify_codelength",
-    "max_bad_fraction",
-    "restart",
-    "thumbnails",
-    "labels_table",
-)
-"""Settings that do not change the labels: a run may be continued with others."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +115,7 @@ class _Job:
         return Context(self.config, self.stores, self.executor, done, effort, self.past, first_id)
 
     def record(self, state: str, **more: Any) -> None:
-        self.stores.run.write_json(layout.RUN_RECORD, _record(self.config, state, self.night) | more)
+        self.stores.run.write_json(layout.RUN_RECORD, record(self.config, state, self.night) | more)
 
 
 def _run(
@@ -155,7 +135,7 @@ def _run(
         if past is not None and _nothing_new(config, past, files):
             log.info("nothing has changed since run %s: its labels stay in force", past.run_id)
             return _result(past.run_id, output, past.done, executor, {"total": round(time.perf_counter() - begun, 3)})
-    run_id = _choose_run(config, output, runs, parent.get("run_id"), night)
+    run_id = choose_run(config, output, runs, parent.get("run_id"), night)
     if past is not None and past.run_id == run_id:
         raise SettingsError(f"run {run_id} is published: a night needs another --run-id")
     stores = RunStores.of(output, runs, run_id)
@@ -259,7 +239,7 @@ def _advance_all(job: _Job) -> RunResult:
             "recall_interval": [result.recall["low"], result.recall["high"]],
             "quality": result.quality,
             "input_snapshot": done["ingest"].counts.get("input_snapshot"),
-            "created": _now().isoformat(timespec="seconds"),
+            "created": now().isoformat(timespec="seconds"),
         }
         _publish(stores.output, pointer, job.parent_version)
     if config.labels_table is not None:
@@ -403,45 +383,3 @@ def _version(package: str) -> str:
         except importlib.metadata.PackageNotFoundError:
             continue
     return "absent"
-
-
-def _record(config: ClusterConfig, state: str, night: dict[str, Any] | None) -> dict[str, Any]:
-    record = {"state": state, "settings": config.public(), "updated": _now().isoformat(timespec="milliseconds")}
-    return record | ({"night": night} if night is not None else {})
-
-
-def _choose_run(config: ClusterConfig, output: Store, runs: Store, published: str | None, night: dict[str, Any] | None) -> str:
-    """The run to work on: the named one, the newest unfinished one with these settings (a night's: also of the same input,
-    after the same run, as last night's failure must not stand in tonight's way), or a new one."""
-    wanted = _identity(config.public())
-    run_id = config.run_id
-    if run_id is None:
-        for name in reversed(runs.names("")):
-            record = runs.read_json(f"{name}/{layout.RUN_RECORD}")
-            if not (record and record["state"] == "begun" and record.get("night") == night):
-                continue
-            if _identity(record["settings"]) == wanted:
-                if not config.restart:
-                    log.info("run %s is unfinished and has the same settings: continuing it", name)
-                run_id = name
-                break
-    if run_id is None:
-        run_id = f"{_now().strftime('%Y%m%dT%H%M%SZ')}-{secrets.token_hex(2)}"
-    if config.restart and runs.names(run_id):
-        if run_id == published:
-            raise SettingsError(f"run {run_id} is published: it cannot be begun again; choose another --run-id")
-        log.info("run %s is begun again: what it had done is removed", run_id)
-        runs.delete(run_id)
-        for folder in (*layout.PUBLISHED, layout.events_folder):
-            output.delete(folder(run_id))
-    if runs.read_json(f"{run_id}/{layout.RUN_RECORD}") is None:
-        runs.write_json(f"{run_id}/{layout.RUN_RECORD}", _record(config, "begun", night))
-    return run_id
-
-
-def _identity(settings: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in settings.items() if key not in NOT_IDENTITY}
-
-
-def _now() -> datetime.datetime:
-    return datetime.datetime.now(datetime.UTC)

@@ -19,95 +19,12 @@ from faceflow.cli import main
 from faceflow.errors import InputError, SettingsError
 from faceflow.evaluation import evaluate
 from faceflow.kernels import incremental
-from faceflow.pipeline import RunResult
-from faceflow.storage import layout
 from faceflow.storage.files import Store
-from faceflow.tables import NeighborTable
 from tests.benchmarks.nightly import labels_of, replay
 from tests.conftest import S3, write_faces
+from tests.integration.nights import SETTINGS, Lake, manifest, night, table_of
 
 pytestmark = pytest.mark.usefixtures("ray_session")
-
-SETTINGS: dict[str, Any] = {"min_similarity": 0.5, "neighbors": 6, "edges": "threshold"}
-
-
-class Lake:
-    """A growing folder of Parquet files: faces of a few people, so that tables are full and deletions bite."""
-
-    def __init__(self, folder: Path, seed: int, people: int = 12, dim: int = 16) -> None:
-        self.folder, self.rng = folder, np.random.default_rng(seed)
-        self.centers = self.rng.standard_normal((people, dim))
-        self.files: dict[str, dict[str, np.ndarray]] = {}
-        self.count = 0
-
-    def faces(self, count: int) -> dict[str, np.ndarray]:
-        made = {}
-        for _ in range(count):
-            center = self.centers[self.rng.integers(len(self.centers))]
-            made[f"face-{self.count}"] = (center + 0.35 * self.rng.standard_normal(len(center))).astype(np.float32)
-            self.count += 1
-        return made
-
-    def write(self, name: str) -> None:
-        faces = self.files[name]
-        write_faces(self.folder / name, np.array(list(faces.values())), pa.array(list(faces)), row_group_size=40)
-
-    def add(self, name: str, count: int) -> None:
-        self.files[name] = self.faces(count)
-        self.write(name)
-
-    def change(self) -> str:
-        """One random thing that happens to a data lake."""
-        rng, names = self.rng, sorted(self.files)
-        kind = str(rng.choice(["add", "add", "append", "remove rows", "remove file", "embed anew", "compact", "reorder"]))
-        name = str(rng.choice(names))
-        faces = self.files[name]
-        if kind == "add" or len(names) < 3:
-            self.add(f"{rng.integers(100):02d}-{self.count}.parquet", int(rng.integers(1, 60)))
-            return "add"
-        if kind == "append":
-            self.files[name] = faces | self.faces(int(rng.integers(1, 30)))
-        elif kind == "remove rows":
-            self.files[name] = {k: v for k, v in faces.items() if rng.random() < 0.8} or faces
-        elif kind == "embed anew":
-            self.files[name] = {k: v if rng.random() < 0.7 else next(iter(self.faces(1).values())) for k, v in faces.items()}
-        elif kind == "reorder":
-            self.files[name] = dict(sorted(faces.items(), key=lambda _: rng.random()))
-        else:
-            del self.files[name]
-            (self.folder / name).unlink()
-            if kind == "compact":  # the same faces, in another file
-                name = f"{rng.integers(100):02d}-compacted-{self.count}.parquet"
-                self.files[name] = faces
-        if name in self.files:
-            self.write(name)
-        return kind
-
-
-def night(lake: Path, output: Path, **more: Any) -> RunResult:
-    return run_nightly(ClusterConfig(str(lake), str(output), **(SETTINGS | more)), progress=False, report=False)
-
-
-def table_of(output: Path, run_id: str) -> dict[str, dict[str, float]]:
-    """Per id, its neighbors' ids and similarities."""
-    run = Store.at(str(output / "_runs" / run_id))
-    counts = json.loads((output / "_runs" / run_id / "manifests" / "ingest.json").read_text())["counts"]
-    parts = range(len(counts["starts"]) - 1)
-    ids = pa.chunked_array([run.read_batch(layout.part("ids", p)).column(0) for p in parts]).to_pylist()
-    found: dict[str, dict[str, float]] = {}
-    for p in parts:
-        table = NeighborTable.from_batch(run.read_batch(layout.part("neighbors", p)), counts["starts"][p])
-        for i in range(len(table)):
-            here = slice(table.offsets[i], table.offsets[i + 1])
-            assert (np.diff(table.values[here]) <= 0).all()
-            pairs = zip(table.rows[here].tolist(), table.values[here].tolist(), strict=True)
-            found[ids[counts["starts"][p] + i]] = {ids[row]: value for row, value in pairs}
-    return found
-
-
-def manifest(output: Path, run_id: str, stage: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((output / "_runs" / run_id / "manifests" / f"{stage}.json").read_text())["counts"]
-    return found
 
 
 @pytest.mark.timeout(300)
@@ -423,95 +340,6 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     after = labels_of(tmp_path / "out", third["run_id"])
     before = labels_of(tmp_path / "out", second["run_id"])
     assert not set(after.values()) & set(before.values())  # without a past, no id is used twice
-
-
-def test_decisions_of_people_hold_every_night(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    lake = Lake(tmp_path / "in", 10, people=6)
-    lake.add("a.parquet", 200)
-    free = labels_of(tmp_path / "free", night(tmp_path / "in", tmp_path / "free").run_id)
-    by_cluster: dict[int, list[str]] = {}
-    for face, cluster in free.items():
-        by_cluster.setdefault(cluster, []).append(face)
-    big = sorted(by_cluster.values(), key=len)[::-1]
-    must, cannot = [(big[0][0], big[1][0]), (big[1][1], "face-of-tomorrow")], [(big[2][0], big[2][-1]), (big[0][1], big[3][0])]
-
-    def write(path: Path) -> str:
-        rows = [(a, b, "must") for a, b in must] + [(a, b, "cannot") for a, b in cannot]
-        if path.suffix == ".csv":
-            path.write_text("id_a,id_b,kind\n" + "".join(f"{a},{b},{kind}\n" for a, b, kind in rows))
-        else:
-            pq.write_table(pa.table(dict(zip(("id_a", "id_b", "kind"), map(list, zip(*rows, strict=True)), strict=True))), path)
-        return str(path)
-
-    def holds(labels: dict[str, int]) -> bool:
-        return all(labels[a] == labels[b] for a, b in must if b in labels) and all(labels[a] != labels[b] for a, b in cannot)
-
-    assert not holds(free)
-    file = write(tmp_path / "c.csv")
-    run = night(tmp_path / "in", tmp_path / "out", constraints=file)
-    labels = labels_of(tmp_path / "out", run.run_id)
-    assert holds(labels)
-    assert manifest(tmp_path / "out", run.run_id, "detect")["constraints_of_absent"] == 1
-    assert labels_of(tmp_path / "out", night(tmp_path / "in", tmp_path / "out", constraints=file).run_id) == labels
-    lake.files["b.parquet"] = lake.faces(20) | {"face-of-tomorrow": lake.centers[5].astype(np.float32)}
-    lake.write("b.parquet")
-    run = night(tmp_path / "in", tmp_path / "out", constraints=file)
-    labels = replay(tmp_path / "out", labels, run.run_id)
-    assert holds(labels)
-    assert labels["face-of-tomorrow"] == labels[big[0][0]]
-    withdrawn = night(tmp_path / "in", tmp_path / "out")
-    assert not holds(labels_of(tmp_path / "out", withdrawn.run_id))
-    cannot.append((big[1][0], big[1][1]))  # a new decision, of the same files: a new night
-    run = night(tmp_path / "in", tmp_path / "out", constraints=write(tmp_path / "c.parquet"))
-    assert holds(labels_of(tmp_path / "out", run.run_id))
-    cannot.append((big[0][0], big[1][0]))
-    write(tmp_path / "c.csv")
-    arguments = ["nightly", str(tmp_path / "in"), str(tmp_path / "out"), "--constraints", file, "--quiet"]
-    assert main(arguments) == 2
-    a, b = big[0][0], big[1][0]
-    assert capsys.readouterr().err == (
-        f"error: constraints contradict each other: {a!r} must be with {b!r}; but {a!r} cannot be with {b!r}\n"
-    )
-    (tmp_path / "c.csv").write_text("id_a,id_b,kind\nx,y,maybe\n")
-    assert main(arguments) == 2
-    assert "row 0: kind is 'maybe'; it must be 'must' or 'cannot'" in capsys.readouterr().err
-    (tmp_path / "c.csv").write_text("id_a,id_c,kind\nx,y,must\n")
-    assert main(arguments) == 2
-    assert "no column 'id_b'; did you mean" in capsys.readouterr().err
-
-
-def test_faces_of_one_photo_are_kept_apart_every_night(tmp_path: Path) -> None:
-    lake = Lake(tmp_path / "in", 12, people=4)
-
-    def write(name: str, count: int) -> None:
-        faces = lake.faces(count)
-        photos = pa.array([i // 2 for i in range(count)])  # pairs of faces, of a few people: often of the same one
-        vectors = pa.FixedSizeListArray.from_arrays(pa.array(np.array(list(faces.values())).ravel()), 16)
-        (tmp_path / "in").mkdir(exist_ok=True)
-        pq.write_table(pa.table({"id": list(faces), "embedding": vectors, "photo": photos}), tmp_path / "in" / name)
-
-    def crowded(run_id: str) -> int:
-        labels, found, clashes = labels_of(tmp_path / "out", run_id), set(), 0
-        for path in sorted((tmp_path / "in").iterdir()):
-            for row in pq.read_table(path, columns=["id", "photo"]).to_pylist():
-                key = (row["photo"], labels[row["id"]])
-                clashes += key in found
-                found.add(key)
-        return clashes
-
-    write("a.parquet", 100)
-    free = night(tmp_path / "in", tmp_path / "out")
-    assert crowded(free.run_id) > 5
-    run = night(tmp_path / "in", tmp_path / "out", exclusive_column="photo")
-    assert crowded(run.run_id) == 0
-    assert manifest(tmp_path / "out", run.run_id, "ingest")["added"] == 0  # read again for the column, but known
-    assert manifest(tmp_path / "out", run.run_id, "detect")["exclusive_moved"] > 5
-    write("b.parquet", 20)
-    run = night(tmp_path / "in", tmp_path / "out", exclusive_column="photo")
-    assert manifest(tmp_path / "out", run.run_id, "quantize")["incremental"]
-    assert crowded(run.run_id) == 0
-    with pytest.raises(InputError, match=r"has no column 'foto'; did you mean 'photo'\? \(set --exclusive-column\)"):
-        night(tmp_path / "in", tmp_path / "out", exclusive_column="foto")
 
 
 def test_diff_tells_what_the_nights_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,40 +1,29 @@
-"""Runs functions on a Ray cluster: bounded work in flight, retries, progress. The only module that imports ray."""
+"""Runs functions on a Ray cluster: bounded work in flight, retries, progress. The only module that imports Ray."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import os
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from tqdm import tqdm
 
+from faceflow.cluster.connection import LOCAL, connect
 from faceflow.cluster.metrics import Metrics
 from faceflow.cluster.retries import KEPT, Attempts, Cause, Smaller
 from faceflow.cluster.usage import Done, Step, Usage
-from faceflow.errors import FaceflowError, RunError, SettingsError
+from faceflow.errors import FaceflowError, RunError
 
 log = logging.getLogger("faceflow")
 
-OBJECT_STORE_BYTES = 128 * 2**20
-"""Of a private local Ray: tasks exchange files, so objects are small dictionaries."""
-
-
 HEARTBEAT = 5.0
 """Seconds after which a step that goes on is looked at although nothing happened."""
-
-SILENT_MACHINE = {"RAY_grpc_client_keepalive_time_ms": "30000", "RAY_grpc_client_keepalive_timeout_ms": "30000"}
-"""How soon the driver asks a machine that has a task of it and says nothing, and how long it waits for the answer."""
-
-PRIVATE_STARTS = 2
-"""Times a private Ray is started before the run gives up: one of its dozen processes may have died."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +113,7 @@ class Executor:
 
             if not ray.is_initialized():
                 begun = time.perf_counter()
-                self._connect(ray)
+                connect(ray, self._wanted_address, self.workers)
                 self._owned = True
                 self.usage.start_seconds = round(time.perf_counter() - begun, 3)
             self._connected = ray
@@ -149,47 +138,21 @@ class Executor:
 
     @property
     def _wanted_address(self) -> str:
-        return self.address or os.environ.get("RAY_ADDRESS") or "local"
+        return self.address or os.environ.get("RAY_ADDRESS") or LOCAL
 
     @property
     def is_private(self) -> bool:
         """Whether Ray is one that this machine starts for itself."""
-        return self._wanted_address == "local"
+        return self._wanted_address == LOCAL
 
     def _start_anew(self) -> None:
         """After the death of this machine's raylet, without which Ray runs nothing for this process."""
-        if not self._owned or self._wanted_address != "local":
+        if not self._owned or self._wanted_address != LOCAL:
             raise RunError(f"the raylet of this machine died, so this process has lost its cluster; {KEPT}")
         log.warning("the raylet of this command's own Ray died: starting Ray again")
         self._connected.shutdown()
-        self._connect(self._connected)
+        connect(self._connected, self._wanted_address, self.workers)
         self._warm()
-
-    def _connect(self, ray: Any) -> None:
-        address = self._wanted_address
-        options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-        if address == "local":
-            # More workers than CPUs is the caller's wish.
-            cpus = max(_usable_cpus(), self.workers or 1)
-            options |= {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
-        else:
-            # Workers of another machine run the very code that the driver runs.
-            _check_reachable(address)
-            options["runtime_env"] = {"py_modules": [str(Path(__file__).resolve().parents[1])]}
-        tries = PRIVATE_STARTS if address == "local" else 1
-        with _environment_for_ray():
-            for left in reversed(range(tries)):
-                try:
-                    ray.init(address=address, **options)
-                    return
-                except Exception as error:  # what Ray raises here is of many types, some of them plain
-                    ray.shutdown()
-                    reason = (str(error).splitlines() or [type(error).__name__])[0]
-                    if address != "local":
-                        raise SettingsError(f"cannot use Ray at {address}: {reason}") from None
-                    if not left:
-                        raise RunError(f"a private Ray did not start on this machine: {reason}; {KEPT}") from error
-                    log.warning("a private Ray did not start: %s; trying again", reason)
 
     def __enter__(self) -> Executor:
         return self
@@ -391,51 +354,6 @@ class Executor:
             file=sys.stderr,
         ) as bar:
             yield bar
-
-
-def _usable_cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _check_reachable(address: str) -> None:
-    """Ray waits for minutes for a cluster that is not there; a port that is closed can be known at once."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not (host and port.isdigit()):
-        return  # "auto" and other words are for Ray to resolve
-    try:
-        socket.create_connection((host, int(port)), timeout=10).close()
-    except OSError as error:
-        raise SettingsError(f"cannot use Ray at {address}: {error.strerror or error}") from None
-
-
-@contextlib.contextmanager
-def _environment_for_ray() -> Iterator[None]:
-    """What Ray reads once, when it starts, and hands on to its workers."""
-    package = str(Path(__file__).resolve().parents[2])
-    wanted = {
-        "RAY_USAGE_STATS_ENABLED": "0",  # no usage report leaves the machine
-        # Else a worker that dies before the driver is registered leaves the driver waiting for ever (Ray 2.60).
-        "RAY_prestart_worker_first_driver": "0",
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the coming default; set, so that Ray does not warn of it
-        # Ray ends a worker that idles for a second (beside one that trains, links or detects), and a new one takes two of
-        # both CPUs' seconds to start; ours end with the run.
-        "RAY_idle_worker_killing_time_threshold_ms": "3600000",
-        # A job script finds the package beside itself; workers must find the same one.
-        "PYTHONPATH": os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])]),
-    }
-    # A machine that falls silent (a pulled cable, a dead hypervisor) is waited for until these pings fail, by default seven
-    # minutes (Ray 2.60); what the user has set stays.
-    wanted |= {name: os.environ.get(name, value) for name, value in SILENT_MACHINE.items()}
-    before = {key: os.environ.get(key) for key in wanted}
-    os.environ.update(wanted)
-    try:
-        yield
-    finally:
-        for key, old in before.items():
-            if old is None:
-                del os.environ[key]
-            else:
-                os.environ[key] = old
 
 
 def chunks(items: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:

@@ -1,0 +1,103 @@
+"""Starts a private Ray, or joins a running one."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from faceflow.cluster.retries import KEPT
+from faceflow.errors import RunError, SettingsError
+
+log = logging.getLogger("faceflow")
+
+LOCAL = "local"
+"""The address that stands for a private Ray."""
+
+OBJECT_STORE_BYTES = 128 * 2**20
+"""Of a private local Ray: tasks exchange files, so objects are small dictionaries."""
+
+SILENT_MACHINE = {"RAY_grpc_client_keepalive_time_ms": "30000", "RAY_grpc_client_keepalive_timeout_ms": "30000"}
+"""How soon the driver asks a machine that has a task of it and says nothing, and how long it waits for the answer."""
+
+PRIVATE_STARTS = 2
+"""Times a private Ray is started before the run gives up: one of its dozen processes may have died."""
+
+
+def connect(ray: Any, address: str, workers: int | None) -> None:
+    """Connect this process to the Ray at `address`, or to a private one with a CPU for each of `workers` at least.
+
+    Raises SettingsError when the cluster cannot be used, RunError when a private one does not start.
+    """
+    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if address == LOCAL:
+        # More workers than CPUs is the caller's wish.
+        cpus = max(_usable_cpus(), workers or 1)
+        options |= {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+    else:
+        # Workers of another machine run the very code that the driver runs.
+        _check_reachable(address)
+        options["runtime_env"] = {"py_modules": [str(Path(__file__).resolve().parents[1])]}
+    tries = PRIVATE_STARTS if address == LOCAL else 1
+    with _environment_for_ray():
+        for left in reversed(range(tries)):
+            try:
+                ray.init(address=address, **options)
+                return
+            except Exception as error:  # what Ray raises here is of many types, some of them plain
+                ray.shutdown()
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                if address != LOCAL:
+                    raise SettingsError(f"cannot use Ray at {address}: {reason}") from None
+                if not left:
+                    raise RunError(f"a private Ray did not start on this machine: {reason}; {KEPT}") from error
+                log.warning("a private Ray did not start: %s; trying again", reason)
+
+
+def _usable_cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _check_reachable(address: str) -> None:
+    """Ray waits for minutes for a cluster that is not there; a port that is closed can be known at once."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not (host and port.isdigit()):
+        return  # "auto" and other words are for Ray to resolve
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        raise SettingsError(f"cannot use Ray at {address}: {error.strerror or error}") from None
+
+
+@contextlib.contextmanager
+def _environment_for_ray() -> Iterator[None]:
+    """What Ray reads once, when it starts, and hands on to its workers."""
+    package = str(Path(__file__).resolve().parents[2])
+    wanted = {
+        "RAY_USAGE_STATS_ENABLED": "0",  # no usage report leaves the machine
+        # Else a worker that dies before the driver is registered leaves the driver waiting for ever (Ray 2.60).
+        "RAY_prestart_worker_first_driver": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the coming default; set, so that Ray does not warn of it
+        # Ray ends a worker that idles for a second (beside one that trains, links or detects), and a new one takes two of
+        # both CPUs' seconds to start; ours end with the run.
+        "RAY_idle_worker_killing_time_threshold_ms": "3600000",
+        # A job script finds the package beside itself; workers must find the same one.
+        "PYTHONPATH": os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])]),
+    }
+    # A machine that falls silent (a pulled cable, a dead hypervisor) is waited for until these pings fail, by default seven
+    # minutes (Ray 2.60); what the user has set stays.
+    wanted |= {name: os.environ.get(name, value) for name, value in SILENT_MACHINE.items()}
+    before = {key: os.environ.get(key) for key in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for key, old in before.items():
+            if old is None:
+                del os.environ[key]
+            else:
+                os.environ[key] = old

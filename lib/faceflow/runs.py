@@ -1,0 +1,77 @@
+"""Records of runs: which one a command works on. What a run computes is the pipeline's."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import secrets
+from typing import Any
+
+from faceflow.config import ClusterConfig
+from faceflow.errors import SettingsError
+from faceflow.storage import layout
+from faceflow.storage.files import Store
+
+log = logging.getLogger("faceflow")
+
+NOT_IDENTITY = (
+    "workers",
+    "address",
+    "run_id",
+    "work_dir",
+    "gpus_per_worker",
+    "search_resource",
+    "detect_resource",
+    "memory_limit",
+    "min_recall",
+    "raise_probes",
+    "verify_codelength",
+    "max_bad_fraction",
+    "restart",
+    "thumbnails",
+    "labels_table",
+)
+"""Settings that do not change the labels: a run may be continued with others."""
+
+
+def record(config: ClusterConfig, state: str, night: dict[str, Any] | None) -> dict[str, Any]:
+    """What run.json says of a run in this state; night: what an unfinished night must have in common with one that goes on."""
+    found = {"state": state, "settings": config.public(), "updated": now().isoformat(timespec="milliseconds")}
+    return found | ({"night": night} if night is not None else {})
+
+
+def choose_run(config: ClusterConfig, output: Store, runs: Store, published: str | None, night: dict[str, Any] | None) -> str:
+    """The run to work on: the named one, the newest unfinished one with these settings (a night's: also of the same input,
+    after the same run, as last night's failure must not stand in tonight's way), or a new one."""
+    wanted = _identity(config.public())
+    run_id = config.run_id
+    if run_id is None:
+        for name in reversed(runs.names("")):
+            found = runs.read_json(f"{name}/{layout.RUN_RECORD}")
+            if not (found and found["state"] == "begun" and found.get("night") == night):
+                continue
+            if _identity(found["settings"]) == wanted:
+                if not config.restart:
+                    log.info("run %s is unfinished and has the same settings: continuing it", name)
+                run_id = name
+                break
+    if run_id is None:
+        run_id = f"{now().strftime('%Y%m%dT%H%M%SZ')}-{secrets.token_hex(2)}"
+    if config.restart and runs.names(run_id):
+        if run_id == published:
+            raise SettingsError(f"run {run_id} is published: it cannot be begun again; choose another --run-id")
+        log.info("run %s is begun again: what it had done is removed", run_id)
+        runs.delete(run_id)
+        for folder in (*layout.PUBLISHED, layout.events_folder):
+            output.delete(folder(run_id))
+    if runs.read_json(f"{run_id}/{layout.RUN_RECORD}") is None:
+        runs.write_json(f"{run_id}/{layout.RUN_RECORD}", record(config, "begun", night))
+    return run_id
+
+
+def _identity(settings: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key not in NOT_IDENTITY}
+
+
+def now() -> datetime.datetime:
+    return datetime.datetime.now(datetime.UTC)
