@@ -88,7 +88,7 @@ class Workload:
     probes: float
     sampled: int
     certified: int
-    iterations: int
+    iterations: float
     per_cell: int
     held_out: int
     shared: bool

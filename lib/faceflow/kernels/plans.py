@@ -75,7 +75,7 @@ class Plan:
 
 
 def cells_work(
-    faces: int, dim: int, cells: np.ndarray, probes: int | None, iterations: int, sample: int, joined: bool
+    faces: int, dim: int, cells: np.ndarray, probes: int | None, iterations: float, sample: int, joined: bool
 ) -> np.ndarray:
     """Operations of the cells plan, float64 as `cells`: training + assignment + tiles (own cell: each pair once)."""
     mean = expected_probes(faces, cells, joined) if probes is None else np.minimum(cells, probes)
@@ -84,7 +84,7 @@ def cells_work(
 
 
 def choose(
-    faces: int, dim: int, index: str, cells: int | None, probes: int | None, iterations: int, sample: int, joined: bool,
+    faces: int, dim: int, index: str, cells: int | None, probes: int | None, iterations: float, sample: int, joined: bool,
     on_gpu: bool = False,
 ) -> Plan:  # fmt: skip
     """The plan for `faces` faces of dimension `dim`; `index`, `cells` and `probes` as the settings give them.

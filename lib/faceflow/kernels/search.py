@@ -14,15 +14,23 @@ Probes = tuple[np.ndarray, np.ndarray]
 """(offsets int64[n + 1], cells int32[...]): face i probes `cells[offsets[i]:offsets[i + 1]]`, its home cell first."""
 
 
-def search_cells(vectors: np.ndarray, rows: np.ndarray, probes: Probes, cells: range, k: int, floor: float | None) -> Buffers:
+def search_cells(
+    vectors: np.ndarray,
+    rows: np.ndarray,
+    probes: Probes,
+    cells: range,
+    k: int,
+    floor: float | None,
+    keys: np.ndarray | None = None,
+) -> Buffers:
     """Search every cell of one shard: its members against each other and against the faces that probe it; with a floor,
     those visitors that resemble the same member against each other too (`kernels.joins`).
 
     vectors: float32[n, d], unit rows: every face that probes a cell of the shard; rows: int32[n], ascending; cells: the
-    shard's. Returns buffers with one slot per face: its candidates among the faces it was compared with, in either
-    direction.
+    shard's; keys: memory for the buffers (`topk.Buffers.empty`). Returns buffers with one slot per face: its candidates among
+    the faces it was compared with, in either direction.
     """
-    buffers = Buffers.empty(len(rows), k, floor)
+    buffers = Buffers.empty(len(rows), k, floor, keys)
     kernel = TileKernel(vectors, rows, buffers, probes)
     for members, visitors in by_cell(probes, cells):
         member_vectors = vectors[members]

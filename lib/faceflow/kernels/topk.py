@@ -123,9 +123,11 @@ class Buffers:
     k: int
 
     @classmethod
-    def empty(cls, n: int, k: int, floor: float | None) -> Buffers:
+    def empty(cls, n: int, k: int, floor: float | None, keys: np.ndarray | None = None) -> Buffers:
+        """Without a candidate; keys: memory for them, uint64[n * room_for(k)], if it is not to be new."""
         lowest = np.float32(-np.inf if floor is None else floor)
-        return cls(np.empty(n * room_for(k), np.uint64), np.zeros(n, np.int32), np.full(n, lowest), k)
+        keys = keys if keys is not None else np.empty(n * room_for(k), np.uint64)
+        return cls(keys, np.zeros(n, np.int32), np.full(n, lowest), k)
 
     def resized(self, n: int) -> Buffers:
         """The same lists with room for n rows; the contents of new ones are undefined until `clear`ed."""

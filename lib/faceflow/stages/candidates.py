@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from faceflow.kernels import topk
+from faceflow.kernels import scratch, topk
 from faceflow.kernels.search import Probes
 from faceflow.stages.reading import matrix, read_vectors
 from faceflow.storage.files import Store
@@ -34,10 +34,11 @@ class Gathered:
 
 
 def gather(run: Store, parts: Parts, dim: int, batches: Sequence[pa.RecordBatch]) -> Gathered:
-    """The faces of one batch of `cells/` a part, in row order, with their vectors from the batch or the part itself."""
+    """The faces of one batch of `cells/` a part, in row order, with their vectors from the batch or the part itself. These are
+    in `scratch`, and hold until the next call."""
     rows = np.concatenate([batch.column(0).to_numpy() + first for batch, first in zip(batches, parts.starts, strict=False)])
     bounds = np.searchsorted(rows, parts.starts)
-    vectors = np.empty((len(rows), dim), np.float32)
+    vectors = scratch.array("vectors", (len(rows), dim), np.float32)
     for part, batch in enumerate(batches):
         out = vectors[bounds[part] : bounds[part + 1]]
         if "vector" in batch.schema.names:

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from faceflow.cluster.executor import Resources
-from faceflow.kernels import edges, graphs, impostors, probing, quantizer, recall, topk
+from faceflow.kernels import edges, graphs, impostors, probing, quantizer, recall, scratch, topk
 from faceflow.kernels import search as cpu
 from faceflow.stages import renewal
 from faceflow.stages.base import Context, Outcome, Past, Stage, merge_pieces
@@ -222,7 +222,8 @@ def _search_cells(
 
         buffers = gpu.search_cells(found.vectors, found.rows, found.probes, cells, neighbors, floor, float16)
     else:
-        buffers = cpu.search_cells(found.vectors, found.rows, found.probes, cells, neighbors, floor)
+        keys = scratch.array("keys", (len(found.rows) * topk.room_for(neighbors),), np.uint64)
+        buffers = cpu.search_cells(found.vectors, found.rows, found.probes, cells, neighbors, floor, keys)
     rows, bounds = found.rows, found.bounds
     del batches, found  # the vectors are most of the memory
     write_candidates(run, name, parts, rows, bounds, buffers)
@@ -241,6 +242,7 @@ def merge_part(
     run: Store, parts: Parts, part: int, dim: int, shards: int, neighbors: int, sample: np.ndarray, past: Past | None
 ) -> tuple[dict[str, int], int]:
     """Write one part's neighbor table, and beside it its sampled faces; returns its bytes and its number of neighbors."""
+    scratch.forget()  # of the search before
     name, first_row = layout.part("neighbors", part), parts.starts[part]
     names = [name, *([layout.part("state", part)] if past is not None else [])]
     if all(is_whole(run, each) for each in names):
