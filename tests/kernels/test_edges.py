@@ -127,10 +127,21 @@ def test_recipe_equals_its_formula(name: str, seed: int, rows: int, k: int) -> N
 def test_auto_equals_its_formula(seed: int, rows: int, k: int, strong: float, below: float) -> None:
     block = table(seed, rows, k)
     strong, weak = float(np.float32(strong)), float(np.float32(strong - below))
-    found, truth = lists_of(edges.auto(block, strong, weak)), auto(lists_of(block), strong, weak)
+    truth = auto(lists_of(block), strong, weak)
+    found = lists_of(edges.auto(block, strong, weak))  # in the block's memory
     for i in range(rows):
         assert list(found[i]) == list(truth[i]), i
         np.testing.assert_allclose(list(found[i].values()), list(truth[i].values()), rtol=1e-5, atol=2e-6)
+
+
+@given(seed=st.integers(0, 10_000), rows=st.integers(1, 200), k=st.integers(0, 30), share=st.floats(0, 1))
+@settings(max_examples=40, deadline=None)
+def test_closing_up_keeps_what_kept_keeps(seed: int, rows: int, k: int, share: float) -> None:
+    block = table(seed, rows, k)
+    keep = np.random.default_rng(seed).random(len(block[1])) < share
+    expected = edges.kept(block, keep)
+    for found, wanted in zip(edges.close_up(block, keep), expected, strict=True):
+        np.testing.assert_array_equal(found, wanted)
 
 
 def test_recipes_do_not_depend_on_threads_or_on_the_rows_order() -> None:

@@ -6,6 +6,8 @@ return such a block. Where a formula needs a row's own probability, a face has s
 
 from __future__ import annotations
 
+import itertools
+
 import numba
 import numpy as np
 
@@ -22,8 +24,8 @@ WITNESSED = 0.5
 """Share of a neighbor's own neighbors that must be near a face for the two to be joined by an edge below the floor."""
 
 BASE_WEIGHT, DENSE_POWER, DENSE_NEIGHBORS = 0.15, 3, 60
-"""Of `auto`: weight of an edge at the weak floor, in units of the excess over it; how much the power of the excess
-grows, from 1, with the number of neighbors; and the number at which it has grown so much."""
+"""Of `auto`: weight of an edge at the weak floor, in units of the excess over it; the power of the excess, which grows from 1
+with the number of neighbors; and the number at which it has grown to that."""
 
 SCALE = 0.4
 """Unit of the excess, in parts of the way from the weak floor to 1: about the mean excess (.50, .32 and .39 of the way on three
@@ -108,9 +110,9 @@ def auto(block: Block, strong: float, weak: float) -> Block:
     Edges from `strong` on are kept, and those from `weak` on that are `supported`. The weight is (excess + 0.15)^p x Jaccard
     overlap of the neighbor sets, excess the similarity over the weak floor in units of 0.4 of the way from there to 1, p from 1
     for rows of few neighbors to 3 for rows of 60: in dense sets the flow must prefer near faces to the many less near ones, and
-    can afford to.
+    can afford to. The block's memory is used for the result.
     """
-    offsets, rows, values = kept(block, supported(block, strong, weak))
+    offsets, rows, values = close_up(block, supported(block, strong, weak))
     weight = overlap(offsets, rows)
     _raise_by_excess(offsets, rows, values, weak, SCALE * max(1 - weak, 1e-6), weight)
     return offsets, rows, weight
@@ -185,6 +187,32 @@ def kept(block: Block, keep: np.ndarray) -> Block:
     kept_rows, kept_values = np.empty(new[-1], rows.dtype), np.empty(new[-1], values.dtype)
     _copy_kept(offsets, rows, values, keep, new, kept_rows, kept_values)
     return new, kept_rows, kept_values
+
+
+def close_up(block: Block, keep: np.ndarray) -> Block:
+    """As `kept`, in the block's own memory, of which it is most of what there is."""
+    offsets, rows, values = block
+    new = np.zeros(len(offsets), np.int64)
+    np.cumsum(row_sums(offsets, keep).astype(np.int64), out=new[1:])
+    if new[-1] < len(rows):
+        cuts = cut_by_edges(offsets, CHUNKS)
+        _close_up(offsets, rows, values, keep, cuts)
+        for first, last in itertools.pairwise(cuts.tolist()):
+            here, there = slice(new[first], new[last]), slice(offsets[first], offsets[first] + new[last] - new[first])
+            for column in (rows, values):
+                column[here] = column[there]
+    return new, rows[: new[-1]], values[: new[-1]]
+
+
+@numba.njit(cache=True, nogil=True, parallel=True)
+def _close_up(offsets: np.ndarray, rows: np.ndarray, values: np.ndarray, keep: np.ndarray, cuts: np.ndarray) -> None:
+    # Each chunk of rows to its own front.
+    for c in numba.prange(len(cuts) - 1):
+        at = offsets[cuts[c]]
+        for e in range(offsets[cuts[c]], offsets[cuts[c + 1]]):
+            if keep[e]:
+                rows[at], values[at] = rows[e], values[e]
+                at += 1
 
 
 @numba.njit(cache=True, nogil=True, parallel=True)
