@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as sk
 
-from faceflow.kernels import edges, identity, infomap_engine, metrics, synthetic, vectors
+from faceflow.kernels import edges, identity, incremental, infomap_engine, metrics, synthetic, vectors
 from faceflow.tables import EdgeList, NeighborTable
 
 
@@ -132,3 +132,14 @@ def test_sizes_like_a_distribution() -> None:
     sizes = synthetic.sizes_like(np.array([1, 10]), np.array([3, 1]), 10_000, np.random.default_rng(0))
     assert sizes.sum() == 10_000
     assert (sizes[:-1] == 1).mean() == pytest.approx(0.75, abs=0.03)
+
+
+def test_rows_that_lead_to_a_marked_one() -> None:
+    rng = np.random.default_rng(0)
+    offsets = np.concatenate([[0], np.cumsum(rng.integers(0, 5, 60))])
+    rows = rng.integers(0, 100, offsets[-1]).astype(np.int32)
+    marked = rng.random(100) < 0.2
+    expected = [bool(marked[rows[a:b]].any()) for a, b in itertools.pairwise(offsets)]
+    assert incremental.leads_to(offsets, rows, marked).tolist() == expected
+    assert any(expected)
+    assert not all(expected)

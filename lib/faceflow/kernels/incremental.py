@@ -62,6 +62,18 @@ def search_part(
     return (ends, keys[kept]), buffers.take(np.arange(q, q + m))
 
 
+@numba.njit(cache=True, nogil=True, parallel=True)
+def leads_to(offsets: np.ndarray, rows: np.ndarray, marked: np.ndarray) -> np.ndarray:
+    """bool[n]: which of the rows of a block (offsets int64[n + 1], rows int32[m]) have an edge to a marked one (bool[N])."""
+    out = np.zeros(len(offsets) - 1, np.bool_)
+    for i in numba.prange(len(out)):
+        for e in range(offsets[i], offsets[i + 1]):
+            if marked[rows[e]]:
+                out[i] = True
+                break
+    return out
+
+
 def carry_table(
     offsets: np.ndarray, neighbors: np.ndarray, similarities: np.ndarray, kept: np.ndarray, new_rows: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from faceflow.cluster.executor import Resources
 from faceflow.errors import QualityError
+from faceflow.kernels import incremental
 from faceflow.stages import adoption, decisions, grouping
 from faceflow.stages.base import Context, Outcome, Stage
 from faceflow.stages.reading import read_column
@@ -188,7 +189,7 @@ def _earlier(
     if spread:
         active = changed.copy()
         for part in edges:
-            sources = part.sources()
-            active[sources[changed[part.rows]]] = True
+            here = slice(part.first_row, part.first_row + len(part.offsets) - 1)
+            active[here] |= incremental.leads_to(part.offsets, part.rows, changed)
     start = np.where(before >= 0, modules[before], int(modules.max(initial=-1)) + 1 + np.arange(len(before)))
     return start, active, np.where(before >= 0, flow[before], 0.0), check
