@@ -6,23 +6,23 @@ from dataclasses import dataclass
 
 from faceflow.kernels import plans
 
-# Core-seconds of what is not a matrix product, measured on 2 cores of an AMD EPYC with AVX-512 (80 GFLOP/s a core), 1,000,000 x
-# 256 synthetic faces, 91 neighbors a face, all defaults, 2026-11. What is one, counts as operations at the speed measured on
-# the cluster itself.
+# Core-seconds of what is not a matrix product, measured on 2 cores of an AMD EPYC with AVX-512 (80 GFLOP/s a core), 1,000,000
+# and 5,200,000 x 256 synthetic faces, 91 neighbors a face, all defaults, 2026-11. What is one, counts as operations at the speed
+# measured on the cluster itself.
 INGEST_VALUE = 3.0e-8
 """A value (face x dimension) that is read, checked, normalised and written."""
 
 PAIR_COUNTED = 2.4e-9
 """A pair of the sample that goes into the histogram of similarities."""
 
-PROBE_SCANNED = 1.0e-7
+PROBE_SCANNED = 5.0e-8
 """A held-out face x cell, when the probes are chosen."""
 
 ASSIGN_OVERHEAD = 1.2
 """Of assignment, beside its product."""
 
-TILE_SCAN = 1.25
-"""What a tile takes beside its product and its hits: the scan for hits."""
+TILE_SCAN = 1.5
+"""What a tile takes beside its product and its hits: the scan for hits, and gathering its faces."""
 
 HIT_PUSHED = 1.1e-7
 """A neighbor found, in the search; and MERGED, in the merge."""
@@ -30,11 +30,11 @@ MERGED = 5.2e-8
 
 CERTIFY_OVERHEAD = 1.2
 
-LINKED = 1.8e-7
+LINKED = 1.6e-7
 """A neighbor, through an edge recipe that compares two faces' neighbors; THRESHOLDED: through `threshold`."""
 THRESHOLDED = 1.5e-8
 
-DETECTED, DETECT_SERIAL, DETECT_GROWTH = 2.9e-7, 0.19, 0.2
+DETECTED, DETECT_SERIAL, DETECT_GROWTH = 2.4e-7, 0.19, 0.2
 """An edge, in community detection by one thread of the native engine at a million faces; the share that more threads do not
 help (19.0 s with one, 11.3 s with two); and the power of the faces with which it grows, as memory is reached at random."""
 
