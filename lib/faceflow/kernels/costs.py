@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from faceflow.kernels import plans
 
 # Core-seconds of what is not a matrix product, measured on 2 cores of an AMD EPYC with AVX-512 (80 GFLOP/s a core), 1,000,000
-# and 5,200,000 x 256 synthetic faces, 91 neighbors a face, all defaults, 2026-11. What is one, counts as operations at the speed
-# measured on the cluster itself.
+# and 5,200,000 x 256 synthetic faces, 91 neighbors a face, all defaults, 2026-11. What is one, counts as operations at the
+# speed measured on the cluster itself.
 INGEST_VALUE = 3.0e-8
 """A value (face x dimension) that is read, checked, normalised and written."""
 
