@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import statistics
 from dataclasses import dataclass
 
 from faceflow.cluster.executor import Executor, Resources, chunks
@@ -72,7 +73,7 @@ def plan_run(config: ClusterConfig) -> Forecast:
         )  # fmt: skip
         cpus = executor.cpus
         workers = min(cpus, config.workers or cpus)
-        flops = executor.call(quantize.measure_flops, dim, label="measure")
+        flops = statistics.median(executor.call(quantize.measure_flops, dim, label="measure") for _ in range(3))
         memory = executor.machine_memory(config.detect_resource)
         budget = config.memory_limit or executor.worker_memory
     # The auto recipe keeps about half of what lies between its two floors.

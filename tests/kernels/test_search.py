@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -215,6 +217,19 @@ def test_predicted_recall_is_what_the_rule_reaches() -> None:
     assert mean_probes == pytest.approx(len(probes[1]) / len(x), rel=0.01)
     found = len(cells_tables(x, probes, 60, 2, 50, 0.6)[1])
     assert found / len(exact(x, 50, 0.6, 1000)[1]) == pytest.approx(predicted, abs=0.01)
+
+
+def test_who_must_find_its_neighbors_alone_probes_their_homes() -> None:
+    """What a night rests on: a new face is not found by others, only by probing where they live."""
+    x = unit(3000, 32, seed=8)
+    centroids, _ = quantizer.train(x, 60, seed=0, threads=1)
+    rule = probing.choose_rule(x, len(x), centroids, 50, 0.6, 60, 0.95, 0.0).alone
+    offsets, cells = probing.probe(x, centroids, rule)
+    probes = [set(cells[a:b].tolist()) for a, b in itertools.pairwise(offsets)]
+    homes = cells[offsets[:-1]]
+    ends, neighbors, _ = exact(x, 50, 0.6, 1000)
+    found = [homes[j] in probes[i] for i in range(len(x)) for j in neighbors[ends[i] : ends[i + 1]]]
+    assert 0.95 <= np.mean(found) < 0.98
 
 
 def test_no_pair_to_tell_by() -> None:

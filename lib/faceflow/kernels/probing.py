@@ -159,7 +159,7 @@ def choose_rule(
         recall = float(weights[met <= margin].sum() / weights.sum())
     if not np.isfinite(margin):
         return Choice(ProbeRule(None, most), ProbeRule(None, most), float(most), 0.0)
-    margin, wide = (float(MARGIN_STEP * np.ceil(m / MARGIN_STEP + 0.5)) for m in (margin, _quantile(home, weights, target)[0]))
+    margin, wide = (float(MARGIN_STEP * np.ceil(m / MARGIN_STEP + 0.5)) for m in (margin, _quantile(own, weights, target)[0]))
     mean_probes = float((short <= margin).sum() / n)
     return Choice(ProbeRule(margin, most), ProbeRule(max(margin, wide), most), mean_probes, round(recall, 5))
 
