@@ -22,6 +22,10 @@ def _config_of(arguments: argparse.Namespace) -> ClusterConfig:
     return load_config(given, arguments.config)
 
 
+def _options(arguments: argparse.Namespace) -> Any:
+    return parse_setting("storage_options", arguments.storage_options)
+
+
 def _cluster(arguments: argparse.Namespace) -> None:
     from faceflow.pipeline import run_clustering, run_nightly
 
@@ -43,7 +47,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
     scores = evaluate(
         arguments.labels, arguments.truth, label_column=arguments.label_column, id_column=arguments.id_column,
-        storage_options=parse_setting("storage_options", arguments.storage_options),
+        storage_options=_options(arguments),
     )  # fmt: skip
     if arguments.json:
         print(json.dumps(asdict(scores)))
@@ -117,7 +121,7 @@ def _synthesize(arguments: argparse.Namespace) -> None:
 
     made = synthesize(
         arguments.output, arguments.faces, dim=arguments.dim, mean_size=arguments.mean_size, sizes=arguments.sizes,
-        look=arguments.look, seed=arguments.seed, storage_options=parse_setting("storage_options", arguments.storage_options),
+        look=arguments.look, seed=arguments.seed, storage_options=_options(arguments),
     )  # fmt: skip
     if arguments.json:
         print(json.dumps(made))
@@ -130,7 +134,7 @@ def _import(arguments: argparse.Namespace) -> None:
 
     made = import_faces(
         arguments.features, arguments.output, labels=arguments.labels, dim=arguments.dim,
-        storage_options=parse_setting("storage_options", arguments.storage_options),
+        storage_options=_options(arguments),
     )  # fmt: skip
     if arguments.json:
         print(json.dumps(made))
@@ -156,14 +160,14 @@ def _show_runs(found: Sequence[Any], as_json: bool) -> None:
 def _runs(arguments: argparse.Namespace) -> None:
     from faceflow.housekeeping import list_runs
 
-    options = parse_setting("storage_options", arguments.storage_options)
+    options = _options(arguments)
     _show_runs(list_runs(arguments.output, arguments.work_dir, options), arguments.json)
 
 
 def _clean(arguments: argparse.Namespace) -> None:
     from faceflow.housekeeping import clean
 
-    options = parse_setting("storage_options", arguments.storage_options)
+    options = _options(arguments)
     removed = clean(arguments.output, arguments.keep, arguments.work_dir, options, arguments.dry_run)
     if not arguments.json:
         freed = sum(run.size + run.label_size for run in removed) / 1e6
@@ -175,7 +179,7 @@ def _clean(arguments: argparse.Namespace) -> None:
 def _diff(arguments: argparse.Namespace) -> None:
     from faceflow.comparison import compare_runs
 
-    options = parse_setting("storage_options", arguments.storage_options)
+    options = _options(arguments)
     found = compare_runs(arguments.output, arguments.first, arguments.second, arguments.to, options)
     if arguments.json:
         print(json.dumps(asdict(found)))
@@ -188,7 +192,7 @@ def _diff(arguments: argparse.Namespace) -> None:
 def _status(arguments: argparse.Namespace) -> None:
     from faceflow.progress import lines, status
 
-    options = parse_setting("storage_options", arguments.storage_options)
+    options = _options(arguments)
     found = status(arguments.output, arguments.run_id, arguments.work_dir, options)
     print(json.dumps(asdict(found)) if arguments.json else "\n".join(lines(found)))
 
@@ -198,7 +202,7 @@ def _report(arguments: argparse.Namespace) -> None:
 
     if arguments.thumbnails is not None:
         check_thumbnails(arguments.thumbnails)
-    options = parse_setting("storage_options", arguments.storage_options)
+    options = _options(arguments)
     made = report_run(arguments.output, arguments.run_id, arguments.thumbnails, arguments.to, arguments.work_dir, options)
     print(json.dumps({"report": made.page, "faces": made.faces, "pictures": made.pictures}) if arguments.json else made.page)
     if complaint := made.complaint(arguments.thumbnails):

@@ -147,7 +147,7 @@ class Executor:
 
     def _start_anew(self) -> None:
         """After the death of this machine's raylet, without which Ray runs nothing for this process."""
-        if not self._owned or self._wanted_address != LOCAL:
+        if not self._owned or not self.is_private:
             raise RunError(f"the raylet of this machine died, so this process has lost its cluster; {KEPT}")
         log.warning("the raylet of this command's own Ray died: starting Ray again")
         self._connected.shutdown()

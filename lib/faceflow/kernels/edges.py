@@ -179,11 +179,17 @@ def _positive(weights: np.ndarray) -> np.ndarray:
     return np.maximum(weights, np.float32(LEAST_WEIGHT), dtype=np.float32)
 
 
+def _offsets_of(offsets: np.ndarray, keep: np.ndarray) -> np.ndarray:
+    """The offsets of the rows with the edges where keep holds, int64[n + 1]."""
+    new = np.zeros(len(offsets), np.int64)
+    np.cumsum(row_sums(offsets, keep).astype(np.int64), out=new[1:])
+    return new
+
+
 def kept(block: Block, keep: np.ndarray) -> Block:
     """The edges of a block where keep, bool[m], holds."""
     offsets, rows, values = block
-    new = np.zeros(len(offsets), np.int64)
-    np.cumsum(row_sums(offsets, keep).astype(np.int64), out=new[1:])
+    new = _offsets_of(offsets, keep)
     kept_rows, kept_values = np.empty(new[-1], rows.dtype), np.empty(new[-1], values.dtype)
     _copy_kept(offsets, rows, values, keep, new, kept_rows, kept_values)
     return new, kept_rows, kept_values
@@ -192,8 +198,7 @@ def kept(block: Block, keep: np.ndarray) -> Block:
 def close_up(block: Block, keep: np.ndarray) -> Block:
     """As `kept`, in the block's own memory, of which it is most of what there is."""
     offsets, rows, values = block
-    new = np.zeros(len(offsets), np.int64)
-    np.cumsum(row_sums(offsets, keep).astype(np.int64), out=new[1:])
+    new = _offsets_of(offsets, keep)
     if new[-1] < len(rows):
         cuts = cut_by_edges(offsets, CHUNKS)
         _close_up(offsets, rows, values, keep, cuts)
