@@ -121,7 +121,10 @@ class _Job:
 def _run(
     config: ClusterConfig, output: Store, runs: Store, executor: Executor, begun: float, nightly: bool, report: bool
 ) -> RunResult:
-    files = ingest.inputs(Context(config, RunStores.of(output, runs, ""), executor, {}))["input_files"]
+    before = Context(config, RunStores.of(output, runs, ""), executor, {})
+    files = ingest.inputs(before)["input_files"]
+    if files:
+        ingest.check_first_file(before, min(files))
     if config.constraints is not None:
         decisions.read(config.constraints, config.storage_options)  # a contradiction is said now, not after the search
     output.check_writable()

@@ -99,6 +99,18 @@ def test_only_what_changed_is_read_and_counted(tmp_path: Path, caplog: pytest.Lo
     assert night(tmp_path / "in", tmp_path / "out").run_id == fourth.run_id
     verified = night(tmp_path / "in", tmp_path / "out", verify_content=True)
     assert manifest(tmp_path / "out", verified.run_id, "ingest")["changed"] == 100
+    # A file of the same size and time, but with fewer rows.
+    path = tmp_path / "in" / "0.parquet"
+    stat = path.stat()
+    lake.files["0.parquet"] = dict(list(lake.files["0.parquet"].items())[1:])
+    lake.write("0.parquet")
+    shorter = path.read_bytes()
+    footer = len(shorter) - 8 - int.from_bytes(shorter[-8:-4], "little")
+    path.write_bytes(shorter[:footer] + bytes(stat.st_size - len(shorter)) + shorter[footer:])
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert path.stat().st_size == stat.st_size
+    fewer = night(tmp_path / "in", tmp_path / "out")
+    assert [manifest(tmp_path / "out", fewer.run_id, "ingest")[key] for key in ("faces", "removed", "changed")] == [509, 1, 0]
 
 
 def test_nights_on_which_nothing_comes(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def run(context: Context) -> Outcome:
     store, files, snapshot = list_faces(config.input, config.storage_options, config.snapshot)
     before: Mapping[str, Any] = past.done["ingest"].fingerprint["input_files"]
     numbers = {f.path: i for i, f in enumerate(files)}
-    same = {f.path for f in files if before.get(f.path) == [f.size, f.version]}
+    same = {f.path for f in files if before.get(f.path) == f.state}
     settings = past.done["ingest"].fingerprint
     now = context.config.public() | {"version of faceflow": __version__}
     if context.config.verify_content or any(settings[key] != now[key] for key in READ_BY):

@@ -9,7 +9,8 @@ from faceflow.errors import InputError
 from faceflow.stages import arrivals
 from faceflow.stages.base import Context, Outcome, Stage
 from faceflow.stages.intake import judge, take_in
-from faceflow.storage.files import FileInfo
+from faceflow.stages.pieces import read_footers
+from faceflow.storage.files import FileInfo, Store
 from faceflow.storage.inputs import contains, list_faces
 
 log = logging.getLogger("faceflow")
@@ -29,7 +30,14 @@ def inputs(context: Context) -> dict[str, Any]:
     past = {"past run": context.past.run_id} if context.past is not None else {}
     files, snapshot = _files(context)
     known = {"input_snapshot": snapshot} if snapshot is not None else {}
-    return {"input_files": {f.path: [f.size, f.version] for f in files}} | known | past
+    return {"input_files": {f.path: f.state for f in files}} | known | past
+
+
+def check_first_file(context: Context, path: str) -> None:
+    """Refuse columns that are not there, or not of a fitting type, before a cluster starts and a run is begun."""
+    config = context.config
+    store = Store.at(config.input, config.storage_options)
+    read_footers(store, [path], config.id_column, config.embedding_column, config.exclusive_column)
 
 
 def run(context: Context) -> Outcome:

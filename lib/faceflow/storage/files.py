@@ -37,11 +37,17 @@ def count_read(batch: pa.RecordBatch) -> pa.RecordBatch:
 
 @dataclass(frozen=True)
 class FileInfo:
-    """What identifies one version of a file: its address, size and ETag or modification time."""
+    """What identifies one version of a file: its address, size, ETag or modification time, and rows, if counted."""
 
     path: str
     size: int
     version: str
+    rows: int | None = None
+
+    @property
+    def state(self) -> list[int | str | None]:
+        """All of it but the address."""
+        return [self.size, self.version, self.rows]
 
 
 @dataclass(frozen=True)
