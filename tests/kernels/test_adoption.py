@@ -54,6 +54,22 @@ def test_accepted_by_brute_force(seed: int, n: int, real: float) -> None:
     np.testing.assert_array_equal(adoption.accepted(p), expected)
 
 
+@given(seed=st.integers(0, 10_000), n=st.integers(1, 20), h=st.integers(3, 150), block=st.sampled_from([1, 40, 2_048]))
+@settings(max_examples=60, deadline=None)
+def test_nearest_people_by_brute_force(seed: int, n: int, h: int, block: int) -> None:
+    """Of equal similarities, which coarse coordinates make many, the first."""
+    rng = np.random.default_rng(seed)
+    faces, people = (rng.integers(-2, 3, (count, 4)).astype(np.float32) for count in (n, h))
+    k = min(h, 18)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adoption, "PEOPLE_BLOCK", block)
+        values, top = adoption.nearest(faces, people, k)
+    product = faces @ people.T
+    expected = np.argsort(-product, axis=1, kind="stable")[:, :k]
+    np.testing.assert_array_equal(top, expected)
+    np.testing.assert_array_equal(values, np.take_along_axis(product, expected, axis=1))
+
+
 def test_members_are_summed_up_to_the_most(people: np.ndarray) -> None:
     owner = np.array([0, -1, 1, 0, 0, 1])
     sums, counts = np.zeros((2, 64)), np.zeros(2, np.int64)

@@ -18,17 +18,28 @@ RATE = 0.05
 LARGEST_P = 0.25
 """However few strangers there are: a face that a stranger would look like one time in four stays alone."""
 
+PEOPLE_BLOCK = 2_048
+"""People compared with at once: with 1,024 faces, a product of 8 MB."""
 
-@numba.njit(cache=True, nogil=True)
+CHUNKS = 8
+"""Ranges of people whose members are summed side by side."""
+
+GLANCE = 64
+"""Similarities looked at together."""
+
+
+@numba.njit(cache=True, nogil=True, parallel=True)
 def add_members(sums: np.ndarray, counts: np.ndarray, vectors: np.ndarray, owner: np.ndarray, most: int) -> None:
     """Add the vectors float32[n, d] to the sums float64[h, d] of their owners int64[n] (-1: nobody), the first `most` of each;
     counts int64[h] says how many each has by now."""
-    for i in range(len(owner)):
-        h = owner[i]
-        if h >= 0 and counts[h] < most:
-            counts[h] += 1
-            for j in range(vectors.shape[1]):
-                sums[h, j] += vectors[i, j]
+    per_chunk = len(counts) // CHUNKS + 1
+    for c in numba.prange(CHUNKS):  # each adds to its own owners, in the order of the rows
+        for i in range(len(owner)):
+            h = owner[i]
+            if h >= c * per_chunk and h < (c + 1) * per_chunk and counts[h] < most:
+                counts[h] += 1
+                for j in range(vectors.shape[1]):
+                    sums[h, j] += vectors[i, j]
 
 
 def margins(faces: np.ndarray, people: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -39,15 +50,46 @@ def margins(faces: np.ndarray, people: np.ndarray) -> tuple[np.ndarray, np.ndarr
     order statistics, 1953; exactly so for an exponential tail), so that (x_1 - x_2) over the mean of the next SPACINGS = m of
     them exceeds t with probability (1 + t / m)^-m.
     """
-    similarities = faces @ people.T
-    top = np.argpartition(-similarities, SPACINGS + 1, axis=1)[:, : SPACINGS + 2]
-    values = np.take_along_axis(similarities, top, axis=1)
-    order = np.lexsort((top, -values), axis=1)
-    values = np.take_along_axis(values, order, axis=1).astype(np.float64)
-    gaps = values[:, :-1] - values[:, 1:]
+    values, top = nearest(faces, people, SPACINGS + 2)
+    gaps = -np.diff(values.astype(np.float64), axis=1)
     scale = (gaps[:, 1:] * np.arange(2, SPACINGS + 2)).mean(axis=1)
     t = gaps[:, 0] / np.maximum(scale, 1e-9)
-    return np.take_along_axis(top, order[:, :1], axis=1)[:, 0].astype(np.int64), (1 + t / SPACINGS) ** -SPACINGS
+    return top[:, 0], (1 + t / SPACINGS) ** -SPACINGS
+
+
+def nearest(faces: np.ndarray, people: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """(similarities float32[n, k], falling; whose, int64[n, k]) of each face's k nearest people; of equal ones the first."""
+    values, top = np.full((len(faces), k), -np.inf, np.float32), np.zeros((len(faces), k), np.int64)
+    product = np.empty((len(faces), min(PEOPLE_BLOCK, len(people))), np.float32)
+    for begin in range(0, len(people), PEOPLE_BLOCK):
+        block = people[begin : begin + PEOPLE_BLOCK]
+        here = product if len(block) == product.shape[1] else np.empty((len(faces), len(block)), np.float32)
+        np.matmul(faces, block.T, out=here)
+        _keep_nearest(here, begin, values, top)
+    return values, top
+
+
+@numba.njit(cache=True, nogil=True, _nrt=False)
+def _keep_nearest(product: np.ndarray, begin: int, values: np.ndarray, top: np.ndarray) -> None:
+    k = values.shape[1]
+    for i in range(product.shape[0]):
+        least = values[i, k - 1]
+        for first in range(0, product.shape[1], GLANCE):
+            last = min(first + GLANCE, product.shape[1])
+            nearer = 0
+            for j in range(first, last):  # hardly ever any: vectors of the processor see to it
+                nearer += product[i, j] > least
+            if nearer == 0:
+                continue
+            for j in range(first, last):
+                s = product[i, j]
+                if s > least:
+                    at = k - 1
+                    while at > 0 and values[i, at - 1] < s:
+                        values[i, at], top[i, at] = values[i, at - 1], top[i, at - 1]
+                        at -= 1
+                    values[i, at], top[i, at] = s, begin + j
+                    least = values[i, k - 1]
 
 
 def accepted(p: np.ndarray, rate: float = RATE) -> np.ndarray:

@@ -9,6 +9,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from faceflow.kernels import adoption
+from faceflow.kernels.flow import use_threads
 from faceflow.stages.reading import read_vectors
 from faceflow.storage.files import Store
 from faceflow.tables import Parts
@@ -40,13 +41,17 @@ def adopt(
     counts = {"alone": len(alone), "adopted": 0}
     if len(heads) < adoption.SPACINGS + 2 or len(alone) == 0:
         return modules, counts
+    use_threads(threads)
     people = _means(run, parts, dim, modules, heads, len(sizes))
+    nearest, p = np.empty(len(alone), np.int64), np.ones(len(alone))
+    left = np.ones(len(alone), bool)
     if len(alone) > 2 * TRIED_FIRST:
-        tried = np.sort(np.random.default_rng([seed, 9]).choice(alone, TRIED_FIRST, replace=False))
-        _, p = _compare(run, parts, dim, tried, people, threads)
-        if adoption.accepted(p).mean() < HARDLY_ANY:
+        tried = np.sort(np.random.default_rng([seed, 9]).choice(len(alone), TRIED_FIRST, replace=False))
+        nearest[tried], p[tried] = _compare(run, parts, dim, alone[tried], people, threads)
+        if adoption.accepted(p[tried]).mean() < HARDLY_ANY:
             return modules, counts
-    nearest, p = _compare(run, parts, dim, alone, people, threads)
+        left[tried] = False
+    nearest[left], p[left] = _compare(run, parts, dim, alone[left], people, threads)
     taken = adoption.accepted(p)
     modules = modules.copy()
     modules[alone[taken]] = heads[nearest[taken]]
