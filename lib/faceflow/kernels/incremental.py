@@ -6,38 +6,63 @@ not active is never looked at.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 import numba
 import numpy as np
 
-from faceflow.kernels.search import Probes, by_cell
+from faceflow.kernels.search import Probes, visits
 from faceflow.kernels.tiles import TileKernel
 from faceflow.kernels.topk import Buffers, CandidateList, decode, key_of, similarity_of
 
+MOST_RESIDENTS = 2_048
+"""Faces of one cell that are compared at once: what they find is put away before the next come."""
+
+Residents = Callable[[int], Iterable[tuple[np.ndarray, np.ndarray]]]
+"""The faces of a cell that are not active, in blocks of MOST_RESIDENTS at most: (rows int32[m], unit vectors float32[m, d])."""
+
 
 def search_cells(
-    vectors: np.ndarray, rows: np.ndarray, probes: Probes, cells: range, active: np.ndarray, k: int, floor: float | None
-) -> Buffers:
+    vectors: np.ndarray, rows: np.ndarray, probes: Probes, cells: range, residents: Residents, k: int, floor: float | None,
+    keys: np.ndarray | None = None,
+) -> tuple[CandidateList, CandidateList]:  # fmt: skip
     """Search every cell of one shard: the active faces that probe it against all that live there.
 
     Nobody is introduced, and nobody finds an active face by his own probes, so active faces should probe more cells than
-    others (`probing.Choice.alone`). vectors, rows, probes, cells: as `search.search_cells`, of the faces that are active or at
-    home here; active: bool[n]. Returns buffers with one slot per face: the pair's other face, at both ends.
+    others (`probing.Choice.alone`). vectors, rows, probes, cells: as `search.search_cells`, of the active faces alone; keys:
+    memory for len(rows) + MOST_RESIDENTS buffers. Everybody else lives in one cell, where he meets all he ever meets: he needs
+    a buffer, and his vector a place, only meanwhile.
+    Returns the candidates of the active faces, and of others those who have any: the pair's other face, at both ends.
     """
-    buffers = Buffers.empty(len(rows), k, floor)
+    n = len(rows)
+    buffers = Buffers.empty(n + MOST_RESIDENTS, k, floor, keys)
+    rows = np.concatenate([rows, np.zeros(MOST_RESIDENTS, np.int32)])
     kernel = TileKernel(vectors, rows, buffers, probes)
-    for members, visitors in by_cell(probes, cells):
-        here = active[members]
-        new, old = members[here], members[~here]
+    found: list[CandidateList] = []
+    for cell, here, home in visits(probes, cells):
+        new = here[home]
         if len(new):
-            new_vectors = vectors[new]
-            kernel.within(new, new_vectors)
-            kernel.across(old, new, new_vectors)
-        visitors = visitors[active[visitors]]
-        if len(visitors):
-            # An active member that probes the visitor's home finds it there; one that is not finds nobody by itself.
-            kernel.between(visitors, new, vectors[new])
-            kernel.across(old, visitors, vectors[visitors])
-    return buffers
+            kernel.within(new, vectors[new])
+            # An active member that probes the visitor's home finds it there.
+            kernel.between(here[~home], new, vectors[new])
+        for their_rows, their_vectors in residents(cell):
+            slots = np.arange(n, n + len(their_rows))
+            rows[slots] = their_rows
+            buffers.clear(n, floor)
+            kernel.across(here, slots, their_vectors)
+            offsets, keys = buffers.take(slots)
+            met = np.flatnonzero(np.diff(offsets))
+            found.append((their_rows[met], np.append(offsets[met], offsets[-1]), keys))
+    return (rows[:n], *buffers.take(np.arange(n))), joined(found)
+
+
+def joined(lists: list[CandidateList]) -> CandidateList:
+    """Lists of different rows as one."""
+    rows = [np.empty(0, np.int32), *(rows for rows, _, _ in lists)]
+    counts = [np.empty(0, np.int64), *(np.diff(offsets) for _, offsets, _ in lists)]
+    keys = [np.empty(0, np.uint64), *(keys for _, _, keys in lists)]
+    offsets = np.concatenate([[0], np.cumsum(np.concatenate(counts))])
+    return np.concatenate(rows), offsets, np.concatenate(keys)
 
 
 def search_part(

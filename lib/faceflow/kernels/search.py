@@ -44,16 +44,22 @@ def search_cells(
 
 def by_cell(probes: Probes, cells: range) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(members, visitors) of each cell that has members: positions of the faces at home there and of those that probe it."""
+    for _, here, home in visits(probes, cells):
+        if home.any():
+            yield here[home], here[~home]
+
+
+def visits(probes: Probes, cells: range) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """(cell, positions of the faces that probe it, ascending, which of them are at home there) of each cell that is probed."""
     offsets, flat = probes
     inside = np.flatnonzero((flat >= cells.start) & (flat < cells.stop))
     inside = inside[np.argsort(flat[inside], kind="stable")]
     bounds = np.searchsorted(flat[inside], np.arange(cells.start, cells.stop + 1))
     positions = np.searchsorted(offsets, inside, side="right") - 1
     is_home = offsets[positions] == inside
-    for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
-        here, home = positions[begin:end], is_home[begin:end]
-        if home.any():
-            yield here[home], here[~home]
+    for cell, begin, end in zip(cells, bounds[:-1], bounds[1:], strict=True):
+        if begin < end:
+            yield cell, positions[begin:end], is_home[begin:end]
 
 
 def ring(block: int, blocks: int) -> list[int]:

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import numpy as np
 import pyarrow as pa
 
-from faceflow.kernels import incremental, topk
+from faceflow.kernels import incremental, scratch, topk
 from faceflow.stages import cells
 from faceflow.stages.base import Context, Past
-from faceflow.stages.candidates import candidates_batch, gather, read_candidates, write_candidates
+from faceflow.stages.candidates import candidates_batch, gather, read_candidates
 from faceflow.stages.reading import read_column, read_quantizer, read_vectors, rows_tonight
 from faceflow.storage import layout
 from faceflow.storage.files import Store
@@ -101,26 +101,46 @@ def search_cells_shard(run: Store, parts: Parts, dim: int, shard: int, neighbors
     touched = np.zeros(int(starts[-1]), bool)
     for batch in fresh:
         touched[batch.column(1).flatten().to_numpy()] = True
-    batches, active = [], []
-    for part, batch in enumerate(fresh):
-        old = _at_home(run.read_batch(layout.part("cells", part), shard), _active(run, part), touched, here)
-        both = pa.concat_batches([old, batch])
-        order = np.argsort(both.column(0).to_numpy(), kind="stable")
-        batches.append(both.take(pa.array(order)) if batch.num_rows else old)
-        active.append((order >= old.num_rows) if batch.num_rows else np.zeros(old.num_rows, bool))
-    found = gather(run, parts, dim, batches)
-    buffers = incremental.search_cells(found.vectors, found.rows, found.probes, here, np.concatenate(active), neighbors, floor)
-    write_candidates(run, name, parts, found.rows, found.bounds, buffers)
+    active = gather(run, parts, dim, fresh, "active")
+    residents = _residents(run, parts, dim, shard, touched, here)
+    keys = scratch.array("keys", ((len(active.rows) + incremental.MOST_RESIDENTS) * topk.room_for(neighbors),), np.uint64)
+    lists = incremental.search_cells(active.vectors, active.rows, active.probes, here, residents, neighbors, floor, keys)
+    rows, offsets, keys = incremental.joined(list(lists))
+    order = np.argsort(rows, kind="stable")
+    bounds = np.searchsorted(rows[order], parts.starts)
+    lists_of = pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(keys, pa.uint64()))
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        for begin, end, first in zip(bounds[:-1], bounds[1:], parts.starts, strict=False):
+            mine = order[begin:end]
+            columns = [pa.array((rows[mine] - first).astype(np.int32)), lists_of.take(pa.array(mine))]
+            yield pa.record_batch(columns, schema=CANDIDATES_SCHEMA)
+
+    run.write_arrow(name, CANDIDATES_SCHEMA, batches())
 
 
-def _at_home(batch: pa.RecordBatch, active: np.ndarray, touched: np.ndarray, cells: range) -> pa.RecordBatch:
-    """The faces of a shard's batch that are not active and live in one of its cells, which an active face probes."""
-    if batch.num_rows == 0:
-        return batch
-    offsets = batch.column(1).offsets.to_numpy()
-    home = batch.column(1).flatten().to_numpy()[offsets[:-1] - offsets[0]]
-    wanted = touched[home] & (home >= cells.start) & (home < cells.stop) & ~active[batch.column(0).to_numpy()]
-    return batch.filter(pa.array(wanted))
+def _residents(run: Store, parts: Parts, dim: int, shard: int, touched: np.ndarray, cells: range) -> incremental.Residents:
+    """The faces of a shard that are not active, of cells that are touched, bool[cells]; read at once, part by part."""
+    batches, homes = [], []
+    for part in range(len(parts)):
+        batch = run.read_batch(layout.part("cells", part), shard)
+        offsets = batch.column(1).offsets.to_numpy()
+        home = batch.column(1).flatten().to_numpy()[offsets[:-1] - offsets[0]]
+        wanted = touched[home] & (home >= cells.start) & (home < cells.stop) & ~_active(run, part)[batch.column(0).to_numpy()]
+        batches.append(batch.filter(pa.array(wanted)))
+        homes.append(home[wanted])
+    found, home = gather(run, parts, dim, batches), np.concatenate(homes)
+    order = np.argsort(home, kind="stable")
+    begin = np.searchsorted(home[order], np.arange(cells.start, cells.stop + 1))
+    vectors = np.empty((min(len(home), incremental.MOST_RESIDENTS), dim), np.float32)
+
+    def of(cell: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        here = order[begin[cell - cells.start] : begin[cell - cells.start + 1]]
+        for first in range(0, len(here), incremental.MOST_RESIDENTS):
+            chunk = here[first : first + incremental.MOST_RESIDENTS]
+            yield found.rows[chunk], np.take(found.vectors, chunk, axis=0, out=vectors[: len(chunk)], mode="clip")
+
+    return of
 
 
 def search_exact_part(run: Store, parts: Parts, part: int, dim: int, neighbors: int, floor: float | None) -> None:
