@@ -321,7 +321,7 @@ def _search_again(job: _Job, effort: int, night: bool) -> None:
     for stage in (search.STAGE, quantize.STAGE):
         stores.run.delete(layout.manifest(stage.name))
         stores.run.delete(layout.plan(stage.name))
-    for folder in ("cells", *search.STAGE.writes, *(["quantizer"] if night else [])):
+    for folder in ("cells", "homes", *search.STAGE.writes, *(["quantizer"] if night else [])):
         stores.run.delete(folder)
     job.record("begun", effort=effort)
 

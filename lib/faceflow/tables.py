@@ -19,8 +19,8 @@ def vectors_schema(dim: int) -> pa.Schema:
 
 
 def cells_schema(dim: int | None) -> pa.Schema:
-    """Faces that travel from one part to one shard, by their row in the part; `dim` is None where shards can read the vectors
-    from the part itself."""
+    """Faces that travel from one part to one shard, by their row in the part; `dim` is None where their vectors stay behind, as
+    shards can read them from the part itself."""
     fields = [
         pa.field("row", pa.int32(), nullable=False),
         pa.field("probes", pa.list_(pa.int32()), nullable=False),
@@ -29,6 +29,9 @@ def cells_schema(dim: int | None) -> pa.Schema:
         fields.append(pa.field("vector", pa.list_(pa.float32(), dim), nullable=False))
     return pa.schema(fields)
 
+
+HOMES_SCHEMA = pa.schema([pa.field("home", pa.int32(), nullable=False)])
+"""The nearest cell of each of one part's faces."""
 
 CANDIDATES_SCHEMA = pa.schema(
     [pa.field("row", pa.int32(), nullable=False), pa.field("keys", pa.large_list(pa.uint64()), nullable=False)]

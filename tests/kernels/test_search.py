@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from faceflow.kernels import joins, probing, quantizer, search, tiles, topk
+from faceflow.kernels import incremental, joins, probing, quantizer, search, tiles, topk
 
 FLOORS = [None, 0.3, -0.2]
 
@@ -270,3 +271,57 @@ def test_gpu_finds_what_the_cpu_finds() -> None:
     probes = np.arange(len(x) + 1), np.zeros(len(x), np.int32)
     found = gpu.search_cells(x, np.arange(len(x), dtype=np.int32), probes, range(1), 9, 0.3)
     check_table(x, topk.merge([(np.arange(len(x), dtype=np.int32), *found.take(np.arange(len(x))))], len(x), 9), 9, 0.3)
+
+
+@given(
+    n=st.integers(2, 200), share=st.floats(0, 1), cells=st.integers(1, 12), parts=st.integers(1, 4), ranges=st.integers(1, 3),
+    floor=st.sampled_from(FLOORS), seed=st.integers(0, 10_000), most=st.sampled_from([3, 2_048]),
+)  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_active_faces_meet_everybody_in_the_cells_they_probe(
+    n: int, share: float, cells: int, parts: int, ranges: int, floor: float | None, seed: int, most: int
+) -> None:
+    """However the others are cut into parts, and the cells into ranges: each pair with an active face once a side."""
+    rng = np.random.default_rng(seed)
+    x, k = unit(n, 16, seed), 300
+    active = np.flatnonzero(rng.random(n) < share)
+    home = rng.integers(0, cells, n)
+    probed = [[home[i], *np.setdiff1d(rng.permutation(cells)[: rng.integers(0, cells + 1)], home[i])] for i in active]
+    part = rng.integers(0, parts, n)
+    met: list[tuple[int, int]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(incremental, "MOST_RESIDENTS", most)
+        for p, (low, high) in itertools.product(range(parts), itertools.pairwise(np.arange(ranges + 1) * cells // ranges)):
+            here = [a for a, probes in enumerate(probed) if any(low <= c < high for c in probes)]
+            offsets = np.concatenate([[0], np.cumsum([len(probed[a]) for a in here])]).astype(np.int64)
+            flat = np.array([c for a in here for c in probed[a]], np.int32)
+
+            def residents(cell: int, p: int = p) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+                rows = np.setdiff1d(np.flatnonzero((home == cell) & (part == p)), active)
+                for begin in range(0, len(rows), most):
+                    yield rows[begin : begin + most], x[rows[begin : begin + most]]
+
+            own = range(cells * p // parts, cells * (p + 1) // parts)
+            lists = incremental.search_cells(
+                np.ascontiguousarray(x[active[here]]), active[here].astype(np.int32), (offsets, flat), range(low, high), own,
+                residents, k, floor,
+            )  # fmt: skip
+            rows, ends, keys = incremental.joined(list(lists))
+            similarities, others = topk.decode(keys)
+            owner = np.repeat(rows, np.diff(ends))
+            np.testing.assert_allclose(similarities, (x[owner] * x[others]).sum(axis=1), atol=1e-5)
+            met += zip(owner.tolist(), others.tolist(), strict=True)
+    probes_of = {int(i): set(map(int, probes)) for i, probes in zip(active, probed, strict=True)}
+    s = x.astype(float) @ x.T.astype(float)
+    near = s >= (-2 if floor is None else floor)
+    expected = {
+        (i, j) for i in range(n) for j in range(n)
+        if i != j and near[i, j] and (home[j] in probes_of.get(i, ()) or home[i] in probes_of.get(j, ()))
+    }  # fmt: skip
+    assert len(met) == len(set(met))
+    assert all(abs(s[i, j] - (floor or 0)) < 1e-5 for i, j in set(met) ^ expected)
+
+
+def test_lists_of_nobody_are_one_of_nobody() -> None:
+    rows, offsets, keys = incremental.joined([])
+    assert (len(rows), offsets.tolist(), len(keys)) == (0, [0], 0)

@@ -23,15 +23,15 @@ Residents = Callable[[int], Iterable[tuple[np.ndarray, np.ndarray]]]
 
 
 def search_cells(
-    vectors: np.ndarray, rows: np.ndarray, probes: Probes, cells: range, residents: Residents, k: int, floor: float | None,
-    keys: np.ndarray | None = None,
+    vectors: np.ndarray, rows: np.ndarray, probes: Probes, cells: range, own: range, residents: Residents, k: int,
+    floor: float | None, keys: np.ndarray | None = None,
 ) -> tuple[CandidateList, CandidateList]:  # fmt: skip
-    """Search every cell of one shard: the active faces that probe it against all that live there.
+    """Search a range of cells: the active faces that probe a cell against those that live there.
 
     Nobody is introduced, and nobody finds an active face by his own probes, so active faces should probe more cells than
-    others (`probing.Choice.alone`). vectors, rows, probes, cells: as `search.search_cells`, of the active faces alone; keys:
-    memory for len(rows) + MOST_RESIDENTS buffers. Everybody else lives in one cell, where he meets all he ever meets: he needs
-    a buffer, and his vector a place, only meanwhile.
+    others (`probing.Choice.alone`). vectors, rows, probes, cells: as `search.search_cells`, of the active faces alone, which
+    meet each other in cells of `own` only; keys: memory for len(rows) + MOST_RESIDENTS buffers. Everybody else lives in one
+    cell, where he meets all he ever meets: he needs a buffer only meanwhile.
     Returns the candidates of the active faces, and of others those who have any: the pair's other face, at both ends.
     """
     n = len(rows)
@@ -41,7 +41,7 @@ def search_cells(
     found: list[CandidateList] = []
     for cell, here, home in visits(probes, cells):
         new = here[home]
-        if len(new):
+        if cell in own and len(new):
             kernel.within(new, vectors[new])
             # An active member that probes the visitor's home finds it there.
             kernel.between(here[~home], new, vectors[new])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
+import numba
 import numpy as np
 
 from faceflow.kernels.joins import LINKS, join_visitors
@@ -51,15 +52,29 @@ def by_cell(probes: Probes, cells: range) -> Iterator[tuple[np.ndarray, np.ndarr
 
 def visits(probes: Probes, cells: range) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """(cell, positions of the faces that probe it, ascending, which of them are at home there) of each cell that is probed."""
-    offsets, flat = probes
-    inside = np.flatnonzero((flat >= cells.start) & (flat < cells.stop))
-    inside = inside[np.argsort(flat[inside], kind="stable")]
-    bounds = np.searchsorted(flat[inside], np.arange(cells.start, cells.stop + 1))
-    positions = np.searchsorted(offsets, inside, side="right") - 1
-    is_home = offsets[positions] == inside
+    bounds, positions, is_home = _sort_by_cell(*probes, cells.start, cells.stop)
     for cell, begin, end in zip(cells, bounds[:-1], bounds[1:], strict=True):
         if begin < end:
             yield cell, positions[begin:end], is_home[begin:end]
+
+
+@numba.njit(cache=True, nogil=True)
+def _sort_by_cell(offsets: np.ndarray, flat: np.ndarray, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    bounds = np.zeros(stop - start + 1, np.int64)
+    for e in range(offsets[0], offsets[-1]):
+        if start <= flat[e] < stop:
+            bounds[flat[e] - start + 1] += 1
+    for c in range(len(bounds) - 1):
+        bounds[c + 1] += bounds[c]
+    cursor = bounds[:-1].copy()
+    positions, is_home = np.empty(bounds[-1], np.int64), np.empty(bounds[-1], np.bool_)
+    for i in range(len(offsets) - 1):
+        for e in range(offsets[i], offsets[i + 1]):
+            if start <= flat[e] < stop:
+                at = cursor[flat[e] - start]
+                positions[at], is_home[at] = i, e == offsets[i]
+                cursor[flat[e] - start] = at + 1
+    return bounds, positions, is_home
 
 
 def ring(block: int, blocks: int) -> list[int]:

@@ -33,12 +33,12 @@ class Gathered:
     bounds: np.ndarray
 
 
-def gather(run: Store, parts: Parts, dim: int, batches: Sequence[pa.RecordBatch], name: str = "vectors") -> Gathered:
+def gather(run: Store, parts: Parts, dim: int, batches: Sequence[pa.RecordBatch]) -> Gathered:
     """The faces of one batch of `cells/` a part, in row order, with their vectors from the batch or the part itself. These are
-    in `scratch`, and hold until the next call with that name."""
+    in `scratch`, and hold until the next call."""
     rows = np.concatenate([batch.column(0).to_numpy() + first for batch, first in zip(batches, parts.starts, strict=False)])
     bounds = np.searchsorted(rows, parts.starts)
-    vectors = scratch.array(name, (len(rows), dim), np.float32)
+    vectors = scratch.array("vectors", (len(rows), dim), np.float32)
     for part, batch in enumerate(batches):
         out = vectors[bounds[part] : bounds[part + 1]]
         if "vector" in batch.schema.names:

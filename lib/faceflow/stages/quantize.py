@@ -116,18 +116,17 @@ def carry(context: Context, past: Past) -> tuple[Outcome, str | None]:
     if before["index"] == "exact":
         return Outcome(counts, {}), None
     pieces = {layout.CENTROIDS: run.share(past.run, layout.CENTROIDS, layout.CENTROIDS)}
-    rule, _, _ = cells.read_rules(run)
     old = len(past.parts)
     results = executor.map(
-        cells.carry_cells,
+        cells.carry_homes,
         [(run, past.run, part, dim, past.parts.starts[part], past.parts.rows(part)) for part in range(old)],
         "carry",
     )
-    results += executor.map(cells.assign_part, [(run, part, dim, rule) for part in range(old, len(parts))], "quantize")
+    results += executor.map(cells.settle_part, [(run, part, dim) for part in range(old, len(parts))], "quantize")
     pieces |= merge_pieces([piece for piece, _ in results])
     new_faces = parts.faces - parts.starts[old]
     near = sum(assigned.near for _, assigned in results[old:]) / max(1, new_faces)
-    counts |= _tell([assigned for _, assigned in results], parts.faces, dim)
+    counts |= _tell([assigned for _, assigned in results], parts.faces)
     counts |= {
         key: before[key] for key in ("cells", "shards", "predicted_recall", "exhausted", "trained_near", "trained_uneven")
     }
@@ -146,18 +145,14 @@ def _clear(run: Store, reason: str) -> None:
     """Forget what was carried over. First it is said, then done: whoever continues an interrupted run must not take the cells
     of one quantizer for those of another."""
     run.write_json(layout.ANEW, {"because": reason, "cleared": False})
-    for folder in ("quantizer", "cells"):
+    for folder in STAGE.writes:
         run.delete(folder)
     run.write_json(layout.ANEW, {"because": reason, "cleared": True})
 
 
-def _tell(results: Sequence[cells.Assigned], faces: int, dim: int) -> dict[str, Any]:
+def _tell(results: Sequence[cells.Assigned], faces: int) -> dict[str, Any]:
     homes = np.sum([np.array(assigned.homes) for assigned in results], axis=0)
-    travelled = sum(assigned.sent for assigned in results)
     return {
-        "mean_probes": round(sum(assigned.probes for assigned in results) / faces, 3),
-        "travelled": travelled,
-        "bytes_moved": travelled * 4 * dim,
         "near": round(sum(assigned.near for assigned in results) / faces, 4),
         "uneven": round(float((homes.astype(float) ** 2).sum() * len(homes) / faces**2), 3),
     }
@@ -204,8 +199,13 @@ def _run_in_full(context: Context, counts: dict[str, Any]) -> Outcome:
     )
     pieces = merge_pieces([pieces for pieces, _ in results])
     pieces[layout.CENTROIDS] = run.size(layout.CENTROIDS) or 0
-    counts |= _tell([assigned for _, assigned in results], parts.faces, dim)
+    every = [assigned for _, assigned in results]
+    travelled = sum(assigned.sent for assigned in every)
+    counts |= _tell(every, parts.faces)
     counts |= {
+        "mean_probes": round(sum(assigned.probes for assigned in every) / parts.faces, 3),
+        "travelled": travelled,
+        "bytes_moved": travelled * 4 * dim,
         "cells": plan.cells,
         "shards": len(read_quantizer(run, dim)[1]) - 1,
         "predicted_recall": None if context.effort else recall,
@@ -219,7 +219,7 @@ def _run_in_full(context: Context, counts: dict[str, Any]) -> Outcome:
 STAGE = Stage(
     name="quantize",
     reads=("vectors",),
-    writes=("quantizer", "cells"),
+    writes=("quantizer", "cells", "homes"),
     settings=("index", "cells", "probes", "neighbors", "min_similarity", "edges", "seed", "full_every"),
     after=("ingest",),
     packages=("faceflow", "numpy"),

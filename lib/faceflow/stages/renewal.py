@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -11,7 +12,7 @@ from faceflow.kernels import incremental, scratch, topk
 from faceflow.stages import cells
 from faceflow.stages.base import Context, Past
 from faceflow.stages.candidates import candidates_batch, gather, read_candidates
-from faceflow.stages.reading import read_column, read_quantizer, read_vectors, rows_tonight
+from faceflow.stages.reading import read_column, read_vectors, rows_tonight
 from faceflow.storage import layout
 from faceflow.storage.files import Store
 from faceflow.storage.manifests import is_whole
@@ -19,6 +20,13 @@ from faceflow.tables import ACTIVE, CANDIDATES_SCHEMA, CHANGED, SAME, STATE_SCHE
 
 QUERY_FACES = 16_384
 """Active faces that the exact plan compares with a part at once."""
+
+MOST_PARTS, FEWEST_TASKS = 4, 4
+"""Parts that one task compares with the active faces, whose vectors it then gathers once for all of them; fewer parts where
+there would be too few tasks."""
+
+ACTIVE_FACES = 65_536
+"""Where more are active, the cells are searched in several ranges, so that fewer need buffers at once."""
 
 
 def search_night(context: Context, past: Past) -> int:
@@ -28,7 +36,7 @@ def search_night(context: Context, past: Past) -> int:
     every = range(len(parts))
     counts = context.done["ingest"].counts
     gone = counts["removed"] + counts["changed"] > 0
-    executor.map(find_active, [(run, past.run, past.parts, parts, p, config.neighbors, gone) for p in every], "active")
+    found = executor.map(find_active, [(run, past.run, past.parts, parts, p, config.neighbors, gone) for p in every], "active")
     if context.done["quantize"].counts["index"] == "exact":
         executor.map(
             search_exact_part,
@@ -37,27 +45,33 @@ def search_night(context: Context, past: Past) -> int:
             sizes=[parts.rows(part) for part in every],
         )
         return len(parts)
-    shards: int = context.done["quantize"].counts["shards"]
-    executor.map(assign_active, [(run, part, context.dim) for part in every], "probe")
+    count = context.done["quantize"].counts["cells"]
+    groups = min(count, max(1, -(-sum(found) // ACTIVE_FACES)))
+    starts = tuple(count * i // groups for i in range(groups + 1))
+    executor.map(assign_active, [(run, part, context.dim, starts) for part in every], "probe")
+    tasks = -(-len(parts) // min(MOST_PARTS, max(1, len(parts) // FEWEST_TASKS)))
+    groups_of = [range(len(parts) * task // tasks, len(parts) * (task + 1) // tasks) for task in range(tasks)]
     executor.map(
-        search_cells_shard,
-        [(run, parts, context.dim, shard, config.neighbors, weak_floor) for shard in range(shards)],
+        search_parts,
+        [(run, parts, here, i, tasks, context.dim, starts, config.neighbors, weak_floor) for i, here in enumerate(groups_of)],
         "search",
+        sizes=[parts.starts[here.stop] - parts.starts[here.start] for here in groups_of],
     )
-    return shards
+    return tasks
 
 
-def find_active(run: Store, past: Store, past_parts: Parts, parts: Parts, part: int, neighbors: int, gone: bool) -> None:
+def find_active(run: Store, past: Store, past_parts: Parts, parts: Parts, part: int, neighbors: int, gone: bool) -> int:
     """Write the state of each of one part's faces before the search: new ones, and those that lost neighbors out of a full
-    table, are active. gone: whether any face is gone."""
+    table, are active. gone: whether any face is gone. Returns how many are active."""
     name = layout.part("before", part)
     if is_whole(run, name):
-        return
+        return int(_active(run, part).sum())
     if gone or part >= len(past_parts):
         state = _carried(run, past, past_parts, parts, part, neighbors)[1]
     else:
         state = np.full(parts.rows(part), SAME, np.uint8)
     run.write_arrow(name, STATE_SCHEMA, [pa.record_batch([pa.array(state, pa.uint8())], schema=STATE_SCHEMA)])
+    return int((state == ACTIVE).sum())
 
 
 def _carried(
@@ -82,65 +96,74 @@ def _active(run: Store, part: int) -> np.ndarray:
     return np.asarray(run.read_batch(layout.part("before", part)).column(0).to_numpy() == ACTIVE)
 
 
-def assign_active(run: Store, part: int, dim: int) -> None:
-    """Write the cells that one part's active faces probe, so many that nobody needs to introduce them."""
+def assign_active(run: Store, part: int, dim: int, starts: tuple[int, ...]) -> None:
+    """Write the cells that one part's active faces probe, so many that nobody needs to introduce them, and their vectors; one
+    record batch for each range of cells."""
     name = layout.part("fresh", part)
     if not is_whole(run, name):
         rows = np.flatnonzero(_active(run, part)).astype(np.int32)
-        cells.write_cells(run, name, read_vectors(run, part, dim)[rows], rows, dim, cells.read_rules(run)[1])
+        vectors = read_vectors(run, part, dim)[rows]
+        cells.write_cells(run, name, vectors, rows, dim, cells.read_rules(run)[1], starts, carry_vectors=True)
 
 
-def search_cells_shard(run: Store, parts: Parts, dim: int, shard: int, neighbors: int, floor: float | None) -> None:
-    """Search the cells of one shard that an active face probes, and write the candidates of every part."""
-    name = layout.candidates(shard)
+def search_parts(
+    run: Store, parts: Parts, here: range, task: int, tasks: int, dim: int, starts: tuple[int, ...], neighbors: int,
+    floor: float | None,
+) -> None:  # fmt: skip
+    """Compare the active faces with all others of these parts that live in a cell they probe, and with each other in the task's
+    share of the cells; write the candidates of every part, which may name a face several times."""
+    name = layout.candidates(task)
     if is_whole(run, name):
         return
-    starts = read_quantizer(run, dim)[1]
-    here = range(int(starts[shard]), int(starts[shard + 1]))
-    fresh = [run.read_batch(layout.part("fresh", part), shard) for part in range(len(parts))]
-    touched = np.zeros(int(starts[-1]), bool)
-    for batch in fresh:
-        touched[batch.column(1).flatten().to_numpy()] = True
-    active = gather(run, parts, dim, fresh, "active")
-    residents = _residents(run, parts, dim, shard, touched, here)
-    keys = scratch.array("keys", ((len(active.rows) + incremental.MOST_RESIDENTS) * topk.room_for(neighbors),), np.uint64)
-    lists = incremental.search_cells(active.vectors, active.rows, active.probes, here, residents, neighbors, floor, keys)
-    rows, offsets, keys = incremental.joined(list(lists))
+    residents = _residents(run, parts, here, dim, starts[-1])
+    own = range(starts[-1] * task // tasks, starts[-1] * (task + 1) // tasks)
+    lists: list[topk.CandidateList] = []
+    for index, span in enumerate(itertools.pairwise(starts)):
+        fresh = gather(run, parts, dim, [run.read_batch(layout.part("fresh", part), index) for part in range(len(parts))])
+        keys = scratch.array("keys", ((len(fresh.rows) + incremental.MOST_RESIDENTS) * topk.room_for(neighbors),), np.uint64)
+        lists += incremental.search_cells(
+            fresh.vectors, fresh.rows, fresh.probes, range(*span), own, residents, neighbors, floor, keys
+        )
+    _write_lists(run, name, parts, incremental.joined(lists))
+
+
+def _residents(run: Store, parts: Parts, here: range, dim: int, count: int) -> incremental.Residents:
+    """The faces of these parts that are not active, by the cell of `count` that they live in."""
+    others = [np.flatnonzero(~_active(run, part)) for part in here]
+    homes = np.concatenate([cells.read_homes(run, part)[rows] for part, rows in zip(here, others, strict=True)])
+    rows = np.concatenate([parts.starts[part] + rows for part, rows in zip(here, others, strict=True)])
+    rows = rows[np.argsort(homes, kind="stable")]
+    begin = np.zeros(count + 1, np.int64)
+    np.cumsum(np.bincount(homes, minlength=count), out=begin[1:])
+    vectors = [read_vectors(run, part, dim) for part in here]
+    firsts = np.array([parts.starts[part] for part in here] + [parts.starts[here.stop]])
+    block = np.empty((incremental.MOST_RESIDENTS, dim), np.float32)
+
+    def of(cell: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for first in range(begin[cell], begin[cell + 1], incremental.MOST_RESIDENTS):
+            chosen = rows[first : min(first + incremental.MOST_RESIDENTS, begin[cell + 1])]
+            cuts = np.searchsorted(chosen, firsts).tolist()
+            for source, start, (low, high) in zip(vectors, firsts, itertools.pairwise(cuts), strict=False):
+                np.take(source, chosen[low:high] - start, axis=0, out=block[low:high], mode="clip")
+            yield chosen, block[: len(chosen)]
+
+    return of
+
+
+def _write_lists(run: Store, name: str, parts: Parts, found: topk.CandidateList) -> None:
+    """Write candidates of rows of all parts, in any order, one record batch a part."""
+    rows, offsets, keys = found
     order = np.argsort(rows, kind="stable")
     bounds = np.searchsorted(rows[order], parts.starts)
-    lists_of = pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(keys, pa.uint64()))
+    lists = pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(keys, pa.uint64()))
 
     def batches() -> Iterator[pa.RecordBatch]:
         for begin, end, first in zip(bounds[:-1], bounds[1:], parts.starts, strict=False):
             mine = order[begin:end]
-            columns = [pa.array((rows[mine] - first).astype(np.int32)), lists_of.take(pa.array(mine))]
+            columns = [pa.array((rows[mine] - first).astype(np.int32)), lists.take(pa.array(mine))]
             yield pa.record_batch(columns, schema=CANDIDATES_SCHEMA)
 
     run.write_arrow(name, CANDIDATES_SCHEMA, batches())
-
-
-def _residents(run: Store, parts: Parts, dim: int, shard: int, touched: np.ndarray, cells: range) -> incremental.Residents:
-    """The faces of a shard that are not active, of cells that are touched, bool[cells]; read at once, part by part."""
-    batches, homes = [], []
-    for part in range(len(parts)):
-        batch = run.read_batch(layout.part("cells", part), shard)
-        offsets = batch.column(1).offsets.to_numpy()
-        home = batch.column(1).flatten().to_numpy()[offsets[:-1] - offsets[0]]
-        wanted = touched[home] & (home >= cells.start) & (home < cells.stop) & ~_active(run, part)[batch.column(0).to_numpy()]
-        batches.append(batch.filter(pa.array(wanted)))
-        homes.append(home[wanted])
-    found, home = gather(run, parts, dim, batches), np.concatenate(homes)
-    order = np.argsort(home, kind="stable")
-    begin = np.searchsorted(home[order], np.arange(cells.start, cells.stop + 1))
-    vectors = np.empty((min(len(home), incremental.MOST_RESIDENTS), dim), np.float32)
-
-    def of(cell: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        here = order[begin[cell - cells.start] : begin[cell - cells.start + 1]]
-        for first in range(0, len(here), incremental.MOST_RESIDENTS):
-            chunk = here[first : first + incremental.MOST_RESIDENTS]
-            yield found.rows[chunk], np.take(found.vectors, chunk, axis=0, out=vectors[: len(chunk)], mode="clip")
-
-    return of
 
 
 def search_exact_part(run: Store, parts: Parts, part: int, dim: int, neighbors: int, floor: float | None) -> None:

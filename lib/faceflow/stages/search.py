@@ -92,7 +92,7 @@ def run(context: Context) -> Outcome:
 
 STAGE = Stage(
     name="search",
-    reads=("vectors", "quantizer", "cells"),
+    reads=("vectors", "quantizer", "cells", "homes"),
     writes=("before", "fresh", "candidates", "certificate", "neighbors", "state"),
     scratch=("before", "fresh", "candidates", "certificate"),
     settings=("neighbors", "min_similarity", "recall_sample", "seed", "gpu_float16"),
