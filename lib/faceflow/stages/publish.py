@@ -20,7 +20,7 @@ from faceflow.storage.files import Store
 from faceflow.tables import Parts
 
 CLUSTERS_SCHEMA = pa.schema([pa.field("cluster", pa.int64(), nullable=False)])
-"""Per module number: the published cluster."""
+"""Per module number, and per face: the published cluster."""
 
 
 Past = tuple[Store, Parts, int]
@@ -107,8 +107,10 @@ def name_clusters(
         with output.open_write(layout.events_part(run_id), durable=True) as file:
             pq.write_table(happened, file, compression="zstd")
         counts["events"] = {each["values"]: each["counts"] for each in happened.column("event").value_counts().to_pylist()}
-    size = run.write_arrow(layout.CLUSTERS, CLUSTERS_SCHEMA, [pa.record_batch([lookup], schema=CLUSTERS_SCHEMA)])
-    return counts, {layout.CLUSTERS: size}
+    pieces = {}
+    for name, clusters in ((layout.CLUSTERS, lookup), (layout.CLUSTERS_OF_FACES, lookup[modules])):
+        pieces[name] = run.write_arrow(name, CLUSTERS_SCHEMA, [pa.record_batch([clusters], schema=CLUSTERS_SCHEMA)])
+    return counts, pieces
 
 
 @dataclass(frozen=True)
@@ -129,10 +131,9 @@ def publish_part(run: Store, output: Store, run_id: str, part: int, parts: Parts
     """
     ids, rejected = read_ids(run, part), read_rejected(run, part)
     good = good_entries(rejected, len(ids))
-    every = _clusters(run, range(len(parts)))
-    clusters = every[parts.starts[part] : parts.starts[part + 1]].copy()
+    every = run.read_batch(layout.CLUSTERS_OF_FACES).column(0).to_numpy()
+    clusters = every[parts.starts[part] : parts.starts[part + 1]]
     histogram = quality.write_part(run, part, parts.starts[part], every)
-    del every
     if rejected.num_rows:
         lines = {"id": ids.take(rejected.column("position"))} | {n: rejected.column(n) for n in ("file", "row", "reason")}
         with output.open_write(layout.rejected_part(run_id, part), durable=True) as file:

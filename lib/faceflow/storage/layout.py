@@ -62,6 +62,7 @@ ANEW = "manifests/quantize.anew.json"
 
 CENTROIDS = "quantizer/centroids.arrow"
 CLUSTERS = "clusters/clusters.arrow"
+CLUSTERS_OF_FACES = "clusters/faces.arrow"
 
 
 ARRIVALS = "arrivals"
