@@ -145,6 +145,45 @@ def status(
     )  # fmt: skip
 
 
+def at_work(run: Store) -> str | None:
+    """Which other process has this run in hand, in words; None where there is none.
+
+    Of a process on this machine that is known at once. One elsewhere is waited for until it speaks again, or has been silent
+    for SILENT_AFTER.
+    """
+    first = None
+    while True:
+        state = run.read_json(layout.PROGRESS) or {}
+        if not state or state["stopped"] or state["stage"] == "":
+            return None
+        named = f"process {state['pid']} on {state['host']}"
+        updated = datetime.datetime.fromisoformat(state["updated"])
+        if (datetime.datetime.now(datetime.UTC) - updated).total_seconds() >= SILENT_AFTER:
+            return None
+        if state["host"] == socket.gethostname():
+            return named if state["pid"] != os.getpid() and _is_alive(state["pid"]) else None
+        if first is None:
+            log.info("run %s: %s had it in hand a moment ago; waiting to hear if it still has", state["run_id"], named)
+        elif updated > first:
+            return named
+        first = first or updated
+        time.sleep(min(WRITE_EVERY, SILENT_AFTER) / 5)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True  # somebody else's
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as stat:
+            return stat.read().rpartition(")")[2].split()[0] != "Z"  # ended, and nobody has asked how
+    except OSError:
+        return True
+
+
 def lines(found: Status) -> list[str]:
     """The status as a person reads it."""
     if found.state in ("at work", "stopped"):

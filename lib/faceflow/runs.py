@@ -7,6 +7,7 @@ import logging
 import secrets
 from typing import Any
 
+from faceflow import progress
 from faceflow.config import ClusterConfig
 from faceflow.errors import SettingsError
 from faceflow.storage import layout
@@ -51,12 +52,18 @@ def choose_run(config: ClusterConfig, output: Store, runs: Store, published: str
             if not (found and found["state"] == "begun" and found.get("night") == night):
                 continue
             if _identity(found["settings"]) == wanted:
-                if not config.restart:
-                    log.info("run %s is unfinished and has the same settings: continuing it", name)
                 run_id = name
                 break
+    state = (runs.read_json(f"{run_id}/{layout.RUN_RECORD}") or {}).get("state") if run_id is not None else None
+    if state == "begun" and (other := progress.at_work(runs.child(str(run_id)))) is not None:
+        raise SettingsError(
+            f"run {run_id} is at work: {other} has it in hand. Wait for it (`faceflow status` shows how far it is), or give "
+            "another --run-id"
+        )
     if run_id is None:
         run_id = f"{now().strftime('%Y%m%dT%H%M%SZ')}-{secrets.token_hex(2)}"
+    elif config.run_id is None and not config.restart:
+        log.info("run %s is unfinished and has the same settings: continuing it", run_id)
     if config.restart and runs.names(run_id):
         if run_id == published:
             raise SettingsError(f"run {run_id} is published: it cannot be begun again; choose another --run-id")

@@ -1,0 +1,88 @@
+"""Which run a command takes up: never one that another process has in hand."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from faceflow import progress
+from faceflow.config import ClusterConfig
+from faceflow.errors import SettingsError
+from faceflow.runs import choose_run
+from faceflow.storage import layout
+
+
+def speak(run: Path, seconds_ago: float = 0.0, **state: object) -> None:
+    """The progress file of a run at work."""
+    told = datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=seconds_ago)
+    said = {"run_id": run.name, "stage": "search", "stopped": "", "host": socket.gethostname(), "pid": os.getpid()}
+    path = run / "progress.json"
+    path.with_suffix(".new").write_text(json.dumps(said | {"updated": told.isoformat()} | state))
+    path.with_suffix(".new").rename(path)
+
+
+def choose(tmp_path: Path, **settings: object) -> str:
+    config = ClusterConfig(str(tmp_path / "in"), str(tmp_path / "out"), **settings)  # type: ignore[arg-type]
+    return choose_run(config, *layout.stores(config.output), None, None)
+
+
+@pytest.fixture
+def unfinished(tmp_path: Path) -> Path:
+    (tmp_path / "in").mkdir()
+    return tmp_path / "out" / "_runs" / choose(tmp_path)
+
+
+@pytest.fixture
+def sleeper() -> Iterator[int]:
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as process:
+        yield process.pid
+        process.kill()
+
+
+@pytest.mark.parametrize("settings", [{}, {"restart": True}, {"named": True}])
+def test_a_run_in_hand_is_left_alone(tmp_path: Path, unfinished: Path, sleeper: int, settings: dict[str, object]) -> None:
+    speak(unfinished, pid=sleeper)
+    if settings.pop("named", False):
+        settings["run_id"] = unfinished.name
+    with pytest.raises(SettingsError, match=rf"{unfinished.name} is at work: process {sleeper} on .* another --run-id"):
+        choose(tmp_path, **settings)
+    assert (unfinished / "run.json").exists()
+    assert choose(tmp_path, run_id="another") == "another"
+
+
+@pytest.mark.parametrize("state", [{"stopped": "the disk is full"}, {"seconds_ago": 61.0}])
+def test_a_run_that_stopped_is_continued(tmp_path: Path, unfinished: Path, sleeper: int, state: dict[str, object]) -> None:
+    speak(unfinished, pid=sleeper, **state)  # type: ignore[arg-type]
+    assert choose(tmp_path) == unfinished.name
+
+
+def test_a_run_whose_process_died_is_continued_at_once(tmp_path: Path, unfinished: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as process:
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # ended, and nobody has asked how
+        speak(unfinished, pid=process.pid)
+        assert choose(tmp_path) == unfinished.name
+    assert choose(tmp_path) == unfinished.name
+
+
+def test_a_process_elsewhere_is_waited_for(tmp_path: Path, unfinished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "SILENT_AFTER", 1.0)
+    speak(unfinished, host="elsewhere", pid=1)
+    begun = time.monotonic()
+    assert choose(tmp_path) == unfinished.name
+    assert time.monotonic() - begun > 0.8
+    monkeypatch.setattr(progress, "SILENT_AFTER", 20.0)
+    speak(unfinished, host="elsewhere", pid=1)
+    threading.Timer(0.5, speak, [unfinished], {"host": "elsewhere", "pid": 1}).start()
+    with pytest.raises(SettingsError, match="process 1 on elsewhere"):
+        choose(tmp_path)
