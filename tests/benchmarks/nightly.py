@@ -70,10 +70,12 @@ def replay(output: Path, labels: dict[str, int], run_id: str) -> dict[str, int]:
     return after
 
 
-def split(faces: Path, first: int, new: int, rng: np.random.Generator) -> tuple[pa.Table, pa.Table]:
-    """(the faces of the first night, those that are added): a tenth of the latter of identities that come with them."""
-    table = pa.concat_tables(pq.read_table(f) for f in sorted(faces.glob("*.parquet")))
-    labels = table["label"].to_numpy()
+def split(faces: Path, into: Path, first: int, new: int, rng: np.random.Generator) -> pa.Table:
+    """Move the faces of the first night, file by file, into another folder; returns those that are added, in random order: a
+    tenth of them of identities that come with them."""
+    files = sorted(faces.glob("*.parquet"))
+    parts = [pq.read_table(f, columns=["label"])["label"].to_numpy() for f in files]
+    labels = np.concatenate(parts)
     identities, sizes = np.unique(labels, return_counts=True)
     late = np.zeros(len(identities), bool)
     count, chosen = 0, rng.permutation(len(identities))
@@ -84,20 +86,26 @@ def split(faces: Path, first: int, new: int, rng: np.random.Generator) -> tuple[
     of_late = late[np.searchsorted(identities, labels)]
     order = rng.permutation(len(labels))
     others = order[~of_late[order]]
-    added = np.concatenate([np.flatnonzero(of_late)[:new], others[first : first + new - min(new, count)]])
-    return table.take(np.sort(others[:first])), table.take(rng.permutation(added))
+    night = np.full(len(labels), -1)
+    night[others[:first]] = 0
+    night[np.concatenate([np.flatnonzero(of_late)[:new], others[first : first + new - min(new, count)]])] = 1
+    into.mkdir()
+    added = []
+    for file, here in zip(files, np.split(night, np.cumsum([len(p) for p in parts])[:-1]), strict=True):
+        table = pq.read_table(file)
+        pq.write_table(table.filter(pa.array(here == 0)), into / f"night-000-{file.name}")
+        added.append(table.filter(pa.array(here == 1)))
+        file.unlink()
+    later = pa.concat_tables(added)
+    return later.take(rng.permutation(len(later)))
 
 
 def compare(folder: Path, faces: int, shares: list[float], flags: tuple[str, ...]) -> None:
     rng = np.random.default_rng(1)
     most = int(faces * max(shares))
     synthesize(str(folder / "made"), faces + 2 * most, seed=1)
-    first, added = split(folder / "made", faces, most, rng)
-    shutil.rmtree(folder / "made")
     source, output = folder / "in", folder / "out"
-    source.mkdir()
-    pq.write_table(first, source / "night-000.parquet")
-    del first
+    added = split(folder / "made", source, faces, most, rng)
     begin = job("nightly", source, output, *flags)
     pointer = (output / "latest.json").read_bytes()
     before = labels_of(output, str(begin["run_id"]))
@@ -136,8 +144,9 @@ def simulate(folder: Path, faces: int, nights: int, settings: tuple[str, ...], e
     rng = np.random.default_rng(2)
     new, gone = faces // 100, faces // 500
     synthesize(str(folder / "made"), faces + 2 * new * nights, seed=2)
-    first, added = split(folder / "made", faces, new * nights, rng)
     source, output = folder / "in", folder / "out"
+    added = split(folder / "made", folder / "first", faces, new * nights, rng)
+    first = pa.concat_tables(pq.read_table(f) for f in sorted((folder / "first").glob("*.parquet")))
     source.mkdir()
     for i in range(10):
         pq.write_table(first.slice(faces * i // 10, faces // 10), source / f"day-000-{i}.parquet")

@@ -21,7 +21,7 @@ from faceflow.tables import ACTIVE, CANDIDATES_SCHEMA, CHANGED, SAME, STATE_SCHE
 QUERY_FACES = 16_384
 """Active faces that the exact plan compares with a part at once."""
 
-MOST_PARTS, FEWEST_TASKS = 8, 4
+MOST_PARTS, FEWEST_TASKS = 4, 4
 """Parts that one task compares with the active faces, whose vectors it then gathers once for all of them; fewer parts where
 there would be too few tasks."""
 
