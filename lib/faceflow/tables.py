@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -147,6 +148,16 @@ class NeighborTable(_Ragged):
     @classmethod
     def from_batch(cls, batch: pa.RecordBatch, first_row: int) -> NeighborTable:
         return cls(first_row, *cls._arrays(batch))
+
+    @classmethod
+    def joined(cls, batches: Sequence[pa.RecordBatch]) -> NeighborTable:
+        """Of consecutive rows from 0, in several batches; a single one is not copied."""
+        found = [cls._arrays(batch) for batch in batches]
+        if len(found) == 1:
+            return cls(0, *found[0])
+        counts = [np.diff(offsets) for offsets, _, _ in found]
+        offsets = np.concatenate([[0], np.cumsum(np.concatenate(counts))])
+        return cls(0, offsets, *(np.concatenate([each[i] for each in found]) for i in (1, 2)))
 
 
 @dataclass(frozen=True)

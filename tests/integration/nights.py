@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from faceflow import ClusterConfig, run_nightly
 from faceflow.pipeline import RunResult
+from faceflow.stages.reading import good_entries, read_ids, read_rejected
 from faceflow.storage import layout
 from faceflow.storage.files import Store
 from faceflow.tables import NeighborTable
@@ -81,7 +82,10 @@ def table_of(output: Path, run_id: str) -> dict[str, dict[str, float]]:
     run = Store.at(str(output / "_runs" / run_id))
     counts = json.loads((output / "_runs" / run_id / "manifests" / "ingest.json").read_text())["counts"]
     parts = range(len(counts["starts"]) - 1)
-    ids = pa.chunked_array([run.read_batch(layout.part("ids", p)).column(0) for p in parts]).to_pylist()
+    ids: list[str] = []
+    for p in parts:
+        every = read_ids(run, p)
+        ids += every.filter(pa.array(good_entries(read_rejected(run, p), len(every)))).to_pylist()
     found: dict[str, dict[str, float]] = {}
     for p in parts:
         table = NeighborTable.from_batch(run.read_batch(layout.part("neighbors", p)), counts["starts"][p])

@@ -19,6 +19,7 @@ from faceflow.cli import main
 from faceflow.errors import InputError, SettingsError
 from faceflow.evaluation import evaluate
 from faceflow.kernels import incremental
+from faceflow.stages import arrivals
 from faceflow.storage.files import Store
 from tests.benchmarks.nightly import labels_of, replay
 from tests.conftest import S3, write_faces
@@ -29,7 +30,10 @@ pytestmark = pytest.mark.usefixtures("ray_session")
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("seed", [0, 1])
-def test_tables_after_any_sequence_of_nights_are_those_of_a_full_run(tmp_path: Path, seed: int) -> None:
+def test_tables_after_any_sequence_of_nights_are_those_of_a_full_run(
+    tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arrivals, "MOST_SMALL", 2 + 2 * seed)
     lake = Lake(tmp_path / "in", seed)
     for i in range(4):
         lake.add(f"{i * 20:02d}.parquet", 80)
@@ -56,6 +60,7 @@ def test_tables_after_any_sequence_of_nights_are_those_of_a_full_run(tmp_path: P
             labels = replay(tmp_path / "out", labels, result.run_id)
         assert labels == labels_of(tmp_path / "out", result.run_id)
     assert len(seen) >= 4
+    assert len(manifest(tmp_path / "out", result.run_id, "ingest")["starts"]) - 1 <= 3 + 2 * seed  # parts
 
 
 def test_only_what_changed_is_read_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -158,6 +163,42 @@ def test_ids_that_two_files_hold_are_refused_or_set_aside(tmp_path: Path) -> Non
         next((tmp_path / "out" / "rejected" / f"run={third.run_id}").glob("*")), partitioning=None
     ).to_pylist()
     assert [(line["id"], line["row"]) for line in lines] == [("face-7", 20)]
+
+
+def test_small_parts_of_many_nights_become_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arrivals, "MOST_SMALL", 4)
+    lake = Lake(tmp_path / "in", 16, people=30)
+    lake.add("00.parquet", 600)
+    settings = {"index": "cells", "cells": 8, "bad_rows": "quarantine", "max_bad_fraction": 0.5}
+    run = night(tmp_path / "in", tmp_path / "out", **settings)
+    labels, parts, incremental_nights = labels_of(tmp_path / "out", run.run_id), [], 0
+    for i in range(1, 8):
+        lake.files[f"{i:02d}.parquet"] = lake.faces(6) | {f"bad-{i}": np.full(16, np.nan, np.float32)} | lake.faces(6)
+        lake.write(f"{i:02d}.parquet")
+        if i % 3 == 0:  # faces of an old part go, those of another are embedded anew
+            lake.files["00.parquet"].pop(f"face-{i}")
+            lake.files["01.parquet"]["face-600"] = next(iter(lake.faces(1).values()))
+            lake.write("00.parquet")
+            lake.write("01.parquet")
+        run = night(tmp_path / "in", tmp_path / "out", **settings)
+        parts.append(len(manifest(tmp_path / "out", run.run_id, "ingest")["starts"]) - 1)
+        incremental_nights += manifest(tmp_path / "out", run.run_id, "quantize")["incremental"]
+        labels = replay(tmp_path / "out", labels, run.run_id)
+        every = labels_of(tmp_path / "out", run.run_id)
+        assert labels == {face: cluster for face, cluster in every.items() if cluster is not None}
+        assert every.keys() - labels.keys() == {f"bad-{j}" for j in range(1, i + 1)}
+    assert parts[:4] == [2, 3, 4, 2]
+    assert max(parts) <= 5
+    assert incremental_nights == 7
+    full = run_clustering(
+        ClusterConfig(str(tmp_path / "in"), str(tmp_path / "full"), **(SETTINGS | settings | {"index": "exact"})),
+        progress=False,
+    )
+    ours, theirs = table_of(tmp_path / "out", run.run_id), table_of(tmp_path / "full", full.run_id)
+    pairs = [{(face, other) for face, others in table.items() for other in others} for table in (ours, theirs)]
+    assert len(pairs[0] & pairs[1]) >= 0.97 * len(pairs[1])
+    lines = pq.read_table(tmp_path / "out" / "rejected" / f"run={run.run_id}", partitioning=None).to_pylist()
+    assert sorted((line["id"], line["row"]) for line in lines) == [(f"bad-{i}", 6) for i in range(1, 8)]
 
 
 def test_another_column_is_read_again(tmp_path: Path) -> None:

@@ -1,10 +1,12 @@
 """A night's ingest: only what is new or changed is read; what is still there keeps its parts, in their order.
 
-Rows are numbered by when they first came: last night's, less those that are gone, then the new ones.
+Rows are numbered by when they first came: last night's, less those that are gone, then the new ones. Small parts, as nights
+leave them, become one now and then.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,12 +20,13 @@ from faceflow import __version__
 from faceflow.errors import InputError
 from faceflow.stages import checking, intake
 from faceflow.stages.base import Context, Outcome, merge_pieces
+from faceflow.stages.pieces import part_faces
 from faceflow.stages.reading import good_entries, read_ids, read_rejected, read_vectors
 from faceflow.storage import layout
 from faceflow.storage.files import Store
 from faceflow.storage.inputs import list_faces
 from faceflow.storage.manifests import is_whole
-from faceflow.tables import MAX_FACES, ORIGINS_SCHEMA, PAST_SCHEMA, REJECTED_SCHEMA, Parts
+from faceflow.tables import MAX_FACES, ORIGINS_SCHEMA, PAST_SCHEMA, REJECTED_SCHEMA
 
 log = logging.getLogger("faceflow")
 
@@ -37,6 +40,10 @@ MATCHES_SCHEMA = pa.schema(
 
 READ_BY = ("id_column", "embedding_column", "exclusive_column", "bad_rows", "version of faceflow")
 """Settings without which a file that is as it was would not be read the same."""
+
+MOST_SMALL = 8
+"""As soon as there are so many parts of less than half of what is wanted with another such beside them, neighbors become one:
+parts stay few however many nights pass, and faces are copied now and then, not every night."""
 
 
 _ORIGIN = (np.int32, np.int64, np.uint64, np.uint64)
@@ -79,13 +86,15 @@ def run(context: Context) -> Outcome:
     new = Side(staging, taken.entries, taken.starts)
     buckets = max(1, -(-(old.entries[-1] + new.entries[-1]) // intake.BUCKET_IDS))
     executor.map(match_bucket, [(stores.run, old, new, carried, b, buckets) for b in range(buckets)], "match")
-    starts = Parts(tuple(counts["starts"]))
-    first = len(starts)
+    starts = past.parts
+    bounds = compact([starts.rows(p) for p in range(len(starts))], part_faces(starts.faces, taken.dim))
+    sources = [range(*pair) for pair in itertools.pairwise(bounds)]
+    first = len(sources)
     carried_parts = executor.map(
         carry_part,
-        [(stores.run, past.run, p, old.entries[p], starts.starts[p], carried, taken.dim, buckets) for p in range(first)],
+        [(stores.run, old, part, source, carried, taken.dim, buckets) for part, source in enumerate(sources)],
         "carry",
-        sizes=[starts.rows(p) for p in range(first)],
+        sizes=[old.starts[source.stop] - old.starts[source.start] for source in sources],
     )
     new_parts = executor.map(
         place_part,
@@ -112,8 +121,28 @@ def run(context: Context) -> Outcome:
         "files": len(files), "input_snapshot": snapshot,
         "added": sum(faces) - stayed - changed, "changed": changed, "removed": starts.faces - stayed - changed,
         "starts": np.cumsum([0, *faces]).tolist(), "entries": np.cumsum([0, *(part.entries for part in every)]).tolist(),
+        "sources": bounds,
     }  # fmt: skip
     return Outcome(result, merge_pieces([part.sizes for part in every]))
+
+
+def compact(rows: Sequence[int], wanted: int) -> list[int]:
+    """Where to cut last night's parts, of so many rows each, into tonight's: bounds of the parts that become one, from 0 to
+    len(rows). Parts of half the wanted rows and more stay as they are."""
+    small = itertools.groupby(range(len(rows)), lambda part: 2 * rows[part] < wanted)
+    runs = [run for run in (list(parts) for is_small, parts in small if is_small) if len(run) > 1]
+    bounds = set(range(len(rows) + 1))
+    if sum(map(len, runs)) < MOST_SMALL:
+        return sorted(bounds)
+    for run in runs:
+        together = rows[run[0]]
+        for part in run[1:]:
+            if together + rows[part] > wanted:
+                together = 0
+            else:
+                bounds.remove(part)
+            together += rows[part]
+    return sorted(bounds)
 
 
 @dataclass(frozen=True)
@@ -202,12 +231,13 @@ def _read_matches(run: Store, buckets: int, which: int, begin: int, end: int) ->
     return [columns[0][here][order] - begin, *(column[here][order] for column in columns[1:])]
 
 
-def carry_part(
-    run: Store, past: Store, part: int, first_entry: int, first_row: int, carried: np.ndarray, dim: int, buckets: int
-) -> PlacedPart:
-    """Write what is left of one part of last night; where that is all of it, its files are shared, not copied."""
-    ids, rejected = read_ids(past, part), read_rejected(past, part)
-    origins = past.read_batch(layout.part("origins", part))
+def carry_part(run: Store, old: Side, part: int, source: range, carried: np.ndarray, dim: int, buckets: int) -> PlacedPart:
+    """Write what is left of these parts of last night, as one; where that is all of a single one, its files are shared, not
+    copied."""
+    past, first_entry, first_row = old.run, old.entries[source.start], old.starts[source.start]
+    ids = pa.concat_arrays([read_ids(past, each) for each in source])
+    rejected = _joined([_moved(read_rejected(past, each), old.entries[each] - first_entry) for each in source])
+    origins = _joined([past.read_batch(layout.part("origins", each)) for each in source])
     files, rows = carried[origins.column("file").to_numpy()].copy(), origins.column("row").to_numpy().copy()
     entry, verdict, new_files, new_rows, new_photos = _read_matches(run, buckets, 0, first_entry, first_entry + len(ids))
     stayed = verdict == KEPT
@@ -218,11 +248,16 @@ def carry_part(
     names = {kind: layout.part(kind, part) for kind in ("vectors", "ids", "rejected", "origins", "past")}
     sizes: dict[str, int] = {}
     faces = kept[good]
-    if kept.all():
+    if kept.all() and len(source) == 1:
         for kind in ("vectors", "ids", "rejected"):
-            sizes[names[kind]] = run.share(past, names[kind], names[kind])
+            sizes[names[kind]] = run.share(past, layout.part(kind, source.start), names[kind])
     else:
-        vectors = read_vectors(past, part, dim)[faces]
+        vectors = np.empty((int(faces.sum()), dim), np.float32)
+        done = 0
+        for each in source:
+            here = np.flatnonzero(faces[old.starts[each] - first_row : old.starts[each + 1] - first_row])
+            np.take(read_vectors(past, each, dim), here, axis=0, out=vectors[done : done + len(here)], mode="clip")
+            done += len(here)
         sizes |= intake.write_faces(run, part, dim, vectors, ids.filter(pa.array(kept)), _left(rejected, kept))
     columns = [files[kept], rows[kept], origins.column("hash").to_numpy()[kept], photos[kept]]
     _write(run, names["origins"], ORIGINS_SCHEMA, columns, sizes)
@@ -267,6 +302,17 @@ def _with_repeated(
     more = [repeated, [checking.REPEATED] * count, files, origins.column("row").to_numpy(), [reason] * count]
     batch = pa.record_batch([pa.array(c, f.type) for c, f in zip(more, REJECTED_SCHEMA, strict=True)], schema=REJECTED_SCHEMA)
     return pa.Table.from_batches([rejected, batch]).sort_by("position").combine_chunks().to_batches()[0]
+
+
+def _moved(rejected: pa.RecordBatch, by: int) -> pa.RecordBatch:
+    """Rejected rows whose positions count from so many entries earlier."""
+    position = pa.array((rejected.column("position").to_numpy() + by).astype(np.int32))
+    return pa.record_batch([position, *rejected.columns[1:]], schema=REJECTED_SCHEMA)
+
+
+def _joined(batches: Sequence[pa.RecordBatch]) -> pa.RecordBatch:
+    columns = [pa.concat_arrays(column) for column in zip(*(batch.columns for batch in batches), strict=True)]
+    return pa.record_batch(columns, schema=batches[0].schema)
 
 
 def _left(rejected: pa.RecordBatch, kept: np.ndarray) -> pa.RecordBatch:

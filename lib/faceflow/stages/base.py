@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +29,16 @@ class Past:
 
 
 @dataclass(frozen=True)
+class LastNight:
+    """The run that a night builds on, as its tasks need it: its directory, its parts, and which of them (one after the other)
+    each of tonight's first parts is made of; the parts after those are new."""
+
+    run: Store
+    parts: Parts
+    sources: tuple[range, ...]
+
+
+@dataclass(frozen=True)
 class Context:
     """What a stage may use: settings, stores, the executor, and the manifests of the stages before it.
 
@@ -47,6 +58,14 @@ class Context:
     def parts(self) -> Parts:
         """The cut of all rows into parts, from the ingest manifest."""
         return Parts(tuple(self.done["ingest"].counts["starts"]))
+
+    @property
+    def last_night(self) -> LastNight | None:
+        """What of the past run's parts has become of which part, once ingest is done; None: there is no past."""
+        if self.past is None:
+            return None
+        sources = tuple(range(*pair) for pair in itertools.pairwise(self.done["ingest"].counts["sources"]))
+        return LastNight(self.past.run, self.past.parts, sources)
 
     @property
     def floors(self) -> tuple[float | None, float | None]:

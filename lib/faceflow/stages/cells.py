@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from faceflow.kernels import probing
 from faceflow.kernels.topk import decode
+from faceflow.stages.base import LastNight
 from faceflow.stages.reading import read_quantizer, read_vectors
 from faceflow.storage import layout
 from faceflow.storage.files import Store
@@ -95,17 +96,19 @@ def settle_part(run: Store, part: int, dim: int) -> tuple[dict[str, int], Assign
     return _settled(run, part, dim)
 
 
-def carry_homes(run: Store, past: Store, part: int, dim: int, first_row: int, rows: int) -> tuple[dict[str, int], Assigned]:
-    """Carry over the homes of one part of last night, which had `rows` rows from first_row: its file is shared where all of
-    them are still there."""
-    name = layout.part("homes", part)
+def carry_homes(run: Store, past: LastNight, part: int, dim: int) -> tuple[dict[str, int], Assigned]:
+    """Carry over the homes of one part from those of last night that it is made of: the file of a single one is shared where
+    all of its faces are still there."""
+    name, source = layout.part("homes", part), past.sources[part]
     if not is_whole(run, name):
-        kept = run.read_batch(layout.part("past", part)).column(0).to_numpy() - first_row
-        if len(kept) == rows:
-            run.share(past, name, name)
+        first, rows = past.parts.starts[source.start], past.parts.starts[source.stop] - past.parts.starts[source.start]
+        kept = run.read_batch(layout.part("past", part)).column(0).to_numpy() - first
+        if len(kept) == rows and len(source) == 1:
+            run.share(past.run, layout.part("homes", source.start), name)
         else:
-            near = _settled(past, part, dim)[1].near * len(kept) / max(1, rows)
-            _write_homes(run, part, read_homes(past, part)[kept], near)
+            near = sum(_settled(past.run, each, dim)[1].near for each in source) * len(kept) / max(1, rows)
+            homes = np.concatenate([read_homes(past.run, each) for each in source])
+            _write_homes(run, part, homes[kept], near)
     return _settled(run, part, dim)
 
 

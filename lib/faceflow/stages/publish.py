@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from faceflow.kernels.identity import canonical_order, stable_clusters, transitions
 from faceflow.stages import quality
-from faceflow.stages.base import Context, Outcome, Stage
+from faceflow.stages.base import Context, LastNight, Outcome, Stage
 from faceflow.stages.history import events, moves_schema
 from faceflow.stages.reading import good_entries, label_table, read_column, read_ids, read_rejected
 from faceflow.storage import lakes, layout
@@ -23,16 +23,12 @@ CLUSTERS_SCHEMA = pa.schema([pa.field("cluster", pa.int64(), nullable=False)])
 """Per module number, and per face: the published cluster."""
 
 
-Past = tuple[Store, Parts, int]
-"""The run before: its directory, its parts, and the first cluster id that was never given."""
-
-
 def run(context: Context) -> Outcome:
     """Name the clusters once, then write every part's labels; after a night also what became of the clusters."""
-    stores, parts, before = context.stores, context.parts, context.past
-    past = (before.run, before.parts, int(before.done["publish"].counts["next_id"])) if before is not None else None
+    stores, parts, past = context.stores, context.parts, context.last_night
+    first_id = context.first_id if context.past is None else int(context.past.done["publish"].counts["next_id"])
     counts, pieces = context.executor.call(
-        name_clusters, stores.run, stores.output, stores.run_id, parts, past, context.first_id, label="clusters"
+        name_clusters, stores.run, stores.output, stores.run_id, parts, past, first_id, label="clusters"
     )
     results = context.executor.map(
         publish_part,
@@ -83,7 +79,7 @@ def _clusters(run: Store, parts: Iterable[int]) -> np.ndarray:
 
 
 def name_clusters(
-    run: Store, output: Store, run_id: str, parts: Parts, past: Past | None, first_id: int
+    run: Store, output: Store, run_id: str, parts: Parts, past: LastNight | None, first_id: int
 ) -> tuple[dict[str, Any], dict[str, int]]:
     """Write the module -> cluster lookup: ids from first_id on by falling size, ties by first row; after a night, the ids
     that the clusters had (`kernels.identity.stable_clusters`), and the events."""
@@ -92,11 +88,11 @@ def name_clusters(
     lookup[lookup >= 0] += first_id
     counts: dict[str, Any] = {"clusters": len(sizes), "singletons": int((sizes == 1).sum()), "next_id": first_id + len(sizes)}
     if past is not None:
-        clusters_before = _clusters(past[0], range(len(past[1])))
+        clusters_before = _clusters(past.run, range(len(past.parts)))
         before = _before(run, range(len(parts)))
         known = np.where(before >= 0, clusters_before[before], -1)
-        lookup, _ = stable_clusters(modules, known, past[2])
-        counts["next_id"] = max(past[2], int(lookup.max()) + 1)
+        lookup, _ = stable_clusters(modules, known, first_id)
+        counts["next_id"] = max(first_id, int(lookup.max()) + 1)
         gone = np.ones(len(clusters_before), bool)
         gone[before[before >= 0]] = False
         counts["untouched_moved"] = int(((known >= 0) & (known != lookup[modules])).sum())
@@ -123,7 +119,7 @@ class Published:
     similarities: np.ndarray
 
 
-def publish_part(run: Store, output: Store, run_id: str, part: int, parts: Parts, past: Past | None) -> Published:
+def publish_part(run: Store, output: Store, run_id: str, part: int, parts: Parts, past: LastNight | None) -> Published:
     """Write one part's labels, `id` and `cluster` in input order, null for a row set aside.
 
     Rows set aside are also listed, with file, row and reason, under `rejected/`; after a night, faces whose cluster is another
@@ -164,27 +160,28 @@ def commit_table(table: Store, output: Store, run_id: str) -> int:
     return lakes.commit_labels(table, run_id, labels_of(names[0]).schema, batches())
 
 
-def _moves(run: Store, part: int, parts: int, ids: pa.Array, clusters: np.ndarray, past: Past) -> pa.Table:
+def _moves(run: Store, part: int, parts: int, ids: pa.Array, clusters: np.ndarray, past: LastNight) -> pa.Table:
     """One part's faces whose cluster is another than before, or that are new; and those that were in it and are gone."""
-    store, old_parts, _ = past
     before = _before(run, [part])
     known = before >= 0
-    if part < len(old_parts):
-        old, first = _clusters(store, [part]), old_parts.starts[part]
-    else:
-        old, first = _clusters(store, range(len(old_parts))) if known.any() else np.empty(0, np.int64), 0
+    carried = part < len(past.sources)
+    source = past.sources[part] if carried else range(len(past.parts) if known.any() else 0)
+    old = _clusters(past.run, source) if source else np.empty(0, np.int64)
+    first = past.parts.starts[source.start]
     was = np.full(len(before), -1, np.int64)
     was[known] = old[before[known] - first]
     moved = np.flatnonzero(was != clusters)
     columns = [ids.take(pa.array(moved)), pa.array(was[moved], mask=~known[moved]), pa.array(clusters[moved])]
-    if part < len(old_parts):
+    if carried:
         # A face whose embedding is another is in a part of its own.
-        elsewhere = _before(run, [part, *range(len(old_parts), parts)]) - first
+        elsewhere = _before(run, [part, *range(len(past.sources), parts)]) - first
         gone = np.ones(len(old), bool)
         gone[elsewhere[(elsewhere >= 0) & (elsewhere < len(old))]] = False
-        ids_before = read_ids(store, part)
-        good = good_entries(read_rejected(store, part), len(ids_before))
-        left = ids_before.take(pa.array(np.flatnonzero(good)[gone]))
+        faces_before = []
+        for each in source:
+            ids_before = read_ids(past.run, each)
+            faces_before.append(ids_before.filter(pa.array(good_entries(read_rejected(past.run, each), len(ids_before)))))
+        left = pa.concat_arrays(faces_before).filter(pa.array(gone))
         ended = [left, pa.array(old[gone]), pa.nulls(len(left), pa.int64())]
         columns = [pa.concat_arrays(both) for both in zip(columns, ended, strict=True)]
     return pa.table(columns, schema=moves_schema(ids.type))

@@ -117,12 +117,10 @@ def carry(context: Context, past: Past) -> tuple[Outcome, str | None]:
     if before["index"] == "exact":
         return Outcome(counts, {}), None
     pieces = {layout.CENTROIDS: run.share(past.run, layout.CENTROIDS, layout.CENTROIDS)}
-    old = len(past.parts)
-    results = executor.map(
-        cells.carry_homes,
-        [(run, past.run, part, dim, past.parts.starts[part], past.parts.rows(part)) for part in range(old)],
-        "carry",
-    )
+    last_night = context.last_night
+    assert last_night is not None
+    old = len(last_night.sources)
+    results = executor.map(cells.carry_homes, [(run, last_night, part, dim) for part in range(old)], "carry")
     results += executor.map(cells.settle_part, [(run, part, dim) for part in range(old, len(parts))], "quantize")
     pieces |= merge_pieces([piece for piece, _ in results])
     new_faces = parts.faces - parts.starts[old]

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from faceflow.kernels import incremental, scratch, topk
 from faceflow.stages import cells
-from faceflow.stages.base import Context, Past
+from faceflow.stages.base import Context, LastNight
 from faceflow.stages.candidates import candidates_batch, gather, read_candidates
 from faceflow.stages.reading import read_column, read_vectors, rows_tonight
 from faceflow.storage import layout
@@ -29,14 +29,14 @@ ACTIVE_FACES = 65_536
 """Where more are active, the cells are searched in several ranges, so that fewer need buffers at once."""
 
 
-def search_night(context: Context, past: Past) -> int:
+def search_night(context: Context, past: LastNight) -> int:
     """Carry over last night's tables, and search for the active faces; returns the number of candidate files."""
     config, parts, run, executor = context.config, context.parts, context.stores.run, context.executor
     weak_floor = context.floors[1]
     every = range(len(parts))
     counts = context.done["ingest"].counts
     gone = counts["removed"] + counts["changed"] > 0
-    found = executor.map(find_active, [(run, past.run, past.parts, parts, p, config.neighbors, gone) for p in every], "active")
+    found = executor.map(find_active, [(run, past, parts, part, config.neighbors, gone) for part in every], "active")
     if context.done["quantize"].counts["index"] == "exact":
         executor.map(
             search_exact_part,
@@ -60,33 +60,32 @@ def search_night(context: Context, past: Past) -> int:
     return tasks
 
 
-def find_active(run: Store, past: Store, past_parts: Parts, parts: Parts, part: int, neighbors: int, gone: bool) -> int:
+def find_active(run: Store, past: LastNight, parts: Parts, part: int, neighbors: int, gone: bool) -> int:
     """Write the state of each of one part's faces before the search: new ones, and those that lost neighbors out of a full
     table, are active. gone: whether any face is gone. Returns how many are active."""
     name = layout.part("before", part)
     if is_whole(run, name):
         return int(_active(run, part).sum())
-    if gone or part >= len(past_parts):
-        state = _carried(run, past, past_parts, parts, part, neighbors)[1]
+    if gone or part >= len(past.sources):
+        state = _carried(run, past, parts, part, neighbors)[1]
     else:
         state = np.full(parts.rows(part), SAME, np.uint8)
     run.write_arrow(name, STATE_SCHEMA, [pa.record_batch([pa.array(state, pa.uint8())], schema=STATE_SCHEMA)])
     return int((state == ACTIVE).sum())
 
 
-def _carried(
-    run: Store, past: Store, past_parts: Parts, parts: Parts, part: int, neighbors: int
-) -> tuple[NeighborTable, np.ndarray]:
+def _carried(run: Store, past: LastNight, parts: Parts, part: int, neighbors: int) -> tuple[NeighborTable, np.ndarray]:
     """What last night knew of one part's faces, by tonight's rows, and the faces' states."""
     before = run.read_batch(layout.part("past", part)).column(0).to_numpy()
     first = parts.starts[part]
-    if part >= len(past_parts):
+    if part >= len(past.sources):
         nothing = np.zeros(len(before) + 1, np.int64), np.empty(0, np.int32), np.empty(0, np.float32)
         return NeighborTable(first, *nothing), np.full(len(before), ACTIVE, np.uint8)
-    table = NeighborTable.from_batch(past.read_batch(layout.part("neighbors", part)), 0)
-    now = rows_tonight(run, past_parts.faces, parts)
-    kept = before - past_parts.starts[part]
-    if np.array_equal(now, np.arange(past_parts.faces)):
+    source = past.sources[part]
+    table = NeighborTable.joined([past.run.read_batch(layout.part("neighbors", each)) for each in source])
+    now = rows_tonight(run, past.parts.faces, parts)
+    kept = before - past.parts.starts[source.start]
+    if np.array_equal(now, np.arange(past.parts.faces)):
         return NeighborTable(first, table.offsets, table.rows, table.values), np.zeros(len(kept), np.uint8)
     *carried, state = incremental.carry_table(table.offsets, table.rows, table.values, kept, now, neighbors)
     return NeighborTable(first, *carried), state
@@ -197,9 +196,9 @@ def search_exact_part(run: Store, parts: Parts, part: int, dim: int, neighbors: 
     run.write_arrow(name, CANDIDATES_SCHEMA, batches())
 
 
-def merge_night(run: Store, past: Past, parts: Parts, part: int, files: int, neighbors: int) -> NeighborTable:
+def merge_night(run: Store, past: LastNight, parts: Parts, part: int, files: int, neighbors: int) -> NeighborTable:
     """One part's neighbor table: what was carried over, and the new candidates. Writes the faces' states."""
-    carried, state = _carried(run, past.run, past.parts, parts, part, neighbors)
+    carried, state = _carried(run, past, parts, part, neighbors)
     new = read_column(run, "past", range(len(parts))) < 0
     lists = read_candidates(run, [layout.candidates(index) for index in range(files)], part)
     *table, changed = incremental.merge_into(

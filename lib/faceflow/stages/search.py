@@ -14,7 +14,7 @@ from faceflow.cluster.executor import Resources
 from faceflow.kernels import edges, graphs, impostors, probing, quantizer, recall, scratch, topk
 from faceflow.kernels import search as cpu
 from faceflow.stages import renewal
-from faceflow.stages.base import Context, Outcome, Past, Stage, merge_pieces
+from faceflow.stages.base import Context, LastNight, Outcome, Stage, merge_pieces
 from faceflow.stages.candidates import candidates_batch, gather, read_candidates, write_candidates
 from faceflow.stages.reading import matrix, read_quantizer, read_vectors
 from faceflow.storage import layout
@@ -44,9 +44,9 @@ def run(context: Context) -> Outcome:
     night = bool(plan["incremental"])
     if on_gpu and not night:
         context.executor.call(check_gpu, config.neighbors, label="gpu", resources=resources)
-    if night:
-        assert context.past is not None
-        shards = renewal.search_night(context, context.past)
+    past = context.last_night if night else None
+    if past is not None:
+        shards = renewal.search_night(context, past)
     elif plan["index"] == "exact":
         blocks = exact_blocks(parts)
         shards = len(blocks)
@@ -68,7 +68,6 @@ def run(context: Context) -> Outcome:
         )
     sampled = max(1, config.recall_sample // NIGHT_SHARE) if night else config.recall_sample
     sample = recall.sample_rows(parts.faces, sampled, config.seed)
-    past = context.past if night else None
     results = context.executor.map(
         merge_part,
         [(run, parts, part, context.dim, shards, config.neighbors, sample, past) for part in range(len(parts))],
@@ -239,7 +238,14 @@ def _that_probe(batch: pa.RecordBatch, cells: range) -> pa.RecordBatch:
 
 
 def merge_part(
-    run: Store, parts: Parts, part: int, dim: int, shards: int, neighbors: int, sample: np.ndarray, past: Past | None
+    run: Store,
+    parts: Parts,
+    part: int,
+    dim: int,
+    shards: int,
+    neighbors: int,
+    sample: np.ndarray,
+    past: LastNight | None,
 ) -> tuple[dict[str, int], int]:
     """Write one part's neighbor table, and beside it its sampled faces; returns its bytes and its number of neighbors."""
     scratch.forget()  # of the search before
