@@ -26,6 +26,7 @@ def speak(run: Path, seconds_ago: float = 0.0, **state: object) -> None:
     """The progress file of a run at work."""
     told = datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=seconds_ago)
     said = {"run_id": run.name, "stage": "search", "stopped": "", "host": socket.gethostname(), "pid": os.getpid()}
+    said["machine"] = progress._machine()
     path = run / "progress.json"
     path.with_suffix(".new").write_text(json.dumps(said | {"updated": told.isoformat()} | state))
     path.with_suffix(".new").rename(path)
@@ -77,12 +78,41 @@ def test_a_run_whose_process_died_is_continued_at_once(tmp_path: Path, unfinishe
 
 def test_a_process_elsewhere_is_waited_for(tmp_path: Path, unfinished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "SILENT_AFTER", 1.0)
-    speak(unfinished, host="elsewhere", pid=1)
+    elsewhere = {"host": "elsewhere", "machine": "elsewhere", "pid": 1}
+    speak(unfinished, **elsewhere)  # type: ignore[arg-type]
     begun = time.monotonic()
     assert choose(tmp_path) == unfinished.name
     assert time.monotonic() - begun > 0.8
     monkeypatch.setattr(progress, "SILENT_AFTER", 20.0)
-    speak(unfinished, host="elsewhere", pid=1)
-    threading.Timer(0.5, speak, [unfinished], {"host": "elsewhere", "pid": 1}).start()
+    # Its clock is two minutes behind.
+    speak(unfinished, 120.0, **elsewhere)  # type: ignore[arg-type]
+    threading.Timer(0.5, speak, [unfinished, 120.0], elsewhere).start()
     with pytest.raises(SettingsError, match="process 1 on elsewhere"):
         choose(tmp_path)
+    speak(unfinished, 3_600.0, **elsewhere)  # type: ignore[arg-type]
+    assert choose(tmp_path) == unfinished.name
+
+
+def test_of_processes_that_take_a_run_at_once_one_gets_it(tmp_path: Path, unfinished: Path) -> None:
+    (unfinished / "progress.json").unlink()
+    script = (
+        "import sys, time; from tests.test_runs import choose; from pathlib import Path\n"
+        "from faceflow.errors import SettingsError\n"
+        "print('ready', flush=True); sys.stdin.readline()\n"
+        "try: print(choose(Path(sys.argv[1])), flush=True)\n"
+        "except SettingsError as error: print(error, flush=True)\n"
+        "sys.stdin.readline()\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen(command, **pipes) for _ in range(4)]  # type: ignore[call-overload]
+    for process in processes:
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    said = sorted(process.stdout.readline().strip() for process in processes)
+    for process in processes:
+        process.communicate("\n", timeout=30)
+    assert said.count(unfinished.name) == 1
+    assert sum("has it in hand" in each for each in said) == 3

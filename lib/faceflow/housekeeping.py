@@ -12,13 +12,13 @@ from faceflow.pipeline import STAGES
 from faceflow.storage import layout
 
 AT_WORK_HOURS = 24
-"""An unfinished run that was begun or continued within this time may be at work, and is never removed."""
+"""An unfinished run that was begun or continued, or said something, within this time may be at work, and is never removed."""
 
 
 @dataclass(frozen=True)
 class RunInfo:
     """One run directory. state: published (it was the current one once), begun (can be continued) or refused (bad input);
-    current: its labels are in force; stage: the furthest stage begun; updated: when the record was last written;
+    current: its labels are in force; stage: the furthest stage begun; updated: when it last said something;
     size: bytes of the run directory; label_size: of its labels and rejected rows under OUTPUT."""
 
     run_id: str
@@ -48,11 +48,12 @@ def list_runs(output: str, work_dir: str | None = None, options: Mapping[str, An
             continue
         begun = {file.split(".")[0] for file in runs.names(f"{name}/manifests")}
         labels = out.total_size(layout.label_folder(name)) + out.total_size(layout.rejected_folder(name))
+        spoke = (runs.read_json(f"{name}/{layout.PROGRESS}") or {}).get("updated", "")
         found.append(
             RunInfo(
                 name, record["state"], latest is not None and latest["run_id"] == name,
                 next((stage.name for stage in reversed(STAGES) if stage.name in begun), "none"),
-                datetime.datetime.fromisoformat(record["updated"]), runs.total_size(name), labels,
+                datetime.datetime.fromisoformat(max(record["updated"], spoke)), runs.total_size(name), labels,
             )
         )  # fmt: skip
     if latest is None and not found:

@@ -20,8 +20,9 @@ from faceflow.report import write_report
 from faceflow.runs import choose_run, now, record
 from faceflow.stages import decisions, detect, ingest, link, publish, quantize, search
 from faceflow.stages.base import Context, Past, Stage
-from faceflow.storage import layout, manifests
+from faceflow.storage import lakes, layout, manifests
 from faceflow.storage.files import Store, moved
+from faceflow.storage.inputs import Listing
 from faceflow.storage.layout import RunStores
 from faceflow.storage.manifests import Manifest
 
@@ -107,12 +108,13 @@ class _Job:
     parent: dict[str, Any]
     parent_version: str | None
     watcher: Watcher
+    listing: Listing
     past: Past | None = None
     night: dict[str, Any] | None = None
 
     def context(self, done: dict[str, Manifest], effort: int) -> Context:
         first_id = int(self.parent.get("next_id", 0)) if self.night is not None else 0
-        return Context(self.config, self.stores, self.executor, done, effort, self.past, first_id)
+        return Context(self.config, self.stores, self.executor, done, effort, self.past, first_id, self.listing)
 
     def record(self, state: str, **more: Any) -> None:
         self.stores.run.write_json(layout.RUN_RECORD, record(self.config, state, self.night) | more)
@@ -121,10 +123,10 @@ class _Job:
 def _run(
     config: ClusterConfig, output: Store, runs: Store, executor: Executor, begun: float, nightly: bool, report: bool
 ) -> RunResult:
-    before = Context(config, RunStores.of(output, runs, ""), executor, {})
-    files = ingest.inputs(before)["input_files"]
-    if files:
-        ingest.check_first_file(before, min(files))
+    # Listed once: what is read, and what the next night takes for read, must be the same.
+    listing = ingest.list_input(config)
+    files = {file.path: file.state for file in listing.files}
+    ingest.check_first_file(config, listing)
     if config.constraints is not None:
         decisions.read(config.constraints, config.storage_options)  # a contradiction is said now, not after the search
     output.check_writable()
@@ -137,6 +139,7 @@ def _run(
         night = {"past": past.run_id if past is not None else None, "files": digest(files)}
         if past is not None and _nothing_new(config, past, files):
             log.info("nothing has changed since run %s: its labels stay in force", past.run_id)
+            _finish_published(config, executor, RunStores.of(output, runs, past.run_id))
             return _result(past.run_id, output, past.done, executor, {"total": round(time.perf_counter() - begun, 3)})
     run_id = choose_run(config, output, runs, parent.get("run_id"), night)
     if past is not None and past.run_id == run_id:
@@ -144,7 +147,7 @@ def _run(
     stores = RunStores.of(output, runs, run_id)
     watcher = Watcher(stores.run, run_id)
     executor.watch = watcher.step
-    job = _Job(config, stores, executor, begun, parent, parent_version, watcher, past, night)
+    job = _Job(config, stores, executor, begun, parent, parent_version, watcher, listing, past, night)
     bind(run=run_id)
     log.info(
         "run %s: %d input file(s)%s", run_id, len(files), f", after run {past.run_id}" if past is not None else "",
@@ -155,9 +158,10 @@ def _run(
         if report:
             _report(job)
         return result
-    except InputError:
+    except InputError as error:
         # Not to be continued: once the input is mended, this run's pieces are of no use.
         job.record("refused")
+        watcher.stopped(str(error))
         raise
     except BaseException as error:
         watcher.stopped(str(error) or type(error).__name__)
@@ -245,10 +249,7 @@ def _advance_all(job: _Job) -> RunResult:
             "created": now().isoformat(timespec="seconds"),
         }
         _publish(stores.output, pointer, job.parent_version)
-    if config.labels_table is not None:
-        table = Store.at(config.labels_table, config.storage_options)
-        version = job.executor.call(publish.commit_table, table, stores.output, stores.run_id, label="table")
-        log.info("table    %s is at version %d", table.root, version, extra=told("table", table=table.root, version=version))
+    _fill_table(config, job.executor, stores)
     job.record("published", effort=effort, seconds=seconds["total"], ray_start_seconds=job.executor.usage.start_seconds)
     job.executor.at_work(stores.run_id, "")
     log.info(
@@ -257,6 +258,26 @@ def _advance_all(job: _Job) -> RunResult:
         extra=told("run_done", **result.as_dict()),
     )  # fmt: skip
     return result
+
+
+def _fill_table(config: ClusterConfig, executor: Executor, stores: RunStores) -> None:
+    """Put the labels in force into the Delta table that the user named, unless it has them."""
+    if config.labels_table is None:
+        return
+    table = Store.at(config.labels_table, config.storage_options)
+    if lakes.committed(table) != stores.run_id:
+        version = executor.call(publish.commit_table, table, stores.output, stores.run_id, label="table")
+        log.info("table    %s is at version %d", table.root, version, extra=told("table", table=table.root, version=version))
+
+
+def _finish_published(config: ClusterConfig, executor: Executor, stores: RunStores) -> None:
+    """What an interruption left to be done for the run in force after its labels were."""
+    _fill_table(config, executor, stores)
+    found = stores.run.read_json(layout.RUN_RECORD) or {}
+    if found.get("state") == "begun":
+        stores.run.write_json(
+            layout.RUN_RECORD, found | {"state": "published", "updated": now().isoformat(timespec="milliseconds")}
+        )
 
 
 def _report(job: _Job) -> None:
@@ -321,7 +342,7 @@ def _search_again(job: _Job, effort: int, night: bool) -> None:
     for stage in (search.STAGE, quantize.STAGE):
         stores.run.delete(layout.manifest(stage.name))
         stores.run.delete(layout.plan(stage.name))
-    for folder in ("cells", "homes", *search.STAGE.writes, *(["quantizer"] if night else [])):
+    for folder in ("cells", "homes", "before", *search.STAGE.writes, *(["quantizer"] if night else [])):
         stores.run.delete(folder)
     job.record("begun", effort=effort)
 
@@ -337,6 +358,7 @@ def _advance(stage: Stage, context: Context, watcher: Watcher) -> Manifest:
             extra=told("stage_skipped", stage=stage.name, seconds=finished.seconds),
         )  # fmt: skip
         watcher.finished(stage.name, finished.seconds)
+        _tidy(stage, run)
         return finished
     manifests.begin(run, stage.name, fingerprint)
     log.info("%-8s begins", stage.name, extra=told("stage_begins", stage=stage.name))
@@ -350,8 +372,7 @@ def _advance(stage: Stage, context: Context, watcher: Watcher) -> Manifest:
     manifest = Manifest(stage.name, fingerprint, outcome.counts, outcome.pieces, seconds, round(begun, 3), made)
     manifests.finish(run, manifest)
     watcher.finished(stage.name, seconds)
-    for folder in stage.scratch:
-        run.delete(folder)
+    _tidy(stage, run)
     faces = context.parts.faces if "ingest" in context.done else outcome.counts["faces"]
     plain = {
         key: value for key, value in outcome.counts.items() if value is not None and not isinstance(value, (list, tuple, dict))
@@ -365,6 +386,12 @@ def _advance(stage: Stage, context: Context, watcher: Watcher) -> Manifest:
         extra=told("stage_done", stage=stage.name, seconds=seconds, rows_per_second=round(rate), **plain),
     )  # fmt: skip
     return manifest
+
+
+def _tidy(stage: Stage, run: Store) -> None:
+    """Remove what is of no use once the stage is done; an interruption may have come before."""
+    for folder in stage.scratch:
+        run.delete(folder)
 
 
 def _fingerprint(stage: Stage, context: Context) -> dict[str, Any]:

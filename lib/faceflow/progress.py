@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import logging
 import os
 import socket
 import sys
 import time
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from faceflow.cluster.usage import Step
-from faceflow.errors import InputError
+from faceflow.errors import InputError, PublishError, SettingsError
 from faceflow.logs import told
 from faceflow.storage import layout
 from faceflow.storage.files import Store
@@ -28,6 +30,9 @@ TELL_EVERY = 60.0
 
 SILENT_AFTER = 60.0
 """Seconds after which a run that says nothing is taken to be at work no longer; it speaks every WRITE_EVERY."""
+
+CLOCKS_DIFFER = 600.0
+"""Seconds by which the clocks of two machines may differ."""
 
 
 class Watcher:
@@ -71,22 +76,27 @@ class Watcher:
 
     def _write(self) -> None:
         self._written = time.monotonic()
-        state = {
-            "run_id": self._run_id,
+        state = _state(self._run_id) | {
             "stage": self._stage,
             "stage_seconds": round(time.monotonic() - self._began, 1),
             "seconds": self._seconds,
             "step": self._step.as_dict() if self._step is not None else None,
             "stopped": self._why,
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "updated": datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
         }
         try:
             self._run.write_json(layout.PROGRESS, state, durable=False)
         except OSError as error:
             # What a stage cannot write, it says itself; this file is for looking at.
             log.warning("the state of the run was not written: %s", error)
+
+
+def _state(run_id: str) -> dict[str, Any]:
+    """What this process says of a run that it has in hand, before the first stage."""
+    return {
+        "run_id": run_id, "stage": "", "stage_seconds": 0.0, "seconds": {}, "step": None, "stopped": "",
+        "host": socket.gethostname(), "machine": _machine(), "pid": os.getpid(),
+        "updated": datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds"),
+    }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -145,29 +155,62 @@ def status(
     )  # fmt: skip
 
 
+def claim(run: Store, run_id: str) -> None:
+    """Take a run in hand: of two processes that try at once, one gets it.
+
+    Raises SettingsError where another has it.
+    """
+    while True:
+        version = run.version(layout.PROGRESS)
+        if (other := at_work(run)) is not None:
+            raise SettingsError(
+                f"run {run_id} is at work: {other} has it in hand. Wait for it (`faceflow status` shows how far it is), or "
+                "give another --run-id"
+            )
+        try:
+            run.replace_json(layout.PROGRESS, _state(run_id), version)
+            return
+        except PublishError:
+            log.info("run %s: another process has just taken it in hand", run_id)
+
+
 def at_work(run: Store) -> str | None:
     """Which other process has this run in hand, in words; None where there is none.
 
-    Of a process on this machine that is known at once. One elsewhere is waited for until it speaks again, or has been silent
-    for SILENT_AFTER.
+    Of a process on this machine that is known at once. One elsewhere, whose clock may differ, is waited for until it speaks
+    again, or has been silent for SILENT_AFTER.
     """
-    first = None
+    first, begun = None, time.monotonic()
     while True:
         state = run.read_json(layout.PROGRESS) or {}
-        if not state or state["stopped"] or state["stage"] == "":
+        if not state or state["stopped"]:
             return None
         named = f"process {state['pid']} on {state['host']}"
         updated = datetime.datetime.fromisoformat(state["updated"])
-        if (datetime.datetime.now(datetime.UTC) - updated).total_seconds() >= SILENT_AFTER:
-            return None
-        if state["host"] == socket.gethostname():
-            return named if state["pid"] != os.getpid() and _is_alive(state["pid"]) else None
+        age = (datetime.datetime.now(datetime.UTC) - updated).total_seconds()
+        if state.get("machine") == _machine():
+            known = age < SILENT_AFTER and state["pid"] != os.getpid() and _is_alive(state["pid"])
+            return named if known else None
         if first is None:
+            if age >= SILENT_AFTER + CLOCKS_DIFFER:
+                return None
+            first = updated
             log.info("run %s: %s had it in hand a moment ago; waiting to hear if it still has", state["run_id"], named)
-        elif updated > first:
+        elif updated != first:
             return named
-        first = first or updated
+        elif time.monotonic() - begun >= SILENT_AFTER:
+            return None
         time.sleep(min(WRITE_EVERY, SILENT_AFTER) / 5)
+
+
+@functools.lru_cache(maxsize=1)
+def _machine() -> str:
+    """What processes that can ask the kernel for each other by number have in common; two containers may share a host name."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as boot:
+            return f"{boot.read().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return f"{socket.gethostname()} {uuid.getnode():x}"
 
 
 def _is_alive(pid: int) -> bool:

@@ -55,11 +55,8 @@ def choose_run(config: ClusterConfig, output: Store, runs: Store, published: str
                 run_id = name
                 break
     state = (runs.read_json(f"{run_id}/{layout.RUN_RECORD}") or {}).get("state") if run_id is not None else None
-    if state == "begun" and (other := progress.at_work(runs.child(str(run_id)))) is not None:
-        raise SettingsError(
-            f"run {run_id} is at work: {other} has it in hand. Wait for it (`faceflow status` shows how far it is), or give "
-            "another --run-id"
-        )
+    if state is not None and state != "published":
+        progress.claim(runs.child(str(run_id)), str(run_id))
     if run_id is None:
         run_id = f"{now().strftime('%Y%m%dT%H%M%SZ')}-{secrets.token_hex(2)}"
     elif config.run_id is None and not config.restart:
@@ -71,8 +68,12 @@ def choose_run(config: ClusterConfig, output: Store, runs: Store, published: str
         runs.delete(run_id)
         for folder in (*layout.PUBLISHED, layout.events_folder):
             output.delete(folder(run_id))
-    if runs.read_json(f"{run_id}/{layout.RUN_RECORD}") is None:
+    known = runs.read_json(f"{run_id}/{layout.RUN_RECORD}")
+    if known is None:
+        progress.claim(runs.child(run_id), run_id)
         runs.write_json(f"{run_id}/{layout.RUN_RECORD}", record(config, "begun", night))
+    elif known["state"] != "published":
+        runs.write_json(f"{run_id}/{layout.RUN_RECORD}", known | {"updated": now().isoformat(timespec="milliseconds")})
     return run_id
 
 

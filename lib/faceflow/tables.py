@@ -51,6 +51,9 @@ ORIGINS_SCHEMA = pa.schema([("file", pa.int32()), ("row", pa.int64()), ("hash", 
 """Where each entry of `ids/` came from: which of the run's input files, in sorted order, the row in it, a hash of the embedding
 (0 for a row set aside), and one of the exclusive column's value (0 for none)."""
 
+ROWS_TONIGHT_SCHEMA = pa.schema([pa.field("row", pa.int32(), nullable=False)])
+"""Of every face of last night, its row tonight, or -1."""
+
 PAST_SCHEMA = pa.schema([pa.field("past", pa.int32(), nullable=False), pa.field("face", pa.int32(), nullable=False)])
 """past: the row that each face of one part had in the run before, with the same embedding, else -1; face: the row of the same
 id, whatever its embedding was, else -1."""

@@ -13,7 +13,9 @@ import pytest
 from faceflow import ClusterConfig, run_clustering
 from faceflow.evaluation import evaluate
 from faceflow.stages import adoption
+from faceflow.storage.files import Store
 from faceflow.synthesis import synthesize
+from faceflow.tables import Parts
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -66,3 +68,17 @@ def test_a_given_floor_keeps_the_graphs_own_clusters(face_data: Path, tmp_path: 
     source = face_data / "celeba_dev_mobilefacenet128.parquet"
     assert "adopted" not in run(source, tmp_path / "given", min_similarity=0.49)
     assert "adopted" in run(source, tmp_path / "asked", min_similarity=0.49, adopt="always")
+
+
+def test_faces_that_stand_alone_are_not_all_in_memory_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts, begun, done = Parts(tuple(range(101))), [], []
+    monkeypatch.setattr(adoption, "read_vectors", lambda run, part, dim: begun.append(part) or np.ones((1, dim), np.float32))
+
+    def margins(faces: np.ndarray, people: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        assert len(begun) - len(done) <= 8
+        done.append(1)
+        return np.zeros(len(faces), np.int64), np.ones(len(faces))
+
+    monkeypatch.setattr(adoption.adoption, "margins", margins)
+    nearest, _ = adoption._compare(Store.at("nowhere"), parts, 4, np.arange(100), np.ones((3, 4), np.float32), 2)
+    assert len(nearest) == len(begun) == 100

@@ -168,17 +168,18 @@ def test_clean_keeps_what_is_in_force_and_what_may_be_at_work(
     (out / "latest.json").write_text(
         json.dumps(pointer | {"run_id": "two", "labels": "labels/run=two"})
     )  # an older one in force
-    for run_id, hours in (("working", 1), ("forgotten", 48)):
-        when = datetime.datetime.now(datetime.UTC) - datetime.timedelta(hours=hours)
-        record = {"state": "begun", "settings": {}, "updated": when.isoformat()}
+    for run_id, hours, spoke in (("working", 1, 1), ("forgotten", 48, 47), ("long", 30, 1)):
+        begun, said = (datetime.datetime.now(datetime.UTC) - datetime.timedelta(hours=ago) for ago in (hours, spoke))
+        record = {"state": "begun", "settings": {}, "updated": begun.isoformat()}
         Store.at(str(out)).write_json(f"_runs/{run_id}/{layout.RUN_RECORD}", record)
+        Store.at(str(out)).write_json(f"_runs/{run_id}/{layout.PROGRESS}", {"updated": said.isoformat()})
     assert main(["clean", str(out), "--keep", "1", "--dry-run"]) == 0
     assert "would remove 3 run(s)" in capsys.readouterr().out
     assert main(["clean", str(out), "--keep", "1"]) == 0
-    assert {p.name for p in (out / "_runs").iterdir()} == {"two", "four", "working"}
+    assert {p.name for p in (out / "_runs").iterdir()} == {"two", "four", "working", "long"}
     assert {p.name for p in (out / "labels").iterdir()} == {"run=two", "run=four"}
     assert main(["clean", str(out), "--keep", "0"]) == 0
-    assert {run.run_id for run in housekeeping.list_runs(str(out))} == {"two", "working"}
+    assert {run.run_id for run in housekeeping.list_runs(str(out))} == {"two", "working", "long"}
     assert main(["clean", str(tmp_path / "nothing"), "--keep", "0"]) == 2
     assert main(["clean", str(out), "--keep", "-1"]) == 2
 

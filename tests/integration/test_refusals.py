@@ -60,6 +60,12 @@ def linked_to_nothing(folder: Path) -> None:
     (folder / "a.parquet").symlink_to(folder / "gone.parquet")
 
 
+def linked_to_a_folder(folder: Path) -> None:
+    write_faces(folder.parent / "elsewhere" / "b.parquet", np.ones((3, 2), np.float32))
+    write_faces(folder / "a.parquet", np.ones((3, 2), np.float32))
+    (folder / "more").symlink_to(folder.parent / "elsewhere")
+
+
 def beside_a_note(folder: Path) -> None:
     write_faces(folder / "a.parquet", np.ones((3, 2), np.float32))
     (folder / "notes.txt").write_text("not faces")
@@ -94,6 +100,7 @@ CASES: dict[str, tuple[Callable[[Path], None], str]] = {
     "corrupted page": (damaged(lambda data: data[:60_000] + bytes(100) + data[60_100:]), "cannot read {a}: "),
     "no Parquet inside": (lambda folder: (folder / "a.parquet").write_bytes(b"id,embedding\n" * 9) and None, "cannot read {a}: Parquet magic bytes not found in footer. Either the file is corrupted or this is not a parquet file."),
     "link to nothing": (linked_to_nothing, "{a} is a link to a file that is not there: restore it or remove the link"),
+    "link to a folder": (linked_to_a_folder, "{in}/more is a link to a folder, and those are not followed: name the folder itself as input, or put the files, or links to them, in its place"),
     "file of another kind": (beside_a_note, "{in}/notes.txt is not a Parquet file (its name does not end in .parquet, .pq or .parq): move it away, or name the files with a glob"),
     "no rows": (of_nothing, "input {in} has no rows in its 1 Parquet file(s)"),
     "empty folder": (lambda folder: None, "input {in} holds no Parquet file"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,9 @@ import pytest
 from faceflow.errors import FingerprintError, InputError, PublishError, RunError, SettingsError
 from faceflow.storage import manifests
 from faceflow.storage.files import Store
-from faceflow.storage.inputs import contains, list_parquet
+from faceflow.storage.inputs import contains, list_faces, list_parquet
 from faceflow.storage.manifests import Manifest
+from tests.conftest import write_faces
 
 
 @pytest.fixture(params=["disk", "s3"])
@@ -180,3 +183,43 @@ def test_a_lost_piece_makes_the_stage_run_again(tmp_path: Path) -> None:
     assert manifests.load(store, "s", {}) is not None
     store.write_bytes("p", b"123")
     assert manifests.load(store, "s", {}) is None
+
+
+def test_a_file_shared_again_leaves_nothing_behind(tmp_path: Path) -> None:
+    store, other = Store.at(str(tmp_path / "one")), Store.at(str(tmp_path / "two"))
+    store.write_bytes("vectors/a", b"faces")
+    for _ in range(3):
+        assert other.share(store, "vectors/a", "vectors/b") == 5
+    assert [path.name for path in (tmp_path / "two" / "vectors").iterdir()] == ["b"]
+    store.delete("vectors")
+    assert other.read_bytes("vectors/b") == b"faces"
+
+
+def test_a_disk_without_second_names_gets_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_links(*given: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", no_links)
+    store, other = Store.at(str(tmp_path / "one")), Store.at(str(tmp_path / "two"))
+    store.write_bytes("a", b"faces")
+    assert other.share(store, "a", "b") == 5
+    assert [path.name for path in (tmp_path / "two").iterdir()] == ["b"]
+
+
+def test_links_to_files_are_what_they_lead_to(tmp_path: Path) -> None:
+    write_faces(tmp_path / "elsewhere" / "a.parquet", np.ones((3, 2), np.float32))
+    write_faces(tmp_path / "in" / "b.parquet", np.ones((2, 2), np.float32))
+    (tmp_path / "in" / "a.parquet").symlink_to(tmp_path / "elsewhere" / "a.parquet")
+
+    def states(address: str) -> dict[str, list[int | str | None]]:
+        return {Path(file.path).name: file.state for file in list_faces(address, None).files}
+
+    for address in (str(tmp_path / "in"), str(tmp_path / "in" / "*.parquet"), str(tmp_path / "in" / "a.parquet")):
+        found = states(address)
+        assert found["a.parquet"] == states(str(tmp_path / "elsewhere"))["a.parquet"]
+    assert found.keys() == {"a.parquet"}
+    before = states(str(tmp_path / "in"))
+    write_faces(tmp_path / "elsewhere" / "a.parquet", np.ones((4, 2), np.float32))
+    after = states(str(tmp_path / "in"))
+    assert before["b.parquet"] == after["b.parquet"]
+    assert before["a.parquet"] != after["a.parquet"]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -84,6 +85,12 @@ def _compare(
             for begin in range(0, len(here), BLOCK_FACES):
                 yield vectors[here[begin : begin + BLOCK_FACES]]
 
+    found: list[tuple[np.ndarray, np.ndarray]] = []
     with threadpool_limits(limits=1), ThreadPoolExecutor(threads) as pool:
-        found = list(pool.map(lambda block: adoption.margins(block, people), blocks()))
+        waiting: deque[Future[tuple[np.ndarray, np.ndarray]]] = deque()
+        for block in blocks():  # a few at a time: each holds its vectors
+            waiting.append(pool.submit(adoption.margins, block, people))
+            if len(waiting) > 2 * threads:
+                found.append(waiting.popleft().result())
+        found += [each.result() for each in waiting]
     return tuple(np.concatenate(columns) for columns in zip(*found, strict=True))  # type: ignore[return-value]

@@ -24,9 +24,9 @@ from faceflow.stages.pieces import part_faces
 from faceflow.stages.reading import good_entries, read_ids, read_rejected, read_vectors
 from faceflow.storage import layout
 from faceflow.storage.files import Store
-from faceflow.storage.inputs import list_faces
+from faceflow.storage.inputs import Listing
 from faceflow.storage.manifests import is_whole
-from faceflow.tables import MAX_FACES, ORIGINS_SCHEMA, PAST_SCHEMA, REJECTED_SCHEMA
+from faceflow.tables import MAX_FACES, ORIGINS_SCHEMA, PAST_SCHEMA, REJECTED_SCHEMA, ROWS_TONIGHT_SCHEMA, Parts
 
 log = logging.getLogger("faceflow")
 
@@ -58,12 +58,11 @@ class Side:
     starts: tuple[int, ...]
 
 
-def run(context: Context) -> Outcome:
+def run(context: Context, listing: Listing) -> Outcome:
     """Compare the files, read those that are not as they were, tell new faces from old ones, and carry over the rest."""
     past, executor, stores = context.past, context.executor, context.stores
     assert past is not None
-    config = context.config
-    store, files, snapshot = list_faces(config.input, config.storage_options, config.snapshot)
+    store, files, snapshot = listing
     before: Mapping[str, Any] = past.done["ingest"].fingerprint["input_files"]
     numbers = {f.path: i for i, f in enumerate(files)}
     same = {f.path for f in files if before.get(f.path) == f.state}
@@ -116,14 +115,16 @@ def run(context: Context) -> Outcome:
         raise InputError(f"input {context.config.input} has no face left in its {len(files)} Parquet file(s)")
     stayed = sum(part.faces for part in carried_parts)
     changed = sum(part.changed for part in new_parts)
+    after = Parts(tuple(np.cumsum([0, *faces]).tolist()))
+    sizes = executor.call(write_rows_tonight, stores.run, starts.faces, after, first, label="rows")
     result = {
         "faces": sum(faces), "rejected": sum(part.entries - part.faces for part in every), "dim": taken.dim,
         "files": len(files), "input_snapshot": snapshot,
         "added": sum(faces) - stayed - changed, "changed": changed, "removed": starts.faces - stayed - changed,
-        "starts": np.cumsum([0, *faces]).tolist(), "entries": np.cumsum([0, *(part.entries for part in every)]).tolist(),
+        "starts": list(after.starts), "entries": np.cumsum([0, *(part.entries for part in every)]).tolist(),
         "sources": bounds,
     }  # fmt: skip
-    return Outcome(result, merge_pieces([part.sizes for part in every]))
+    return Outcome(result, merge_pieces([sizes, *(part.sizes for part in every)]))
 
 
 def compact(rows: Sequence[int], wanted: int) -> list[int]:
@@ -143,6 +144,17 @@ def compact(rows: Sequence[int], wanted: int) -> list[int]:
                 bounds.remove(part)
             together += rows[part]
     return sorted(bounds)
+
+
+def write_rows_tonight(run: Store, past_faces: int, parts: Parts, carried: int) -> dict[str, int]:
+    """Write tonight's row of every face of last night, from the parts that hold any: the first so many."""
+    rows = np.full(past_faces, -1, np.int32)
+    for part in range(carried):
+        before = run.read_batch(layout.part("past", part)).column(0).to_numpy()
+        rows[before] = np.arange(parts.starts[part], parts.starts[part + 1])
+    sizes: dict[str, int] = {}
+    _write(run, layout.ROWS_TONIGHT, ROWS_TONIGHT_SCHEMA, [rows], sizes)
+    return sizes
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 from faceflow.cluster.executor import Executor
 from faceflow.config import ClusterConfig
 from faceflow.storage.files import Store
+from faceflow.storage.inputs import Listing
 from faceflow.storage.layout import RunStores
 from faceflow.storage.manifests import Manifest
 from faceflow.tables import Parts
@@ -43,7 +44,7 @@ class Context:
     """What a stage may use: settings, stores, the executor, and the manifests of the stages before it.
 
     effort: how often the search was found to miss too much and is widened; past: the run that a night starts from; first_id:
-    the first cluster id that was never given, for a night that has none.
+    the first cluster id that was never given, for a night that has none; listing: the input as this command found it, once.
     """
 
     config: ClusterConfig
@@ -53,6 +54,7 @@ class Context:
     effort: int = 0
     past: Past | None = None
     first_id: int = 0
+    listing: Listing | None = None
 
     @property
     def parts(self) -> Parts:

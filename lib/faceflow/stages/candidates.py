@@ -16,10 +16,10 @@ from faceflow.tables import CANDIDATES_SCHEMA, Parts
 
 
 def probes_of(columns: Sequence[pa.ListArray]) -> Probes:
-    counts = np.concatenate([np.diff(column.offsets.to_numpy()) for column in columns])
+    counts = np.concatenate([np.empty(0, np.int64), *(np.diff(column.offsets.to_numpy()) for column in columns)])
     offsets = np.zeros(len(counts) + 1, np.int64)
     np.cumsum(counts, out=offsets[1:])
-    return offsets, np.concatenate([column.flatten().to_numpy() for column in columns])
+    return offsets, np.concatenate([np.empty(0, np.int32), *(column.flatten().to_numpy() for column in columns)])
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,28 @@ class Gathered:
     bounds: np.ndarray
 
 
-def gather(run: Store, parts: Parts, dim: int, batches: Sequence[pa.RecordBatch]) -> Gathered:
-    """The faces of one batch of `cells/` a part, in row order, with their vectors from the batch or the part itself. These are
-    in `scratch`, and hold until the next call."""
-    rows = np.concatenate([batch.column(0).to_numpy() + first for batch, first in zip(batches, parts.starts, strict=False)])
+def that_probe(batch: pa.RecordBatch, cells: range) -> pa.RecordBatch:
+    """The faces of a batch of `cells/` that probe one of these cells."""
+    flat, offsets = batch.column(1).flatten().to_numpy(), batch.column(1).offsets.to_numpy()
+    inside = np.concatenate([[0], np.cumsum((flat >= cells.start) & (flat < cells.stop))])
+    offsets = offsets - offsets[0]
+    here = np.flatnonzero(inside[offsets[1:]] > inside[offsets[:-1]])
+    return batch if len(here) == batch.num_rows else batch.take(pa.array(here))
+
+
+def gather(run: Store, parts: Parts, dim: int, batches: Sequence[pa.RecordBatch], of: Sequence[int] | None = None) -> Gathered:
+    """The faces of one batch of `cells/` a part (of: these parts, ascending, only), in row order, with their vectors from the
+    batch or the part itself. These are in `scratch`, and hold until the next call."""
+    of = range(len(parts)) if of is None else of
+    rows = np.concatenate(
+        [
+            np.empty(0, np.int64),
+            *(batch.column(0).to_numpy() + parts.starts[part] for part, batch in zip(of, batches, strict=True)),
+        ]
+    )
     bounds = np.searchsorted(rows, parts.starts)
     vectors = scratch.array("vectors", (len(rows), dim), np.float32)
-    for part, batch in enumerate(batches):
+    for part, batch in zip(of, batches, strict=True):
         out = vectors[bounds[part] : bounds[part + 1]]
         if "vector" in batch.schema.names:
             out[:] = matrix(batch.column(2), dim)

@@ -5,47 +5,48 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from faceflow.config import ClusterConfig
 from faceflow.errors import InputError
 from faceflow.stages import arrivals
 from faceflow.stages.base import Context, Outcome, Stage
 from faceflow.stages.intake import judge, take_in
 from faceflow.stages.pieces import read_footers
-from faceflow.storage.files import FileInfo, Store
-from faceflow.storage.inputs import contains, list_faces
+from faceflow.storage.inputs import Listing, contains, list_faces
 
 log = logging.getLogger("faceflow")
 
 
-def _files(context: Context) -> tuple[list[FileInfo], dict[str, Any] | None]:
-    config = context.config
+def list_input(config: ClusterConfig) -> Listing:
+    """The files to read. Raises InputError where there are none, or where OUTPUT lies among them."""
     if contains(config.input, config.output, config.storage_options):
         raise InputError(
             f"OUTPUT {config.output} lies inside INPUT {config.input}: labels would become input; choose another place"
         )
-    return list_faces(config.input, config.storage_options, config.snapshot)[1:]
+    return list_faces(config.input, config.storage_options, config.snapshot)
+
+
+def _listing(context: Context) -> Listing:
+    return context.listing or list_input(context.config)
 
 
 def inputs(context: Context) -> dict[str, Any]:
     """The exact files this run is made from."""
     past = {"past run": context.past.run_id} if context.past is not None else {}
-    files, snapshot = _files(context)
-    known = {"input_snapshot": snapshot} if snapshot is not None else {}
-    return {"input_files": {f.path: f.state for f in files}} | known | past
+    listing = _listing(context)
+    known = {"input_snapshot": listing.snapshot} if listing.snapshot is not None else {}
+    return {"input_files": {f.path: f.state for f in listing.files}} | known | past
 
 
-def check_first_file(context: Context, path: str) -> None:
+def check_first_file(config: ClusterConfig, listing: Listing) -> None:
     """Refuse columns that are not there, or not of a fitting type, before a cluster starts and a run is begun."""
-    config = context.config
-    store = Store.at(config.input, config.storage_options)
-    read_footers(store, [path], config.id_column, config.embedding_column, config.exclusive_column)
+    read_footers(listing.store, [listing.files[0].path], config.id_column, config.embedding_column, config.exclusive_column)
 
 
 def run(context: Context) -> Outcome:
     """Read every footer, cut the rows into parts, then read, check and write the parts in parallel."""
+    store, files, snapshot = listing = _listing(context)
     if context.past is not None:
-        return arrivals.run(context)
-    config = context.config
-    store, files, snapshot = list_faces(config.input, config.storage_options, config.snapshot)
+        return arrivals.run(context, listing)
     taken = take_in(context, store, {f.path: i for i, f in enumerate(files)}, context.stores.run)
     judge(context, taken.bad, taken.entries[-1])
     counts = {

@@ -15,7 +15,7 @@ from faceflow import __version__
 from faceflow.cluster.executor import Resources
 from faceflow.errors import SettingsError
 from faceflow.kernels import plans, probing, quantizer, tiles
-from faceflow.stages import cells, floors
+from faceflow.stages import cells, floors, renewal
 from faceflow.stages.base import Context, Outcome, Past, Stage, merge_pieces
 from faceflow.stages.reading import read_quantizer, read_vectors
 from faceflow.storage import layout
@@ -25,9 +25,10 @@ from faceflow.tables import QUANTIZER_METADATA
 
 log = logging.getLogger("faceflow")
 
-MOST_ACTIVE, MOST_ACTIVE_IN_CELLS = 0.25, 0.1
-"""Share of faces that may come, change or go in a night for it to be searched as one: past that, all pairs are less work. With
-cells it is smaller, as who must find its neighbors alone probes far more of them (measured at 500,000: level at a tenth)."""
+MOST_ACTIVE, MOST_MOVED_IN_CELLS = 0.25, 0.1
+"""Share of faces that may have to be searched in a night for it to be searched as one: past that, all pairs are less work. With
+cells fewer may come, change or go, as who must find its neighbors alone probes far more of them (measured at 500,000: level at
+a tenth)."""
 
 MOST_GROWN = 1.5
 """Growth of the data set since the quantizer was trained, past which its cells are too few."""
@@ -98,7 +99,7 @@ def why_anew(context: Context) -> str | None:
     if before["nights"] + 1 >= config.full_every:
         return f"the last {config.full_every - 1} nights built on each other (--full-every)"
     moved = counts["added"] + counts["changed"] + counts["removed"]
-    if moved > (MOST_ACTIVE if before["index"] == "exact" else MOST_ACTIVE_IN_CELLS) * counts["faces"]:
+    if moved > (MOST_ACTIVE if before["index"] == "exact" else MOST_MOVED_IN_CELLS) * counts["faces"]:
         return f"{moved:,} of {counts['faces']:,} faces are new, changed or gone"
     if counts["faces"] > MOST_GROWN * before["trained_faces"]:
         return f"{counts['faces']:,} faces, but the plan was made for {before['trained_faces']:,}"
@@ -114,11 +115,16 @@ def carry(context: Context, past: Past) -> tuple[Outcome, str | None]:
     before = past.done["quantize"].counts
     counts: dict[str, Any] = {"incremental": True, "nights": before["nights"] + 1, "trained_faces": before["trained_faces"]}
     counts |= {key: before[key] for key in (*FLOORS, "index") if key in before}
+    last_night = context.last_night
+    assert last_night is not None
+    counts["active"] = renewal.count_active(context, last_night)
+    if sum(counts["active"]) > MOST_ACTIVE * parts.faces:
+        too_many = f"{sum(counts['active']):,} of {parts.faces:,} faces are new, or lost neighbors out of full tables"
+        _clear(run, too_many)
+        return Outcome(counts, {}), too_many
     if before["index"] == "exact":
         return Outcome(counts, {}), None
     pieces = {layout.CENTROIDS: run.share(past.run, layout.CENTROIDS, layout.CENTROIDS)}
-    last_night = context.last_night
-    assert last_night is not None
     old = len(last_night.sources)
     results = executor.map(cells.carry_homes, [(run, last_night, part, dim) for part in range(old)], "carry")
     results += executor.map(cells.settle_part, [(run, part, dim) for part in range(old, len(parts))], "quantize")
@@ -218,7 +224,7 @@ def _run_in_full(context: Context, counts: dict[str, Any]) -> Outcome:
 STAGE = Stage(
     name="quantize",
     reads=("vectors",),
-    writes=("quantizer", "cells", "homes"),
+    writes=("quantizer", "cells", "homes", "before"),
     settings=("index", "cells", "probes", "neighbors", "min_similarity", "edges", "seed", "full_every"),
     after=("ingest",),
     packages=("faceflow", "numpy"),

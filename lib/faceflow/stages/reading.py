@@ -81,11 +81,6 @@ def read_quantizer(run: Store, dim: int) -> tuple[np.ndarray, np.ndarray]:
     return matrix(batch.column(0), dim), np.array(record["shard_starts"])
 
 
-def rows_tonight(run: Store, past_faces: int, parts: Parts) -> np.ndarray:
-    """int32[past_faces]: tonight's row of each face of last night, -1 for those that are gone."""
-    rows = np.full(past_faces, -1, np.int32)
-    for part in range(len(parts)):
-        before = run.read_batch(layout.part("past", part)).column(0).to_numpy()
-        there = np.flatnonzero(before >= 0)
-        rows[before[there]] = parts.starts[part] + there
-    return rows
+def rows_tonight(run: Store) -> np.ndarray:
+    """Of a night's run: tonight's row of each face of last night, int32[...], -1 for those that are gone."""
+    return np.asarray(run.read_batch(layout.ROWS_TONIGHT).column(0).to_numpy())

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from faceflow.cluster.executor import Resources
 from faceflow.kernels import incremental, scratch, topk
 from faceflow.stages import cells
 from faceflow.stages.base import Context, LastNight
-from faceflow.stages.candidates import candidates_batch, gather, read_candidates
-from faceflow.stages.reading import read_column, read_vectors, rows_tonight
+from faceflow.stages.candidates import candidates_batch, gather, read_candidates, that_probe
+from faceflow.stages.reading import read_vectors, rows_tonight
 from faceflow.storage import layout
 from faceflow.storage.files import Store
 from faceflow.storage.manifests import is_whole
@@ -26,38 +28,67 @@ MOST_PARTS, FEWEST_TASKS = 4, 4
 there would be too few tasks."""
 
 ACTIVE_FACES = 65_536
-"""Where more are active, the cells are searched in several ranges, so that fewer need buffers at once."""
+"""Where more are active, the cells are searched in several ranges, so that fewer need buffers at once: RANGES for each so many,
+as a face probes cells of several."""
+
+RANGES = 4
+
+RESIDENT_SHARE = 4
+"""Of the memory that a task has, this part may be the vectors of its parts, where they have to be fetched."""
 
 
-def search_night(context: Context, past: LastNight) -> int:
-    """Carry over last night's tables, and search for the active faces; returns the number of candidate files."""
+def count_active(context: Context, past: LastNight) -> list[int]:
+    """How many faces of each part must be searched: the new ones, and those who lost neighbors out of a full table."""
+    counts, run, parts = context.done["ingest"].counts, context.stores.run, context.parts
+    gone = counts["removed"] + counts["changed"] > 0
+    pieces = [(run, past, parts, part, context.config.neighbors, gone) for part in range(len(parts))]
+    return context.executor.map(find_active, pieces, "active")
+
+
+def search_night(context: Context) -> int:
+    """Search for the active faces; returns the number of candidate files."""
     config, parts, run, executor = context.config, context.parts, context.stores.run, context.executor
     weak_floor = context.floors[1]
     every = range(len(parts))
-    counts = context.done["ingest"].counts
-    gone = counts["removed"] + counts["changed"] > 0
-    found = executor.map(find_active, [(run, past, parts, part, config.neighbors, gone) for part in every], "active")
+    resources = Resources(custom=config.search_resource)
+    found = context.done["quantize"].counts["active"]
     if context.done["quantize"].counts["index"] == "exact":
         executor.map(
             search_exact_part,
             [(run, parts, part, context.dim, config.neighbors, weak_floor) for part in every],
             "search",
             sizes=[parts.rows(part) for part in every],
+            resources=resources,
         )
         return len(parts)
     count = context.done["quantize"].counts["cells"]
-    groups = min(count, max(1, -(-sum(found) // ACTIVE_FACES)))
-    starts = tuple(count * i // groups for i in range(groups + 1))
-    executor.map(assign_active, [(run, part, context.dim, starts) for part in every], "probe")
-    tasks = -(-len(parts) // min(MOST_PARTS, max(1, len(parts) // FEWEST_TASKS)))
-    groups_of = [range(len(parts) * task // tasks, len(parts) * (task + 1) // tasks) for task in range(tasks)]
+    ranges = min(count, 1 if sum(found) <= ACTIVE_FACES else -(-RANGES * sum(found) // ACTIVE_FACES))
+    starts = tuple(count * i // ranges for i in range(ranges + 1))
+    from_parts = tuple(part for part in every if found[part])
+    executor.map(assign_active, [(run, part, context.dim, starts) for part in from_parts], "probe", resources=resources)
+    most = MOST_PARTS
+    if not run.is_local:
+        largest = 4 * context.dim * max(parts.rows(part) for part in every)
+        most = max(1, min(most, (config.memory_limit or executor.worker_memory) // RESIDENT_SHARE // max(1, largest)))
+    tasks = -(-len(parts) // min(most, max(1, len(parts) // FEWEST_TASKS)))
+    groups = [range(len(parts) * task // tasks, len(parts) * (task + 1) // tasks) for task in range(tasks)]
     executor.map(
         search_parts,
-        [(run, parts, here, i, tasks, context.dim, starts, config.neighbors, weak_floor) for i, here in enumerate(groups_of)],
+        [
+            (run, parts, here, i, tasks, from_parts, context.dim, starts, config.neighbors, weak_floor, 1)
+            for i, here in enumerate(groups)
+        ],
         "search",
-        sizes=[parts.starts[here.stop] - parts.starts[here.start] for here in groups_of],
+        sizes=[parts.starts[here.stop] - parts.starts[here.start] for here in groups],
+        resources=resources,
+        smaller=in_smaller_steps,
     )
     return tasks
+
+
+def in_smaller_steps(piece: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments of `search_parts` for the same parts in twice as many steps."""
+    return (*piece[:-1], 2 * piece[-1])
 
 
 def find_active(run: Store, past: LastNight, parts: Parts, part: int, neighbors: int, gone: bool) -> int:
@@ -83,7 +114,7 @@ def _carried(run: Store, past: LastNight, parts: Parts, part: int, neighbors: in
         return NeighborTable(first, *nothing), np.full(len(before), ACTIVE, np.uint8)
     source = past.sources[part]
     table = NeighborTable.joined([past.run.read_batch(layout.part("neighbors", each)) for each in source])
-    now = rows_tonight(run, past.parts.faces, parts)
+    now = rows_tonight(run)
     kept = before - past.parts.starts[source.start]
     if np.array_equal(now, np.arange(past.parts.faces)):
         return NeighborTable(first, table.offsets, table.rows, table.values), np.zeros(len(kept), np.uint8)
@@ -106,23 +137,29 @@ def assign_active(run: Store, part: int, dim: int, starts: tuple[int, ...]) -> N
 
 
 def search_parts(
-    run: Store, parts: Parts, here: range, task: int, tasks: int, dim: int, starts: tuple[int, ...], neighbors: int,
-    floor: float | None,
+    run: Store, parts: Parts, here: range, task: int, tasks: int, from_parts: Sequence[int], dim: int,
+    starts: tuple[int, ...], neighbors: int, floor: float | None, steps: int,
 ) -> None:  # fmt: skip
-    """Compare the active faces with all others of these parts that live in a cell they probe, and with each other in the task's
-    share of the cells; write the candidates of every part, which may name a face several times."""
+    """Compare the active faces, which are in from_parts, with all others of these parts that live in a cell they probe, and
+    with each other in the task's share of the cells; write the candidates of every part, which may name a face several times.
+    The cells between two starts one after the other in `steps` groups, so that fewer active faces are in memory at once."""
     name = layout.candidates(task)
     if is_whole(run, name):
         return
     residents = _residents(run, parts, here, dim, starts[-1])
     own = range(starts[-1] * task // tasks, starts[-1] * (task + 1) // tasks)
     lists: list[topk.CandidateList] = []
-    for index, span in enumerate(itertools.pairwise(starts)):
-        fresh = gather(run, parts, dim, [run.read_batch(layout.part("fresh", part), index) for part in range(len(parts))])
-        keys = scratch.array("keys", ((len(fresh.rows) + incremental.MOST_RESIDENTS) * topk.room_for(neighbors),), np.uint64)
-        lists += incremental.search_cells(
-            fresh.vectors, fresh.rows, fresh.probes, range(*span), own, residents, neighbors, floor, keys
-        )
+    for index, (begin, end) in enumerate(itertools.pairwise(starts)):
+        batches = [run.read_batch(layout.part("fresh", part), index) for part in from_parts]
+        cuts = sorted({begin + (end - begin) * step // steps for step in range(steps + 1)})
+        for span in itertools.starmap(range, itertools.pairwise(cuts)):
+            fresh = gather(run, parts, dim, [that_probe(batch, span) for batch in batches], from_parts)
+            keys = scratch.array(
+                "keys", ((len(fresh.rows) + incremental.MOST_RESIDENTS) * topk.room_for(neighbors),), np.uint64
+            )
+            lists += incremental.search_cells(
+                fresh.vectors, fresh.rows, fresh.probes, span, own, residents, neighbors, floor, keys
+            )
     _write_lists(run, name, parts, incremental.joined(lists))
 
 
@@ -199,7 +236,9 @@ def search_exact_part(run: Store, parts: Parts, part: int, dim: int, neighbors: 
 def merge_night(run: Store, past: LastNight, parts: Parts, part: int, files: int, neighbors: int) -> NeighborTable:
     """One part's neighbor table: what was carried over, and the new candidates. Writes the faces' states."""
     carried, state = _carried(run, past, parts, part, neighbors)
-    new = read_column(run, "past", range(len(parts))) < 0
+    new = np.ones(parts.faces, bool)
+    there = rows_tonight(run)
+    new[there[there >= 0]] = False
     lists = read_candidates(run, [layout.candidates(index) for index in range(files)], part)
     *table, changed = incremental.merge_into(
         (carried.offsets, carried.rows, carried.values), lists, state == ACTIVE, new, neighbors

@@ -15,7 +15,7 @@ from faceflow.kernels import edges, graphs, impostors, probing, quantizer, recal
 from faceflow.kernels import search as cpu
 from faceflow.stages import renewal
 from faceflow.stages.base import Context, LastNight, Outcome, Stage, merge_pieces
-from faceflow.stages.candidates import candidates_batch, gather, read_candidates, write_candidates
+from faceflow.stages.candidates import candidates_batch, gather, read_candidates, that_probe, write_candidates
 from faceflow.stages.reading import matrix, read_quantizer, read_vectors
 from faceflow.storage import layout
 from faceflow.storage.files import Store
@@ -46,7 +46,7 @@ def run(context: Context) -> Outcome:
         context.executor.call(check_gpu, config.neighbors, label="gpu", resources=resources)
     past = context.last_night if night else None
     if past is not None:
-        shards = renewal.search_night(context, past)
+        shards = renewal.search_night(context)
     elif plan["index"] == "exact":
         blocks = exact_blocks(parts)
         shards = len(blocks)
@@ -91,8 +91,8 @@ def run(context: Context) -> Outcome:
 
 STAGE = Stage(
     name="search",
-    reads=("vectors", "quantizer", "cells", "homes"),
-    writes=("before", "fresh", "candidates", "certificate", "neighbors", "state"),
+    reads=("vectors", "quantizer", "cells", "homes", "before"),
+    writes=("fresh", "candidates", "certificate", "neighbors", "state"),
     scratch=("before", "fresh", "candidates", "certificate"),
     settings=("neighbors", "min_similarity", "recall_sample", "seed", "gpu_float16"),
     after=("ingest", "quantize"),
@@ -214,7 +214,7 @@ def _search_cells(
     neighbors: int, floor: float | None, on_gpu: bool, float16: bool,
 ) -> None:  # fmt: skip
     """Gather the faces that probe these cells of a shard, search them, and write the candidates of every part."""
-    batches = [_that_probe(run.read_batch(layout.part("cells", part), shard), cells) for part in range(len(parts))]
+    batches = [that_probe(run.read_batch(layout.part("cells", part), shard), cells) for part in range(len(parts))]
     found = gather(run, parts, dim, batches)
     if on_gpu:
         from faceflow.kernels import gpu
@@ -226,15 +226,6 @@ def _search_cells(
     rows, bounds = found.rows, found.bounds
     del batches, found  # the vectors are most of the memory
     write_candidates(run, name, parts, rows, bounds, buffers)
-
-
-def _that_probe(batch: pa.RecordBatch, cells: range) -> pa.RecordBatch:
-    """The faces of a shard's batch that probe one of these cells."""
-    flat, offsets = batch.column(1).flatten().to_numpy(), batch.column(1).offsets.to_numpy()
-    inside = np.concatenate([[0], np.cumsum((flat >= cells.start) & (flat < cells.stop))])
-    offsets = offsets - offsets[0]
-    here = np.flatnonzero(inside[offsets[1:]] > inside[offsets[:-1]])
-    return batch if len(here) == batch.num_rows else batch.take(pa.array(here))
 
 
 def merge_part(

@@ -282,8 +282,15 @@ class Store:
                 try:
                     os.link(source.address(relative), temporary)
                 except OSError:
-                    shutil.copyfile(source.address(relative), temporary)
-                os.replace(temporary, path)
+                    with self.open_write(target) as file, open(source.address(relative), "rb") as original:
+                        shutil.copyfileobj(original, file, 16 * 2**20)
+                else:
+                    try:
+                        os.replace(temporary, path)
+                    finally:
+                        # Of two names of one file nothing becomes of a rename: the first stays.
+                        with contextlib.suppress(FileNotFoundError):
+                            os.unlink(temporary)
             elif not self.is_local and not source.is_local and self.options == source.options:
                 self.fs.copy(source.address(relative), self.address(target))
             else:

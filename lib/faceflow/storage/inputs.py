@@ -5,11 +5,12 @@ from __future__ import annotations
 import glob
 import os
 import socket
+import stat
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import pyarrow as pa
@@ -22,9 +23,15 @@ from faceflow.storage.files import FileInfo, Store, explain
 FOOTERS_AT_ONCE = 8
 
 
-def list_faces(
-    address: str, options: Mapping[str, Any] | None, snapshot: int | None = None
-) -> tuple[Store, list[FileInfo], dict[str, Any] | None]:
+class Listing(NamedTuple):
+    """The Parquet files of an input as they were when it was listed, by path; snapshot: of which table's, if it is one."""
+
+    store: Store
+    files: list[FileInfo]
+    snapshot: dict[str, Any] | None
+
+
+def list_faces(address: str, options: Mapping[str, Any] | None, snapshot: int | None = None) -> Listing:
     """The Parquet files of a file, folder or glob (`list_parquet`), or of a snapshot of a Delta or Iceberg table, and then also
     which one: {"format", "snapshot"}.
 
@@ -40,14 +47,14 @@ def list_faces(
         kind = None  # whatever is wrong, a plain listing says best
     if kind is not None:
         found = lakes.open_snapshot(store, kind, snapshot)
-        return store, found.files, {"format": kind, "snapshot": found.version}
+        return Listing(store, found.files, {"format": kind, "snapshot": found.version})
     if snapshot is not None:
         raise SettingsError(f"snapshot is {snapshot}, but {address} is neither a Delta nor an Iceberg table")
     store, listed = list_parquet(address, options)
     if store.is_local:
         with ThreadPoolExecutor(FOOTERS_AT_ONCE) as pool:
             listed = [replace(file, rows=rows) for file, rows in zip(listed, pool.map(_rows_of, listed), strict=True)]
-    return store, listed, None
+    return Listing(store, listed, None)
 
 
 def _rows_of(file: FileInfo) -> int | None:
@@ -73,9 +80,11 @@ def list_parquet(address: str, options: Mapping[str, Any] | None) -> tuple[Store
             fs.invalidate_cache()
         if glob.has_magic(root) and not fs.exists(root):
             found = {prefix + p if prefix and not p.startswith(prefix) else p: i for p, i in fs.glob(root, detail=True).items()}
+            if store.is_local:
+                found = {path: _followed(path, info) for path, info in found.items()}
             chosen = {p: i for p, i in found.items() if i["type"] == "file"}
         elif fs.isfile(root):
-            chosen = {root: fs.info(root)}
+            chosen = {root: _followed(root, fs.info(root)) if store.is_local else fs.info(root)}
         else:
             if not fs.exists(root):
                 raise InputError(f"input {address} does not exist: name a Parquet file, a folder of them or a glob")
@@ -84,16 +93,22 @@ def list_parquet(address: str, options: Mapping[str, Any] | None) -> tuple[Store
             for path, info in listing.items():
                 full = prefix + path if prefix and not path.startswith(prefix) else path
                 relative = full[len(root) :].lstrip("/")
-                if store.is_local and os.path.islink(full) and not os.path.exists(full):
-                    raise InputError(f"{one_line(full)} is a link to a file that is not there: restore it or remove the link")
-                if info.get("type") != "file" or any(part[:1] in "._" for part in relative.split("/")):
+                if any(part[:1] in "._" for part in relative.split("/")):
+                    continue
+                entry = _followed(full, info) if store.is_local else info
+                if entry["type"] == "directory":
+                    raise InputError(
+                        f"{one_line(full)} is a link to a folder, and those are not followed: name the folder itself as input, "
+                        "or put the files, or links to them, in its place"
+                    )
+                if entry["type"] != "file":
                     continue
                 if not relative.lower().endswith((".parquet", ".pq", ".parq")):
                     raise InputError(
                         f"{one_line(full)} is not a Parquet file (its name does not end in .parquet, .pq or .parq): "
                         "move it away, or name the files with a glob"
                     )
-                chosen[full] = info
+                chosen[full] = entry
     except InputError:
         raise
     except Exception as error:
@@ -101,6 +116,21 @@ def list_parquet(address: str, options: Mapping[str, Any] | None) -> tuple[Store
     if not chosen:
         raise InputError(f"input {address} holds no Parquet file")
     return store, [_file_info(path, chosen[path]) for path in sorted(chosen)]
+
+
+def _followed(path: str, info: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a file system says of a local path, or, where that is a link, of what it leads to.
+
+    Raises InputError where that is not there.
+    """
+    if not os.path.islink(path):
+        return info
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        raise InputError(f"{one_line(path)} is a link to a file that is not there: restore it or remove the link") from None
+    kind = "directory" if stat.S_ISDIR(found.st_mode) else "file" if stat.S_ISREG(found.st_mode) else "other"
+    return {"type": kind, "size": found.st_size, "mtime": found.st_mtime}
 
 
 def list_file(address: str, options: Mapping[str, Any] | None) -> tuple[Store, FileInfo]:

@@ -18,6 +18,10 @@ from faceflow.storage.files import FileInfo, Store, explain
 INSTALL = "it takes the lakes extra: pip install 'faceflow[lakes]'"
 
 
+COMMITS_READ = 50
+"""Of a table of labels, in search of the newest that a run made."""
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """One state of a table. kind: delta or iceberg; version: Delta's version or Iceberg's snapshot id; files: data files."""
@@ -178,6 +182,27 @@ def _iceberg_io(store: Store) -> dict[str, str]:
     return {names[key]: value for key, value in _s3_settings(store).items() if value} if not store.is_local else {}
 
 
+def committed(store: Store) -> str | None:
+    """The run that last put its labels into a Delta table, if any of the newest commits did (upkeep of the table may have come
+    after). Raises RunError where it cannot be read."""
+    try:
+        from deltalake import DeltaTable
+        from deltalake.exceptions import DeltaError
+    except ImportError:
+        raise SettingsError(f"--labels-table writes a Delta table, and for that {INSTALL}") from None
+    options = _object_store(store)
+    try:
+        if not DeltaTable.is_deltatable(store.root, storage_options=options):
+            return None
+        commits = DeltaTable(store.root, storage_options=options).history(COMMITS_READ)
+        return next((commit["faceflow_run_id"] for commit in commits if "faceflow_run_id" in commit), None)
+    except (DeltaError, OSError) as error:
+        raise RunError(
+            f"the labels are in force, but their Delta table {one_line(store.root)} cannot be read: {explain(error)}; "
+            "the same command tries again"
+        ) from error
+
+
 def commit_labels(store: Store, run_id: str, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> int:
     """Replace the content of a Delta table by these labels, in one commit; returns its version. A run that has committed before
     does not commit again.
@@ -191,18 +216,15 @@ def commit_labels(store: Store, run_id: str, schema: pa.Schema, batches: Iterabl
         raise SettingsError(f"--labels-table writes a Delta table, and for that {INSTALL}") from None
     options = _object_store(store)
     try:
-        if DeltaTable.is_deltatable(store.root, storage_options=options):
-            table = DeltaTable(store.root, storage_options=options, without_files=True)
-            for commit in table.history(1):
-                if commit.get("faceflow_run_id") == run_id:
-                    return table.version()
-        elif store.is_local:
+        if committed(store) == run_id:
+            return DeltaTable(store.root, storage_options=options).version()
+        if store.is_local:
             store.check_writable()
         write_deltalake(
             store.root, pa.RecordBatchReader.from_batches(schema, batches), mode="overwrite", schema_mode="overwrite",
             storage_options=options, commit_properties=CommitProperties(custom_metadata={"faceflow_run_id": run_id}),
         )  # fmt: skip
-        return DeltaTable(store.root, storage_options=options, without_files=True).version()
+        return DeltaTable(store.root, storage_options=options).version()
     except (DeltaError, OSError) as error:
         raise RunError(
             f"the labels are in force, but their Delta table {one_line(store.root)} was not written: {explain(error)}; "

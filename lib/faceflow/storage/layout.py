@@ -65,6 +65,9 @@ CLUSTERS = "clusters/clusters.arrow"
 CLUSTERS_OF_FACES = "clusters/faces.arrow"
 
 
+ROWS_TONIGHT = "past/rows.arrow"
+"""Of every face of last night, its row tonight."""
+
 ARRIVALS = "arrivals"
 """What a night reads anew, laid out like a run directory of its own."""
 
