@@ -38,10 +38,10 @@ RESUMED = ("driver", "raylet")
 """Victims whose death may end the command; it is given again. (A raylet's does only while Ray is starting.)"""
 
 
-def command(source: Path, output: Path, seed: int, *more: str) -> list[str]:
+def command(source: Path, output: Path, seed: int, *more: str, job: str = "cluster") -> list[str]:
     flags = ["--index", "cells", "--cells", "60", "--neighbors", "20", "--workers", "2", "--seed", str(seed), "--quiet"]
     flags += ["--min-similarity", ("0.55", "0.75")[seed]]  # with the same floor both seeds find the same people
-    return [sys.executable, str(ROOT / "jobs" / "cluster.py"), str(source), str(output), *flags, *more]
+    return [sys.executable, str(ROOT / "jobs" / f"{job}.py"), str(source), str(output), *flags, *more]
 
 
 def start(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
@@ -141,6 +141,55 @@ def test_labels_survive_kills(tmp_path: Path, two_machines: TwoMachines) -> None
     assert reader.reads > 10 * KILLS
     assert sum(killed.values()) >= 0.85 * KILLS  # the others came too late: the run had ended
     assert {kind.split()[0] for kind in killed} == set(VICTIMS[: -(-KILLS // len(STAGES))])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(KILLS * 90 + 300)
+def test_nights_survive_kills(tmp_path: Path, two_machines: TwoMachines) -> None:
+    synthesize(str(tmp_path / "made"), 40_500, dim=64)
+    faces = pa.concat_tables([pq.read_table(f) for f in sorted((tmp_path / "made").glob("*.parquet"))])
+    source, base, log = tmp_path / "in", tmp_path / "base", tmp_path / "log"
+    source.mkdir()
+    for i in range(4):
+        pq.write_table(faces.slice(10_000 * i, 10_000), source / f"{i}.parquet")
+    assert start(command(source, base, 0, job="nightly"), log).wait(300) == 0, log.read_text()[-3000:]
+    pq.write_table(faces.slice(40_000), source / "4.parquet")
+    pq.write_table(faces.slice(20_050, 9_950), source / "2.parquet")  # fifty go
+    shutil.copytree(base, tmp_path / "calm", copy_function=os.link)
+    assert start(command(source, tmp_path / "calm", 0, job="nightly"), log).wait(300) == 0, log.read_text()[-3000:]
+    truth = [labels_of(base), labels_of(tmp_path / "calm")]
+    assert not truth[0].equals(truth[1])
+    rng = np.random.default_rng(20261124)
+    killed: dict[str, int] = {}
+    reads = 0
+    for attempt in range(KILLS):
+        stage, kind = STAGES[attempt % len(STAGES)].name, VICTIMS[(attempt // len(STAGES)) % len(VICTIMS)]
+        output = tmp_path / "out"
+        shutil.copytree(base, output, copy_function=os.link)
+        reader = Reader(output, truth)
+        reader.start()
+        more = ("--address", two_machines.address) if kind == "node" else ()
+        arguments = command(source, output, 0, *more, job="nightly")
+        before = set((output / "_runs").iterdir())
+        process = start(arguments, log)
+        if wait_for_stage(process, output, before, stage) and strike(process, kind, two_machines, rng):
+            killed[f"{kind} in {stage}"] = killed.get(f"{kind} in {stage}", 0) + 1
+        code = process.wait(300)
+        what = f"attempt {attempt}: {kind} killed in {stage}: exit code {code}\n"
+        assert code == 0 or (kind in RESUMED and code in (3, -signal.SIGKILL)), what + log.read_text()[-3000:]
+        if code != 0:
+            assert start(arguments, log).wait(300) == 0, what + log.read_text()[-3000:]
+        assert labels_of(output).equals(truth[1]), what
+        counts = [json.loads(f.read_text())["counts"] for f in output.glob("_runs/*/manifests/quantize.json")]
+        assert sorted(found["incremental"] for found in counts) == [False, True], what
+        reader.stop()
+        assert reader.wrong == [], what
+        reads += reader.reads
+        two_machines.mend()
+        shutil.rmtree(output)
+        print(f"{attempt + 1} attempts, {sum(killed.values())} kills, {reads} reads", flush=True)
+    print(f"\n{sum(killed.values())} kills, {reads} reads: {dict(sorted(killed.items()))}")
+    assert sum(killed.values()) >= 0.75 * KILLS  # the others came too late: the night had ended
 
 
 def strike(process: subprocess.Popen[bytes], kind: str, machines: TwoMachines, rng: np.random.Generator) -> bool:

@@ -20,6 +20,7 @@ from faceflow.errors import InputError, SettingsError
 from faceflow.evaluation import evaluate
 from faceflow.kernels import incremental
 from faceflow.stages import arrivals, intake, quantize, renewal
+from faceflow.storage.files import Store
 from tests.benchmarks.nightly import labels_of, replay
 from tests.conftest import S3, write_faces
 from tests.integration.nights import SETTINGS, Lake, manifest, night, table_of
@@ -221,6 +222,17 @@ def test_small_parts_of_many_nights_become_one(tmp_path: Path, monkeypatch: pyte
     assert sorted((line["id"], line["row"]) for line in lines) == [(f"bad-{i}", 6) for i in range(1, 8)]
 
 
+def test_ids_of_another_type_are_refused(tmp_path: Path) -> None:
+    lake = Lake(tmp_path / "in", 17)
+    lake.add("a.parquet", 50)
+    first = night(tmp_path / "in", tmp_path / "out")
+    (tmp_path / "in" / "a.parquet").unlink()
+    write_faces(tmp_path / "in" / "b.parquet", np.ones((3, 16), np.float32), pa.array([1, 2, 3]))
+    with pytest.raises(InputError, match="ids were string in the published run, but are int64 in tonight's files"):
+        night(tmp_path / "in", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "latest.json").read_text())["run_id"] == first.run_id
+
+
 def test_another_column_is_read_again(tmp_path: Path) -> None:
     lake = Lake(tmp_path / "in", 13)
     lake.add("a.parquet", 100)
@@ -277,17 +289,25 @@ def test_lfw_in_ten_nights(face_data: Path, tmp_path: Path) -> None:
     assert abs(ours.bcubed_f - theirs.bcubed_f) < 0.003
 
 
-def test_nights_on_s3(s3: S3, tmp_path: Path, blobs: Callable[..., tuple[np.ndarray, np.ndarray]]) -> None:
+def test_nights_on_s3(
+    s3: S3, tmp_path: Path, blobs: Callable[..., tuple[np.ndarray, np.ndarray]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     import s3fs
+
+    monkeypatch.setattr(arrivals, "MOST_SMALL", 2)
 
     x, truth = blobs(identities=20, size=30)
     fs = s3fs.S3FileSystem(**s3.options, use_listings_cache=False)
     config = ClusterConfig("s3://faces/nights/in", "s3://faces/nights/out", storage_options=s3.options, index="cells", cells=8)
-    for i, rows in enumerate((range(500), range(500, 560), range(560, 600))):
+    # Faces come, and then five of the first file go.
+    for i, rows in enumerate((range(500), range(500, 530), range(530, 560), range(560, 600), range(5, 500))):
         path = write_faces(tmp_path / f"{i}.parquet", x[rows], pa.array([f"{r}" for r in rows]))
-        fs.put_file(str(path), f"faces/nights/in/{i}.parquet")
+        fs.put_file(str(path), f"faces/nights/in/{i % 4}.parquet")
         result = run_nightly(config, progress=False, report=False)
-        assert result.faces == rows.stop
+        assert result.faces == (rows.stop if i < 4 else 595)
+    run = Store.at(f"s3://faces/nights/out/_runs/{result.run_id}", s3.options)
+    assert (run.read_json("manifests/quantize.json") or {})["counts"]["incremental"]
+    assert len((run.read_json("manifests/ingest.json") or {})["counts"]["starts"]) - 1 <= 3
     files = fs.glob(f"faces/nights/out/labels/run={result.run_id}/*.parquet")
     found = pa.concat_tables([pq.read_table(fs.open(f)) for f in sorted(files)])
     clusters = {(int(truth[int(i)]), c) for i, c in zip(found["id"].to_pylist(), found["cluster"].to_pylist(), strict=True)}

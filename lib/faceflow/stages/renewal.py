@@ -33,8 +33,9 @@ as a face probes cells of several."""
 
 RANGES = 4
 
-RESIDENT_SHARE = 4
-"""Of the memory that a task has, this part may be the vectors of its parts, where they have to be fetched."""
+RESIDENT_BYTES = 768 * 2**20
+"""Of the vectors of a task's parts, where they have to be fetched. How faces are dealt to tasks must follow from the data
+alone: whoever continues an interrupted night takes over what some of them have found."""
 
 
 def count_active(context: Context, past: LastNight) -> list[int]:
@@ -69,7 +70,7 @@ def search_night(context: Context) -> int:
     most = MOST_PARTS
     if not run.is_local:
         largest = 4 * context.dim * max(parts.rows(part) for part in every)
-        most = max(1, min(most, (config.memory_limit or executor.worker_memory) // RESIDENT_SHARE // max(1, largest)))
+        most = max(1, min(most, RESIDENT_BYTES // max(1, largest)))
     tasks = -(-len(parts) // min(most, max(1, len(parts) // FEWEST_TASKS)))
     groups = [range(len(parts) * task // tasks, len(parts) * (task + 1) // tasks) for task in range(tasks)]
     executor.map(

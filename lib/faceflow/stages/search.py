@@ -75,6 +75,7 @@ def run(context: Context) -> Outcome:
         sizes=[parts.rows(part) for part in range(len(parts))],
     )
     begun = time.perf_counter()
+    context.executor.call(join_queries, run, context.dim, len(parts), label="sampled")
     context.executor.map(
         search_truth,
         [(run, parts, part, context.dim, config.neighbors, floor) for part in range(len(parts))],
@@ -264,16 +265,19 @@ def merge_part(
     return {each: run.size(each) or 0 for each in names}, len(table.rows)
 
 
-def _read_queries(run: Store, parts: Parts) -> pa.Table:
-    return pa.Table.from_batches([run.read_batch(layout.queries(part)) for part in range(len(parts))]).combine_chunks()
+def join_queries(run: Store, dim: int, parts: int) -> None:
+    """Write the sampled faces of all parts as one batch, which every part's search of the truth reads."""
+    if not is_whole(run, layout.ALL_QUERIES):
+        joined = pa.Table.from_batches([run.read_batch(layout.queries(part)) for part in range(parts)]).combine_chunks()
+        run.write_arrow(layout.ALL_QUERIES, queries_schema(dim), joined.to_batches())
 
 
 def search_truth(run: Store, parts: Parts, part: int, dim: int, neighbors: int, floor: float | None) -> None:
     """Search all sampled faces exactly in one part."""
     if is_whole(run, layout.truth(part)):
         return
-    queries = _read_queries(run, parts)
-    vectors = np.ascontiguousarray(matrix(queries["vector"].chunk(0), dim))
+    queries = run.read_batch(layout.ALL_QUERIES)
+    vectors = np.ascontiguousarray(matrix(queries["vector"], dim))
     offsets, keys = recall.search_part(
         vectors, queries["row"].to_numpy(), read_vectors(run, part, dim), parts.starts[part], neighbors, floor
     )
@@ -284,10 +288,10 @@ def certify(
     run: Store, parts: Parts, dim: int, sampled: int, neighbors: int, floor: float | None
 ) -> tuple[recall.Certificate, np.ndarray]:
     """Compare what was found for the sampled faces with the truth; also by similarity (`recall.add_bands`)."""
-    queries = _read_queries(run, parts)
+    queries = run.read_batch(layout.ALL_QUERIES)
     lists = read_candidates(run, [layout.truth(part) for part in range(len(parts))], 0)
     offsets, rows, similarities = topk.merge(lists, sampled, neighbors + 1)
-    found = NeighborTable.from_batch(pa.record_batch([queries["neighbors"].chunk(0)], names=["neighbors"]), 0)
+    found = NeighborTable.from_batch(pa.record_batch([queries["neighbors"]], names=["neighbors"]), 0)
     counts, bands = np.zeros((2, sampled), np.int64), np.zeros((2, recall.BANDS), np.int64)
     for i, row in enumerate(queries["row"].to_pylist()):
         here = slice(offsets[i], offsets[i + 1])

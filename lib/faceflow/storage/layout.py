@@ -43,6 +43,10 @@ def queries(part: int) -> str:
     return f"certificate/queries-{part:05d}.arrow"
 
 
+ALL_QUERIES = "certificate/queries.arrow"
+"""The same of all parts."""
+
+
 def truth(part: int) -> str:
     """What exact search finds in one part for every sampled face."""
     return f"certificate/truth-{part:05d}.arrow"
