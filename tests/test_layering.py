@@ -17,6 +17,7 @@ LAYERS = [
     {"kernels", "storage", "cluster"},
     {"stages"},
     {
+        "advance",
         "pipeline",
         "report",
         "runs",

@@ -17,7 +17,7 @@ import pytest
 
 from faceflow import progress
 from faceflow.config import ClusterConfig
-from faceflow.errors import SettingsError
+from faceflow.errors import RunError
 from faceflow.runs import choose_run
 from faceflow.storage import layout
 
@@ -55,7 +55,7 @@ def test_a_run_in_hand_is_left_alone(tmp_path: Path, unfinished: Path, sleeper: 
     speak(unfinished, pid=sleeper)
     if settings.pop("named", False):
         settings["run_id"] = unfinished.name
-    with pytest.raises(SettingsError, match=rf"{unfinished.name} is at work: process {sleeper} on .* another --run-id"):
+    with pytest.raises(RunError, match=rf"{unfinished.name} is at work: process {sleeper} on .* another --run-id"):
         choose(tmp_path, **settings)
     assert (unfinished / "run.json").exists()
     assert choose(tmp_path, run_id="another") == "another"
@@ -87,7 +87,7 @@ def test_a_process_elsewhere_is_waited_for(tmp_path: Path, unfinished: Path, mon
     # Its clock is two minutes behind.
     speak(unfinished, 120.0, **elsewhere)  # type: ignore[arg-type]
     threading.Timer(0.5, speak, [unfinished, 120.0], elsewhere).start()
-    with pytest.raises(SettingsError, match="process 1 on elsewhere"):
+    with pytest.raises(RunError, match="process 1 on elsewhere"):
         choose(tmp_path)
     speak(unfinished, 3_600.0, **elsewhere)  # type: ignore[arg-type]
     assert choose(tmp_path) == unfinished.name
@@ -97,10 +97,10 @@ def test_of_processes_that_take_a_run_at_once_one_gets_it(tmp_path: Path, unfini
     (unfinished / "progress.json").unlink()
     script = (
         "import sys, time; from tests.test_runs import choose; from pathlib import Path\n"
-        "from faceflow.errors import SettingsError\n"
+        "from faceflow.errors import RunError\n"
         "print('ready', flush=True); sys.stdin.readline()\n"
         "try: print(choose(Path(sys.argv[1])), flush=True)\n"
-        "except SettingsError as error: print(error, flush=True)\n"
+        "except RunError as error: print(error, flush=True)\n"
         "sys.stdin.readline()\n"
     )
     command = [sys.executable, "-c", script, str(tmp_path)]

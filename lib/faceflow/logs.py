@@ -36,6 +36,15 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line, default=str)
 
 
+def failed(message: str, exit_code: int) -> int:
+    """Say on stderr why a command fails, as a log line where these are JSON; returns the exit code."""
+    if any(isinstance(handler.formatter, JsonFormatter) for handler in logging.getLogger().handlers):
+        logging.getLogger("faceflow").error("%s", message, extra=told("failed", exit_code=exit_code))
+    else:
+        print(message, file=sys.stderr)
+    return exit_code
+
+
 def set_up(form: str, quiet: bool) -> None:
     """Log to stderr in one of FORMATS; quiet: warnings and errors only."""
     handler = logging.StreamHandler(sys.stderr)

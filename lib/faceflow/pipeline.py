@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from faceflow import __version__
+from faceflow.advance import advance
 from faceflow.cluster.executor import Executor, peak_memory
 from faceflow.config import ClusterConfig, digest
 from faceflow.errors import FaceflowError, InputError, PublishError, QualityError, RunError, SettingsError
 from faceflow.logs import bind, told
 from faceflow.progress import Watcher
 from faceflow.report import write_report
-from faceflow.runs import choose_run, now, record
+from faceflow.runs import choose_run, give_up, give_up_superseded, now, record, settle
 from faceflow.stages import decisions, detect, ingest, link, publish, quantize, search
 from faceflow.stages.base import Context, Past, Stage
 from faceflow.storage import lakes, layout, manifests
@@ -102,6 +101,7 @@ class _Job:
     this one to be continued."""
 
     config: ClusterConfig
+    runs: Store
     stores: RunStores
     executor: Executor
     begun: float
@@ -139,32 +139,36 @@ def _run(
         night = {"past": past.run_id if past is not None else None, "files": digest(files)}
         if past is not None and _nothing_new(config, past, files):
             log.info("nothing has changed since run %s: its labels stay in force", past.run_id)
-            _finish_published(config, executor, RunStores.of(output, runs, past.run_id))
+            _fill_table(config, executor, RunStores.of(output, runs, past.run_id))
+            settle(runs, past.run_id)
             return _result(past.run_id, output, past.done, executor, {"total": round(time.perf_counter() - begun, 3)})
     run_id = choose_run(config, output, runs, parent.get("run_id"), night)
     if past is not None and past.run_id == run_id:
         raise SettingsError(f"run {run_id} is published: a night needs another --run-id")
+    if parent and parent["run_id"] != run_id:
+        settle(runs, parent["run_id"])
+    if night is not None:
+        give_up_superseded(output, runs, night)
+    if past is not None:
+        _warn_of_decisions(config, past)
     stores = RunStores.of(output, runs, run_id)
     watcher = Watcher(stores.run, run_id)
     executor.watch = watcher.step
-    job = _Job(config, stores, executor, begun, parent, parent_version, watcher, listing, past, night)
+    job = _Job(config, runs, stores, executor, begun, parent, parent_version, watcher, listing, past, night)
     bind(run=run_id)
     log.info(
         "run %s: %d input file(s)%s", run_id, len(files), f", after run {past.run_id}" if past is not None else "",
         extra=told("run_begins", files=len(files), parent=past.run_id if past is not None else None),
     )  # fmt: skip
     try:
-        result = _advance_all(job)
-        if report:
-            _report(job)
-        return result
+        return _advance_all(job, report)
     except InputError as error:
         # Not to be continued: once the input is mended, this run's pieces are of no use.
         job.record("refused")
         watcher.stopped(str(error))
         raise
     except BaseException as error:
-        watcher.stopped(str(error) or type(error).__name__)
+        watcher.stopped("interrupted" if isinstance(error, (KeyboardInterrupt, SystemExit)) else str(error))
         raise
 
 
@@ -213,17 +217,17 @@ def _result(
     )
 
 
-def _advance_all(job: _Job) -> RunResult:
+def _advance_all(job: _Job, report: bool) -> RunResult:
     config, stores = job.config, job.stores
     done: dict[str, Manifest] = {}
     effort = int((stores.run.read_json(layout.RUN_RECORD) or {}).get("effort", 0))
     for stage in STAGES:
-        done[stage.name] = _advance(stage, job.context(done, effort), job.watcher)
+        done[stage.name] = advance(stage, job.context(done, effort), job.watcher)
         while stage.name == "search" and not _recall_holds(config, done):
             effort += 1
             _search_again(job, effort, bool(done["quantize"].counts["incremental"]))
             for again in (quantize.STAGE, search.STAGE):
-                done[again.name] = _advance(again, job.context(done, effort), job.watcher)
+                done[again.name] = advance(again, job.context(done, effort), job.watcher)
     seconds = {name: manifest.seconds for name, manifest in done.items()}
     seconds["total"] = round(time.perf_counter() - job.begun, 3)
     result = _result(stores.run_id, stores.output, done, job.executor, seconds)
@@ -239,7 +243,7 @@ def _advance_all(job: _Job) -> RunResult:
             "floor": result.floor,
             "impostors_a_face": result.impostors_a_face,
             "parent_run_id": job.parent.get("run_id"),
-            "next_id": done["publish"].counts["next_id"],
+            "next_id": max(done["publish"].counts["next_id"], job.parent.get("next_id", 0)),
             "settings": config.public(),
             "seconds": seconds,
             "recall": result.recall["estimate"],
@@ -248,15 +252,25 @@ def _advance_all(job: _Job) -> RunResult:
             "input_snapshot": done["ingest"].counts.get("input_snapshot"),
             "created": now().isoformat(timespec="seconds"),
         }
-        _publish(stores.output, pointer, job.parent_version)
-    _fill_table(config, job.executor, stores)
-    job.record("published", effort=effort, seconds=seconds["total"], ray_start_seconds=job.executor.usage.start_seconds)
+        _publish(job, pointer)
+    facts = {"effort": effort, "seconds": seconds["total"], "ray_start_seconds": job.executor.usage.start_seconds}
+    if config.labels_table is not None:
+        job.record("begun", **facts)
+        try:
+            _fill_table(config, job.executor, stores)
+        except RunError:
+            if report:
+                _report(job)
+            raise
+    job.record("published", **facts)
     job.executor.at_work(stores.run_id, "")
     log.info(
         "run %s: %s faces in %s clusters (%s singletons), %.1f s; labels in %s",
         result.run_id, f"{result.faces:,}", f"{result.clusters:,}", f"{result.singletons:,}", seconds["total"], result.labels,
         extra=told("run_done", **result.as_dict()),
     )  # fmt: skip
+    if report:
+        _report(job)
     return result
 
 
@@ -270,13 +284,15 @@ def _fill_table(config: ClusterConfig, executor: Executor, stores: RunStores) ->
         log.info("table    %s is at version %d", table.root, version, extra=told("table", table=table.root, version=version))
 
 
-def _finish_published(config: ClusterConfig, executor: Executor, stores: RunStores) -> None:
-    """What an interruption left to be done for the run in force after its labels were."""
-    _fill_table(config, executor, stores)
-    found = stores.run.read_json(layout.RUN_RECORD) or {}
-    if found.get("state") == "begun":
-        stores.run.write_json(
-            layout.RUN_RECORD, found | {"state": "published", "updated": now().isoformat(timespec="milliseconds")}
+def _warn_of_decisions(config: ClusterConfig, past: Past) -> None:
+    before = past.done["detect"].fingerprint
+    if before.get("constraints") and config.constraints is None:
+        log.warning("run %s honoured decisions, tonight names none (--constraints): they no longer hold", past.run_id)
+    if before.get("exclusive_column") and config.exclusive_column is None:
+        log.warning(
+            "run %s kept faces apart by column %r, tonight does not (--exclusive-column)",
+            past.run_id,
+            before["exclusive_column"],
         )
 
 
@@ -295,15 +311,22 @@ def _report(job: _Job) -> None:
         log.warning("%s", complaint)
 
 
-def _publish(output: Store, pointer: dict[str, Any], parent_version: str | None) -> None:
+def _publish(job: _Job, pointer: dict[str, Any]) -> None:
     """Set the pointer. Raises PublishError, naming the winner, when another run came first."""
+    output, run_id = job.stores.output, job.stores.run_id
     try:
-        output.replace_json(layout.LATEST, pointer, parent_version)
+        output.replace_json(layout.LATEST, pointer, job.parent_version)
     except PublishError:
         winner = (output.read_json(layout.LATEST) or {}).get("run_id")
+        if job.night is not None:
+            give_up(output, job.runs, run_id)
+            raise PublishError(
+                f"run {winner} published to {output.root} while the night {run_id} was at work: its labels stay in force, and "
+                "those of the night are removed. A night that begins now (with another --run-id, if you name one) builds on it"
+            ) from None
         raise PublishError(
-            f"run {winner} published to {output.root} while run {pointer['run_id']} was at work: its labels stay in force. "
-            f"The labels of {pointer['run_id']} are complete in {pointer['labels']}; the same command again puts them in force"
+            f"run {winner} published to {output.root} while run {run_id} was at work: its labels stay in force. "
+            f"The labels of {run_id} are complete in {pointer['labels']}; the same command again puts them in force"
         ) from None
 
 
@@ -345,71 +368,3 @@ def _search_again(job: _Job, effort: int, night: bool) -> None:
     for folder in ("cells", "homes", "before", *search.STAGE.writes, *(["quantizer"] if night else [])):
         stores.run.delete(folder)
     job.record("begun", effort=effort)
-
-
-def _advance(stage: Stage, context: Context, watcher: Watcher) -> Manifest:
-    """Skip a finished stage, refuse one made from something else, or run it."""
-    run = context.stores.run
-    fingerprint = _fingerprint(stage, context)
-    finished = manifests.load(run, stage.name, fingerprint)
-    if finished is not None and stage.whole(context):
-        log.info(
-            "%-8s skipped: finished before, saves %.1f s", stage.name, finished.seconds,
-            extra=told("stage_skipped", stage=stage.name, seconds=finished.seconds),
-        )  # fmt: skip
-        watcher.finished(stage.name, finished.seconds)
-        _tidy(stage, run)
-        return finished
-    manifests.begin(run, stage.name, fingerprint)
-    log.info("%-8s begins", stage.name, extra=told("stage_begins", stage=stage.name))
-    watcher.stage(stage.name)
-    executor = context.executor
-    executor.at_work(context.stores.run_id, stage.name)
-    begun, clock, steps = time.time(), time.perf_counter(), len(executor.usage.steps)
-    outcome = stage.run(context)
-    seconds = round(time.perf_counter() - clock, 3)
-    made = [step.as_dict() for step in executor.usage.steps[steps:]]
-    manifest = Manifest(stage.name, fingerprint, outcome.counts, outcome.pieces, seconds, round(begun, 3), made)
-    manifests.finish(run, manifest)
-    watcher.finished(stage.name, seconds)
-    _tidy(stage, run)
-    faces = context.parts.faces if "ingest" in context.done else outcome.counts["faces"]
-    plain = {
-        key: value for key, value in outcome.counts.items() if value is not None and not isinstance(value, (list, tuple, dict))
-    }
-    shown = ", ".join(
-        f"{k} {v:,}" if isinstance(v, int) else f"{k} {v:.6g}" if isinstance(v, float) else f"{k} {v}" for k, v in plain.items()
-    )
-    rate = faces / max(seconds, 1e-3)
-    log.info(
-        "%-8s done in %.1f s, %s rows/s (%s)", stage.name, seconds, f"{rate:,.0f}", shown,
-        extra=told("stage_done", stage=stage.name, seconds=seconds, rows_per_second=round(rate), **plain),
-    )  # fmt: skip
-    return manifest
-
-
-def _tidy(stage: Stage, run: Store) -> None:
-    """Remove what is of no use once the stage is done; an interruption may have come before."""
-    for folder in stage.scratch:
-        run.delete(folder)
-
-
-def _fingerprint(stage: Stage, context: Context) -> dict[str, Any]:
-    fingerprint: dict[str, Any] = dict(context.config.fingerprint(stage.settings))
-    fingerprint |= {f"version of {package}": _version(package) for package in stage.packages}
-    if stage.name == "quantize":
-        fingerprint["effort"] = context.effort
-    fingerprint |= {f"result of {name}": context.done[name].digest for name in stage.after}
-    return fingerprint | stage.inputs(context)
-
-
-def _version(package: str) -> str:
-    if package == "faceflow":
-        return __version__
-    # One import name, several wheels.
-    for name in (package, f"{package}-cpu", f"{package}-gpu-cu12", f"{package}-gpu"):
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return "absent"

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from faceflow.cluster.usage import Step
-from faceflow.errors import InputError, PublishError, SettingsError
+from faceflow.errors import InputError, PublishError, RunError
 from faceflow.logs import told
 from faceflow.storage import layout
 from faceflow.storage.files import Store
@@ -101,11 +101,14 @@ def _state(run_id: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Status:
-    """Where a run stands. state: `at work`, `stopped` (unfinished, and ended or silent for a minute: it can be continued),
-    `published`, `refused` (bad input) or `in force` (published, and what latest.json names); stage: at work or next; step: what
-    the stage does (`cluster.usage.Step`, as a dictionary), if known; seconds: of each finished stage; left: seconds that the
-    step still takes at its pace so far, if known; age: seconds since it last spoke; host, pid: the driver's; why: it stopped,
-    if it said so."""
+    """Where a run stands.
+
+    state: `at work`, `stopped` (unfinished, and ended or silent for a minute: it can be continued), `published`, `refused` (bad
+    input), `superseded` (a night before which another run was published) or `in force` (published, and what latest.json names);
+    stage: at work or next; step: what the stage does (`cluster.usage.Step`, as a dictionary), if known; seconds: of each
+    finished stage; left: seconds that the step still takes at its pace so far, if known; age: seconds since it last spoke;
+    host, pid: the driver's; why: it stopped, if it said so.
+    """
 
     run_id: str
     state: str
@@ -140,6 +143,8 @@ def status(
     age = max(0.0, (datetime.datetime.now(datetime.UTC) - updated).total_seconds())
     kind = record["state"]
     if kind == "begun":
+        if not state.get("stopped") and state.get("machine") == _machine() and not _is_alive(state["pid"]):
+            state["stopped"] = "its process was killed"
         kind = "stopped" if state.get("stopped") or age >= SILENT_AFTER else "at work"
     elif kind == "published" and (out.read_json(layout.LATEST) or {}).get("run_id") == name:
         kind = "in force"
@@ -149,8 +154,9 @@ def status(
     left = None
     if kind == "at work" and step and not step["finished"] and step["share"]:
         left = round(step["seconds"] * (1 / step["share"] - 1), 1)
+    stage_seconds = state.get("stage_seconds", 0.0) + (age if kind == "at work" else 0.0)
     return Status(
-        name, kind, stage, state.get("stage_seconds", 0.0), step, state.get("seconds", {}), left,
+        name, kind, stage, round(stage_seconds, 1), step, state.get("seconds", {}), left,
         round(age, 1), state.get("host", ""), state.get("pid", 0), state.get("stopped", ""),
     )  # fmt: skip
 
@@ -158,12 +164,12 @@ def status(
 def claim(run: Store, run_id: str) -> None:
     """Take a run in hand: of two processes that try at once, one gets it.
 
-    Raises SettingsError where another has it.
+    Raises RunError where another has it.
     """
     while True:
         version = run.version(layout.PROGRESS)
         if (other := at_work(run)) is not None:
-            raise SettingsError(
+            raise RunError(
                 f"run {run_id} is at work: {other} has it in hand. Wait for it (`faceflow status` shows how far it is), or "
                 "give another --run-id"
             )
@@ -201,6 +207,17 @@ def at_work(run: Store) -> str | None:
         elif time.monotonic() - begun >= SILENT_AFTER:
             return None
         time.sleep(min(WRITE_EVERY, SILENT_AFTER) / 5)
+
+
+def is_silent(run: Store) -> bool:
+    """Whether nobody can be at work on a run, known without waiting."""
+    state = run.read_json(layout.PROGRESS) or {}
+    if not state or state["stopped"]:
+        return True
+    if state.get("machine") == _machine():
+        return state["pid"] != os.getpid() and not _is_alive(state["pid"])
+    age = datetime.datetime.now(datetime.UTC) - datetime.datetime.fromisoformat(state["updated"])
+    return age.total_seconds() >= SILENT_AFTER + CLOCKS_DIFFER
 
 
 @functools.lru_cache(maxsize=1)
@@ -250,5 +267,8 @@ def lines(found: Status) -> list[str]:
                 text += f"; tried again: {', '.join(f'{count} x {cause}' for cause, count in step['retries'].items())}"
             shown.append(text + (f"; about {found.left:,.0f} s left" if found.left is not None else ""))
     if found.state == "stopped":
-        shown.append(f"  {found.why or 'it fell silent'}; the same command continues it")
+        why = found.why or "it fell silent"
+        shown.append(f"  {why}{'' if 'the same command' in why else '; the same command continues it'}")
+    elif found.state == "refused" and found.why:
+        shown += [f"  {line}" for line in found.why.splitlines()]
     return shown

@@ -73,8 +73,40 @@ def choose_run(config: ClusterConfig, output: Store, runs: Store, published: str
         progress.claim(runs.child(run_id), run_id)
         runs.write_json(f"{run_id}/{layout.RUN_RECORD}", record(config, "begun", night))
     elif known["state"] != "published":
-        runs.write_json(f"{run_id}/{layout.RUN_RECORD}", known | {"updated": now().isoformat(timespec="milliseconds")})
+        _note(runs, run_id, known, known["state"])
     return run_id
+
+
+def settle(runs: Store, run_id: str) -> None:
+    """Note of a run whose labels are in force that it is published: an interruption may have come between the two."""
+    found = runs.read_json(f"{run_id}/{layout.RUN_RECORD}") or {}
+    if found.get("state") == "begun":
+        _note(runs, run_id, found, "published")
+
+
+def give_up(output: Store, runs: Store, run_id: str) -> None:
+    """A night that can no longer publish, as another run came first: what it has put under OUTPUT goes, lest its events be
+    taken for those of a run that was in force."""
+    for folder in (*layout.PUBLISHED, layout.events_folder):
+        output.delete(folder(run_id))
+    _note(runs, run_id, runs.read_json(f"{run_id}/{layout.RUN_RECORD}") or {}, "superseded")
+
+
+def give_up_superseded(output: Store, runs: Store, night: dict[str, Any]) -> None:
+    """Give up unfinished nights of another input or after another run than this one, unless somebody may be at work on them."""
+    for name in runs.names(""):
+        found = runs.read_json(f"{name}/{layout.RUN_RECORD}") or {}
+        if found.get("state") != "begun" or found.get("night") in (None, night) or name == night["past"]:
+            continue
+        if progress.is_silent(runs.child(name)):
+            log.info("run %s, which was not finished, is given up: its input, or the run in force, is another now", name)
+            give_up(output, runs, name)
+
+
+def _note(runs: Store, run_id: str, found: dict[str, Any], state: str) -> None:
+    runs.write_json(
+        f"{run_id}/{layout.RUN_RECORD}", found | {"state": state, "updated": now().isoformat(timespec="milliseconds")}
+    )
 
 
 def _identity(settings: dict[str, Any]) -> dict[str, Any]:

@@ -156,7 +156,7 @@ def compare(a: argparse.Namespace, source: Path, output: Path, k: int, floor: fl
     with Executor(None, a.workers, progress=False, warm_up=pipeline.search.warm_up) as executor:
         for stage in pipeline.STAGES[:3]:
             context = Context(config, stores, executor, done)
-            done[stage.name] = pipeline._advance(stage, context, Watcher(stores.run, "bench"))
+            done[stage.name] = pipeline.advance(stage, context, Watcher(stores.run, "bench"))
         usage = executor.usage.by_label
     peak = memory.stop()
     parts, dim, run = context.parts, context.dim, stores.run

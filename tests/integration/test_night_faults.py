@@ -12,7 +12,8 @@ import pytest
 
 from faceflow import ClusterConfig, pipeline, run_clustering, run_nightly
 from faceflow.cluster.executor import Executor
-from faceflow.errors import RunError
+from faceflow.errors import PublishError, RunError
+from faceflow.housekeeping import list_runs
 from faceflow.storage import manifests
 from faceflow.storage.files import Store
 from tests.benchmarks.nightly import labels_of, replay
@@ -92,7 +93,7 @@ def test_a_night_that_is_interrupted_continues_or_gives_way(
     lake.write("1.parquet")
     calm = night(tmp_path / "in", tmp_path / "calm", **settings)
     assert manifest(tmp_path / "calm", calm.run_id, "quantize")["incremental"]
-    real = pipeline._advance
+    real = pipeline.advance
     for stage in pipeline.STAGES:
 
         def stop(current: Any, context: Any, watcher: Any, until: str = stage.name) -> Any:
@@ -101,7 +102,7 @@ def test_a_night_that_is_interrupted_continues_or_gives_way(
             return real(current, context, watcher)
 
         with monkeypatch.context() as patch:
-            patch.setattr(pipeline, "_advance", stop)
+            patch.setattr(pipeline, "advance", stop)
             with pytest.raises(Exception, match="the machine is gone"):
                 night(tmp_path / "in", tmp_path / "out", **settings)
         assert json.loads((tmp_path / "out" / "latest.json").read_text())["run_id"] == first.run_id
@@ -165,10 +166,11 @@ def test_a_table_of_labels_that_could_not_be_written_is_made_up_for(tmp_path: Pa
     table.write_text("in the way")
     config = ClusterConfig(str(tmp_path / "in"), str(tmp_path / "out"), labels_table=str(table), **SETTINGS)
     with pytest.raises(RunError, match="the same command tries again"):
-        run_nightly(config, progress=False, report=False)
+        run_nightly(config, progress=False)
     run_id = json.loads((tmp_path / "out" / "latest.json").read_text())["run_id"]
     record = tmp_path / "out" / "_runs" / run_id / "run.json"
     assert json.loads(record.read_text())["state"] == "begun"
+    assert (tmp_path / "out" / "reports" / f"run={run_id}" / "report.html").exists()
     table.unlink()
     for _ in range(2):
         assert run_nightly(config, progress=False, report=False).run_id == run_id
@@ -242,3 +244,72 @@ def test_a_search_in_smaller_steps_finds_the_same(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(Executor, "map", smaller)
     run = night(tmp_path / "in", tmp_path / "out", **settings)
     assert table_of(tmp_path / "out", run.run_id) == table_of(tmp_path / "whole", whole.run_id)
+
+
+def test_what_a_night_wrote_that_never_came_into_force_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lake = Lake(tmp_path / "in", 27)
+    lake.add("0.parquet", 200)
+    first = night(tmp_path / "in", tmp_path / "out")
+    lake.add("1.parquet", 20)
+    real = pipeline._publish
+
+    def gone(*given: Any) -> None:
+        raise OSError("the machine is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "_publish", gone)
+        with pytest.raises(RunError):
+            night(tmp_path / "in", tmp_path / "out")
+
+    def runs_in(folder: str) -> set[str]:
+        return {path.name.removeprefix("run=") for path in (tmp_path / "out" / folder).iterdir()}
+
+    (stale,) = runs_in("events")
+    lake.add("2.parquet", 20)  # so that the night begins anew
+
+    def beaten(*given: Any) -> None:
+        monkeypatch.setattr(pipeline, "_publish", real)
+        night(tmp_path / "in", tmp_path / "out", run_id="winner")
+        real(*given)
+
+    monkeypatch.setattr(pipeline, "_publish", beaten)
+    with pytest.raises(PublishError, match=r"run winner published to .* while the night loser was at work.*another --run-id"):
+        night(tmp_path / "in", tmp_path / "out", run_id="loser")
+    assert runs_in("events") == runs_in("moves") == {"winner"}
+    assert runs_in("labels") == {first.run_id, "winner"}
+    states = {info.run_id: info.state for info in list_runs(str(tmp_path / "out"))}
+    assert states == {first.run_id: "published", stale: "superseded", "winner": "published", "loser": "superseded"}
+    lake.add("3.parquet", 10)
+    last = night(tmp_path / "in", tmp_path / "out")
+    assert last.faces == 250
+    before, after = labels_of(tmp_path / "out", "winner"), labels_of(tmp_path / "out", last.run_id)
+    assert replay(tmp_path / "out", before, last.run_id) == after
+
+
+def test_ids_that_were_given_are_never_given_again_even_after_a_run_that_numbers_anew(tmp_path: Path) -> None:
+    lake = Lake(tmp_path / "in", 28)
+    lake.add("0.parquet", 200)
+    night(tmp_path / "in", tmp_path / "out")
+    given = json.loads((tmp_path / "out" / "latest.json").read_text())["next_id"]
+    lake.files["0.parquet"] = dict(list(lake.files["0.parquet"].items())[:5])  # fewer people
+    lake.write("0.parquet")
+    config = ClusterConfig(str(tmp_path / "in"), str(tmp_path / "out"), **SETTINGS)
+    anew = labels_of(tmp_path / "out", run_clustering(config, progress=False, report=False).run_id)
+    assert json.loads((tmp_path / "out" / "latest.json").read_text())["next_id"] == given
+    lake.files["1.parquet"] = {f"new-{i}": row for i, row in enumerate(np.eye(16, dtype=np.float32) * -1)}
+    lake.write("1.parquet")
+    last = night(tmp_path / "in", tmp_path / "out")
+    fresh = set(labels_of(tmp_path / "out", last.run_id).values()) - set(anew.values())
+    assert len(fresh) > 5
+    assert min(fresh) >= given
+
+
+def test_decisions_that_tonight_does_not_name_are_said_to_be_dropped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    lake = Lake(tmp_path / "in", 29)
+    lake.add("0.parquet", 60)
+    (tmp_path / "decisions.csv").write_text("id_a,id_b,kind\nface-0,face-1,must\n")
+    night(tmp_path / "in", tmp_path / "out", constraints=str(tmp_path / "decisions.csv"))
+    assert "no longer hold" not in caplog.text
+    lake.add("1.parquet", 5)
+    night(tmp_path / "in", tmp_path / "out")
+    assert "tonight names none (--constraints): they no longer hold" in caplog.text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -16,10 +17,11 @@ import pytest
 
 from faceflow.cli import main
 from faceflow.cluster.usage import Step
-from faceflow.progress import Watcher
+from faceflow.progress import Watcher, status
 from faceflow.storage import layout
 from faceflow.storage.files import Store
-from tests.conftest import write_faces
+from faceflow.synthesis import synthesize
+from tests.conftest import ROOT, write_faces
 from tests.integration.clusters import clean_environment
 
 STAGES = ["ingest", "quantize", "search", "link", "detect", "publish"]
@@ -116,3 +118,47 @@ def test_status_of_a_run_at_work_and_of_one_that_fell_silent(tmp_path: Path, cap
     told = capsys.readouterr().out
     assert "stopped" in told
     assert "it fell silent; the same command continues it" in told
+
+
+@pytest.mark.timeout(180)
+def test_a_command_that_is_told_to_end_says_so_and_continues(tmp_path: Path) -> None:
+    synthesize(str(tmp_path / "in"), 40_000, dim=64)
+    command = [
+        sys.executable,
+        str(ROOT / "jobs" / "cluster.py"),
+        str(tmp_path / "in"),
+        str(tmp_path / "out"),
+        "--log-format",
+        "json",
+    ]
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with subprocess.Popen(
+            command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=clean_environment()
+        ) as process:
+            said = []
+            for line in process.stderr or ():
+                said.append(json.loads(line))
+                if said[-1].get("event") == "stage_begins" and said[-1]["stage"] == "quantize":
+                    process.send_signal(number)
+            code = process.wait(60)
+        found = status(str(tmp_path / "out"))
+        assert found.state == "stopped"  # at once, as its process is known to be gone
+        if number == signal.SIGTERM:
+            assert code == 3
+            assert {key: said[-1][key] for key in ("level", "event", "exit_code")} == {
+                "level": "error", "event": "failed", "exit_code": 3,
+            }  # fmt: skip
+            assert said[-1]["message"] == "interrupted; the same command continues"
+            assert found.why == "interrupted"
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=clean_environment())
+    assert done.returncode == 0, done.stderr
+    assert "skipped: finished before" in done.stderr
+
+
+def test_status_says_why_a_run_was_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_faces(tmp_path / "in" / "a.parquet", np.full((3, 2), np.nan, np.float32))
+    assert main(["cluster", str(tmp_path / "in"), str(tmp_path / "out"), "--quiet"]) == 2
+    capsys.readouterr()
+    assert main(["status", str(tmp_path / "out")]) == 0
+    assert "refused" in (shown := capsys.readouterr().out)
+    assert "3 of 3 rows cannot be used" in shown

@@ -214,14 +214,14 @@ def test_the_second_of_two_racing_runs_is_refused(
     from faceflow import pipeline
 
     write_faces(tmp_path / "in" / "a.parquet", blobs()[0])
-    advance = pipeline._advance
+    advance = pipeline.advance
 
     def meanwhile(stage: pipeline.Stage, context: pipeline.Context, watcher: Watcher) -> pipeline.Manifest:
         if stage.name == "publish" and context.stores.run_id == "slow":
             run(tmp_path / "in", tmp_path / "out", run_id="fast")
         return advance(stage, context, watcher)
 
-    monkeypatch.setattr(pipeline, "_advance", meanwhile)
+    monkeypatch.setattr(pipeline, "advance", meanwhile)
     with pytest.raises(PublishError):
         run(tmp_path / "in", tmp_path / "out", run_id="slow")
     assert json.loads((tmp_path / "out" / "latest.json").read_text())["run_id"] == "fast"

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -46,7 +48,10 @@ def connect(ray: Any, address: str, workers: int | None) -> None:
     with _environment_for_ray():
         for left in reversed(range(tries)):
             try:
+                terminate = signal.getsignal(signal.SIGTERM)
                 ray.init(address=address, **options)
+                if callable(terminate) and threading.current_thread() is threading.main_thread():
+                    signal.signal(signal.SIGTERM, terminate)  # Ray's own prints a trace and ends with a code of its own
                 return
             except Exception as error:  # what Ray raises here is of many types, some of them plain
                 ray.shutdown()

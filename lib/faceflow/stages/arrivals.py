@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 
 from faceflow import __version__
 from faceflow.errors import InputError
+from faceflow.logs import told
 from faceflow.stages import checking, intake
 from faceflow.stages.base import Context, Outcome, merge_pieces
 from faceflow.stages.pieces import part_faces
@@ -68,16 +69,21 @@ def run(context: Context, listing: Listing) -> Outcome:
     same = {f.path for f in files if before.get(f.path) == f.state}
     settings = past.done["ingest"].fingerprint
     now = context.config.public() | {"version of faceflow": __version__}
-    if context.config.verify_content or any(settings[key] != now[key] for key in READ_BY):
+    other = next((key for key in READ_BY if settings[key] != now[key]), None)
+    if context.config.verify_content or other is not None:
         same = set()
+        if other is not None:
+            log.info("changes  every file is read again: %s was %s, is %s", other, settings[other], now[other])
     read = {path: number for path, number in numbers.items() if path not in same}
     # By last night's numbers of the files: tonight's, or -1 where a file is gone or was read again.
     carried = np.array([numbers[path] if path in same else -1 for path in before], np.int32)
+    told_of = {
+        "same": len(same), "new": sum(path not in before for path in read), "read_again": sum(path in before for path in read),
+        "gone": sum(path not in numbers for path in before),
+    }  # fmt: skip
     log.info(
-        "changes  %d file(s) as they were; read: %d new, %d changed; gone: %d",
-        len(same), sum(path not in before for path in read), sum(path in before for path in read),
-        sum(path not in numbers for path in before),
-    )  # fmt: skip
+        "changes  files: %d as they were, %d new, %d read again, %d gone", *told_of.values(), extra=told("changes", **told_of)
+    )
     counts = past.done["ingest"].counts
     staging = stores.run.child(layout.ARRIVALS)
     taken = intake.take_in(context, store, read, staging, counts["dim"])

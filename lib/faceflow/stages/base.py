@@ -44,7 +44,7 @@ class Context:
     """What a stage may use: settings, stores, the executor, and the manifests of the stages before it.
 
     effort: how often the search was found to miss too much and is widened; past: the run that a night starts from; first_id:
-    the first cluster id that was never given, for a night that has none; listing: the input as this command found it, once.
+    the first cluster id that was never given, of a night; listing: the input as this command found it, once.
     """
 
     config: ClusterConfig

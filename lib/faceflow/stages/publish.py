@@ -26,9 +26,8 @@ CLUSTERS_SCHEMA = pa.schema([pa.field("cluster", pa.int64(), nullable=False)])
 def run(context: Context) -> Outcome:
     """Name the clusters once, then write every part's labels; after a night also what became of the clusters."""
     stores, parts, past = context.stores, context.parts, context.last_night
-    first_id = context.first_id if context.past is None else int(context.past.done["publish"].counts["next_id"])
     counts, pieces = context.executor.call(
-        name_clusters, stores.run, stores.output, stores.run_id, parts, past, first_id, label="clusters"
+        name_clusters, stores.run, stores.output, stores.run_id, parts, past, context.first_id, label="clusters"
     )
     results = context.executor.map(
         publish_part,

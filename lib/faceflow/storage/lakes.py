@@ -182,6 +182,11 @@ def _iceberg_io(store: Store) -> dict[str, str]:
     return {names[key]: value for key, value in _s3_settings(store).items() if value} if not store.is_local else {}
 
 
+def _why(error: BaseException) -> str:
+    """What deltalake says, which puts the cause into the last of several lines."""
+    return one_line(" ".join(str(error).split()))[:300] or explain(error)
+
+
 def committed(store: Store) -> str | None:
     """The run that last put its labels into a Delta table, if any of the newest commits did (upkeep of the table may have come
     after). Raises RunError where it cannot be read."""
@@ -198,7 +203,7 @@ def committed(store: Store) -> str | None:
         return next((commit["faceflow_run_id"] for commit in commits if "faceflow_run_id" in commit), None)
     except (DeltaError, OSError) as error:
         raise RunError(
-            f"the labels are in force, but their Delta table {one_line(store.root)} cannot be read: {explain(error)}; "
+            f"the labels are in force, but their Delta table {one_line(store.root)} cannot be read: {_why(error)}; "
             "the same command tries again"
         ) from error
 
@@ -227,6 +232,6 @@ def commit_labels(store: Store, run_id: str, schema: pa.Schema, batches: Iterabl
         return DeltaTable(store.root, storage_options=options).version()
     except (DeltaError, OSError) as error:
         raise RunError(
-            f"the labels are in force, but their Delta table {one_line(store.root)} was not written: {explain(error)}; "
+            f"the labels are in force, but their Delta table {one_line(store.root)} was not written: {_why(error)}; "
             "the same command tries again"
         ) from error
