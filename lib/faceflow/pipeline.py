@@ -129,6 +129,8 @@ def _run(
     ingest.check_first_file(config, listing)
     if config.constraints is not None:
         decisions.read(config.constraints, config.storage_options)  # a contradiction is said now, not after the search
+    if config.labels_table is not None:
+        lakes.check_can_commit()
     output.check_writable()
     runs.check_writable()
     parent_version = output.version(layout.LATEST)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 
 from faceflow import ClusterConfig, pipeline, run_clustering, run_nightly
 from faceflow.cluster.executor import Executor
-from faceflow.errors import PublishError, RunError
+from faceflow.errors import PublishError, RunError, SettingsError
 from faceflow.housekeeping import list_runs
 from faceflow.storage import manifests
 from faceflow.storage.files import Store
@@ -313,3 +314,13 @@ def test_decisions_that_tonight_does_not_name_are_said_to_be_dropped(tmp_path: P
     lake.add("1.parquet", 5)
     night(tmp_path / "in", tmp_path / "out")
     assert "tonight names none (--constraints): they no longer hold" in caplog.text
+
+
+def test_a_missing_extra_is_said_before_anything_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lake = Lake(tmp_path / "in", 30)
+    lake.add("0.parquet", 20)
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "deltalake" else real(name, *more))
+    with pytest.raises(SettingsError, match=r"--labels-table writes a Delta table, .* pip install 'faceflow\[lakes\]'"):
+        night(tmp_path / "in", tmp_path / "out", labels_table=str(tmp_path / "table"))
+    assert not (tmp_path / "out").exists()

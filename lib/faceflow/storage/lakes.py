@@ -3,6 +3,7 @@ deltalake and pyiceberg."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from collections.abc import Iterable
@@ -187,14 +188,19 @@ def _why(error: BaseException) -> str:
     return one_line(" ".join(str(error).split()))[:300] or explain(error)
 
 
+def check_can_commit() -> None:
+    """Raise SettingsError where labels cannot be put into a Delta table, as what that takes is not installed."""
+    if importlib.util.find_spec("deltalake") is None:
+        raise SettingsError(f"--labels-table writes a Delta table, and for that {INSTALL}")
+
+
 def committed(store: Store) -> str | None:
     """The run that last put its labels into a Delta table, if any of the newest commits did (upkeep of the table may have come
     after). Raises RunError where it cannot be read."""
-    try:
-        from deltalake import DeltaTable
-        from deltalake.exceptions import DeltaError
-    except ImportError:
-        raise SettingsError(f"--labels-table writes a Delta table, and for that {INSTALL}") from None
+    check_can_commit()
+    from deltalake import DeltaTable
+    from deltalake.exceptions import DeltaError
+
     options = _object_store(store)
     try:
         if not DeltaTable.is_deltatable(store.root, storage_options=options):
@@ -214,11 +220,10 @@ def commit_labels(store: Store, run_id: str, schema: pa.Schema, batches: Iterabl
 
     batches: read one at a time. Raises RunError where the commit fails: the table then is as it was.
     """
-    try:
-        from deltalake import CommitProperties, DeltaTable, write_deltalake
-        from deltalake.exceptions import DeltaError
-    except ImportError:
-        raise SettingsError(f"--labels-table writes a Delta table, and for that {INSTALL}") from None
+    check_can_commit()
+    from deltalake import CommitProperties, DeltaTable, write_deltalake
+    from deltalake.exceptions import DeltaError
+
     options = _object_store(store)
     try:
         if committed(store) == run_id:
