@@ -90,7 +90,7 @@ def test_only_what_changed_is_read_and_counted(tmp_path: Path, caplog: pytest.Lo
     lake.write("1.parquet")
     caplog.set_level("INFO", "faceflow")
     second = night(tmp_path / "in", tmp_path / "out")
-    assert "4 file(s) as they were; read: 1 new, 1 changed; gone: 0" in caplog.text
+    assert "files: 4 as they were, 1 new, 1 read again, 0 gone" in caplog.text
     counts = manifest(tmp_path / "out", second.run_id, "ingest")
     assert [counts[key] for key in ("faces", "added", "changed", "removed")] == [510, 20, 1, 10]
     assert manifest(tmp_path / "out", second.run_id, "quantize")["incremental"]
