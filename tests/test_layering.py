@@ -51,8 +51,8 @@ HOMES = {
     "PIL": {"report"},
 }
 STAGE_HELPERS = {
-    "adoption", "arrivals", "base", "candidates", "cells", "checking", "decisions", "floors", "forecast", "grouping",
-    "history", "intake", "pieces", "quality", "reading", "renewal", "resampling",
+    "adoption", "arrivals", "base", "candidates", "cells", "certificate", "checking", "decisions", "floors", "forecast",
+    "grouping", "history", "intake", "pieces", "quality", "reading", "renewal", "resampling",
 }  # fmt: skip
 
 

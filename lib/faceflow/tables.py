@@ -64,6 +64,15 @@ searched for); while tables are carried over, CHANGED stands for having lost nei
 
 SAME, CHANGED, ACTIVE = range(3)
 
+TRUTH_SCHEMA = pa.schema(
+    [
+        pa.field("row", pa.int32(), nullable=False),
+        pa.field("known", pa.bool_(), nullable=False),
+        pa.field("keys", pa.large_list(pa.field("item", pa.uint64(), nullable=False)), nullable=False),
+    ]
+)
+"""Sampled faces: row, whether their true neighbors are known, and these, the face itself among them, as `topk.encode`d keys."""
+
 _LINK = pa.struct([pa.field("row", pa.int32(), nullable=False), pa.field("value", pa.float32(), nullable=False)])
 
 

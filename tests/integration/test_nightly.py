@@ -72,6 +72,13 @@ def test_tables_after_any_sequence_of_nights_are_those_of_a_full_run(
             np.testing.assert_allclose(sorted(mine.values()), sorted(neighbors.values()), atol=2e-6)
             last = min(neighbors.values(), default=0)  # ties with the last of a full table aside
             assert {n for n in neighbors if neighbors[n] > last + 2e-6} <= mine.keys()
+        # Every face is sampled, and the truth is carried from night to night.
+        recalls = [
+            manifest(folder, run_id, "search")["recall"]
+            for folder, run_id in ((tmp_path / "out", result.run_id), (tmp_path / "full", full.run_id))
+        ]
+        assert recalls[0]["estimate"] == recalls[1]["estimate"] == 1
+        assert (recalls[0]["faces"], recalls[0]["edges"]) == (recalls[1]["faces"], recalls[1]["edges"])
         assert result.codelength <= full.codelength * 1.01
         if result.run_id and labels_of(tmp_path / "out", result.run_id) != labels:
             labels = replay(tmp_path / "out", labels, result.run_id)

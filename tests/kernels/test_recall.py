@@ -6,8 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from faceflow.kernels import plans, recall
+from faceflow.kernels import plans, recall, topk
 from tests.kernels.test_search import unit
 
 
@@ -20,6 +22,47 @@ def test_search_part_is_exact() -> None:
         want = [j + 300 for j in np.argsort(-s[i], kind="stable")[:6] if s[i, j] >= 0.4]
         got = np.sort(keys[offsets[i] : offsets[i + 1]]) & np.uint64(0xFFFFFFFF)
         assert got.tolist() == want
+
+
+def best(similarities: np.ndarray, row: int, among: np.ndarray, k: int) -> np.ndarray:
+    """The keys of a row's k + 1 best of these rows from a similarity of 0.3 on."""
+    here = among[similarities[row, among] >= 0.3]
+    return np.sort(topk.encode(similarities[row, here], here))[: k + 1]
+
+
+@given(st.integers(0, 10_000), st.integers(1, 5), st.integers(0, 12), st.integers(0, 12))
+def test_truth_that_is_carried_over_is_that_of_an_exact_search(seed: int, k: int, gone: int, new: int) -> None:
+    rng = np.random.default_rng(seed)
+    old = int(rng.integers(1, 30))
+    n = old + new
+    similarities = rng.random((n, n)).astype(np.float32)
+    np.fill_diagonal(similarities, 1)
+    # Tonight's faces: those of last night that stay, in another order, and the new ones behind them.
+    stay = rng.permutation(old)[min(gone, old) :]
+    tonight = np.concatenate([stay, np.arange(old, n)])
+    now = np.full(old, -1, np.int32)
+    now[stay] = np.arange(len(stay))
+    sampled = np.flatnonzero(rng.random(old) < 0.7)
+    lists = [best(similarities, row, np.arange(old), k) for row in sampled]
+    offsets = np.cumsum([0, *map(len, lists)])
+    drawn = recall.sample_new(range(len(stay), len(tonight)), 0.5, seed, 3)
+    assert len(drawn) - new / 2 in (-0.5, 0, 0.5)
+    rows, known, ends, keys = recall.carry_truth(
+        (sampled.astype(np.int32), offsets, np.concatenate([np.empty(0, np.uint64), *lists])), now, drawn, k
+    )
+    assert rows.tolist() == sorted([*now[sampled][now[sampled] >= 0], *drawn])
+    assert not known[np.isin(rows, drawn)].any()
+    there = similarities[np.ix_(tonight, tonight)]
+    fresh = np.arange(len(stay), len(tonight))
+    for i, row in enumerate(rows.tolist()):
+        mine = keys[ends[i] : ends[i + 1]]
+        if known[i]:
+            found = np.sort(np.concatenate([mine, best(there, row, fresh, k)]))[: k + 1]
+            assert found.tolist() == best(there, row, np.arange(len(tonight)), k).tolist()
+        else:
+            assert len(mine) == 0
+        if not gone and row < len(stay):
+            assert known[i]
 
 
 def counted(truth: Any, found: Any, k: int, floor: float | None) -> tuple[int, int]:

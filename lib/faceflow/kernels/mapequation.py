@@ -82,7 +82,7 @@ def codelength(graph: Graph, flow: Flow, module: np.ndarray) -> float:
 
 def optimize(
     graph: Graph, flow: Flow, seed: int = 0, start: np.ndarray | None = None, active: np.ndarray | None = None,
-    network: Network | None = None,
+    network: Network | None = None, starts: int = MAX_RESTARTS,
 ) -> tuple[np.ndarray, float]:  # fmt: skip
     """A partition of low codelength: (modules int64[n], dense; codelength in bits).
 
@@ -91,7 +91,7 @@ def optimize(
     as their neighbors move, and unchanged parts of the graph cost one pass over their edges. network: `network_of(graph, flow)`
     where the caller has it already.
     Rounds of fine-tuning (rows move again) and coarse-tuning (modules split into parts that move as one) follow until two
-    in a row gain too little. Small graphs are begun several times in different orders and the best is kept.
+    in a row gain too little. Small graphs are begun several times, `starts` at most, in different orders, and the best is kept.
     """
     n = len(graph)
     if n == 0:
@@ -101,7 +101,7 @@ def optimize(
         begin = dense(np.asarray(start, np.int64))[0] if start is not None else np.arange(n)
         found = settle(network, begin, np.asarray(active, np.int32))
         return found, codelength(graph, flow, found)
-    restarts = 1 if start is not None else int(np.clip(RESTART_EDGES // max(1, len(graph.targets)), 1, MAX_RESTARTS))
+    restarts = 1 if start is not None else int(np.clip(RESTART_EDGES // max(1, len(graph.targets)), 1, starts))
     best, length = np.zeros(n, np.int64), codelength(graph, flow, np.zeros(n, np.int64))
     for attempt in range(restarts):
         order = np.arange(n, dtype=np.int32)
@@ -165,13 +165,13 @@ def _continued(
 
 def detect(
     parts: Iterable[Part], seed: int = 0, trials: int = 1, threads: int = 1, directed: bool = True,
-    earlier: Earlier | None = None,
+    earlier: Earlier | None = None, starts: int = MAX_RESTARTS,
 ) -> Partition:  # fmt: skip
     """Modules of the whole graph, the best of `trials` seeds: seed, seed + 1, …
 
     parts: consecutive blocks of rows, iterated twice (`graphs.load`). Rows without any edge are modules of their own.
     threads: CPU threads; neither they nor the machine change the result. directed: False counts every edge both ways
-    (`flow.undirected_flow`). earlier: what to continue from, in place of the seeds.
+    (`flow.undirected_flow`). earlier: what to continue from, in place of the seeds; starts: as of `optimize`.
     Returns dense modules and the codelength in bits (0 without any edge).
     """
     graph, order = load(parts, threads)
@@ -188,7 +188,7 @@ def detect(
         if earlier is not None:
             best, length = _continued(graph, flow, network, earlier, order, seed)
         for trial in range(trials if earlier is None else 0):
-            found, new = optimize(graph, flow, seed + trial, network=network)
+            found, new = optimize(graph, flow, seed + trial, network=network, starts=starts)
             if trial == 0 or new < length:
                 best, length = found, new
     modules = np.where(linked, best, -1)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from faceflow.kernels import topk
 from faceflow.kernels.tiles import TileKernel
 from faceflow.kernels.topk import Buffers
 
@@ -37,6 +38,42 @@ def sample_rows(faces: int, size: int, seed: int) -> np.ndarray:
     """A seeded uniform sample without repeats of the rows 0..faces-1, ascending int64; no training sample is reused."""
     rng = np.random.default_rng([seed, 4])
     return np.sort(rng.choice(faces, size=min(size, faces), replace=False))
+
+
+def sample_new(new: range, share: float, seed: int, nights: int) -> np.ndarray:
+    """A seeded uniform sample without repeats of these rows, ascending int64: `share` of them, a broken one by chance."""
+    rng = np.random.default_rng([seed, 4, nights])
+    size = min(len(new), int(len(new) * share + rng.random()))
+    return new.start + np.sort(rng.choice(len(new), size=size, replace=False))
+
+
+def carry_truth(
+    truth: tuple[np.ndarray, np.ndarray, np.ndarray], now: np.ndarray, drawn: np.ndarray, k: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """The sampled faces of last night that are still there, and those drawn tonight: (rows int64[n], ascending, known bool[n],
+    offsets int64[n + 1], keys uint64[...]).
+
+    truth: (rows, offsets, keys) of last night, each face's k + 1 best; now: int[N], tonight's row of every row of last night,
+    -1 for those that are gone; drawn: rows of tonight. A face is known whose list still holds its best among last night's
+    faces: one that is not full, or has lost nobody. Others, and those drawn, have none.
+    """
+    before, offsets, keys = truth
+    similarities, neighbors = topk.decode(keys)
+    owner = np.repeat(np.arange(len(before)), np.diff(offsets))
+    there = now[neighbors] >= 0
+    lost = np.bincount(owner, weights=~there, minlength=len(before)) > 0
+    known = (now[before] >= 0) & ~(lost & (np.diff(offsets) > k))
+    kept = there & known[owner]
+    stay = np.flatnonzero(now[before] >= 0)
+    rows = np.concatenate([now[before[stay]].astype(np.int64), drawn])
+    counts = np.concatenate([np.bincount(owner[kept], minlength=len(before))[stay], np.zeros(len(drawn), np.int64)])
+    ends = np.concatenate([[0], np.cumsum(counts)])
+    order = np.argsort(rows)
+    starts = np.repeat(ends[:-1][order], counts[order])
+    within = np.arange(ends[-1]) - np.repeat(np.cumsum(counts[order]) - counts[order], counts[order])
+    carried = topk.encode(similarities[kept], now[neighbors[kept]])[starts + within]
+    flags = np.concatenate([known[stay], np.zeros(len(drawn), bool)])[order]
+    return rows[order], flags, np.concatenate([[0], np.cumsum(counts[order])]), carried
 
 
 def search_part(

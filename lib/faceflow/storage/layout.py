@@ -38,6 +38,10 @@ def candidates_step(shard: int, steps: int, step: int) -> str:
     return f"candidates/shard-{shard:05d}-step-{step:03d}-of-{steps:03d}.arrow"
 
 
+SAMPLE = "certificate/sample.arrow"
+"""The sampled faces, and what is known of their true neighbors before the search for them."""
+
+
 def queries(part: int) -> str:
     """The sampled faces of one part, with the neighbors that the search found for them."""
     return f"certificate/queries-{part:05d}.arrow"
@@ -48,8 +52,12 @@ ALL_QUERIES = "certificate/queries.arrow"
 
 
 def truth(part: int) -> str:
-    """What exact search finds in one part for every sampled face."""
+    """What exact search finds in one part for the sampled faces."""
     return f"certificate/truth-{part:05d}.arrow"
+
+
+TRUTH = "truth/sampled.arrow"
+"""The sampled faces and their true neighbors, which the next night builds on."""
 
 
 def manifest(stage: str) -> str:
