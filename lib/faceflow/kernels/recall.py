@@ -65,15 +65,14 @@ def carry_truth(
     known = (now[before] >= 0) & ~(lost & (np.diff(offsets) > k))
     kept = there & known[owner]
     stay = np.flatnonzero(now[before] >= 0)
-    rows = np.concatenate([now[before[stay]].astype(np.int64), drawn])
-    counts = np.concatenate([np.bincount(owner[kept], minlength=len(before))[stay], np.zeros(len(drawn), np.int64)])
-    ends = np.concatenate([[0], np.cumsum(counts)])
-    order = np.argsort(rows)
-    starts = np.repeat(ends[:-1][order], counts[order])
-    within = np.arange(ends[-1]) - np.repeat(np.cumsum(counts[order]) - counts[order], counts[order])
-    carried = topk.encode(similarities[kept], now[neighbors[kept]])[starts + within]
-    flags = np.concatenate([known[stay], np.zeros(len(drawn), bool)])[order]
-    return rows[order], flags, np.concatenate([[0], np.cumsum(counts[order])]), carried
+    rows = np.sort(np.concatenate([now[before[stay]].astype(np.int64), drawn]))
+    places = np.searchsorted(rows, now[before[stay]])
+    ends = np.concatenate([[0], np.cumsum(np.bincount(owner[kept], minlength=len(before))[stay])])
+    carried = places, ends, topk.encode(similarities[kept], now[neighbors[kept]])
+    offsets, neighbors, similarities = topk.merge([carried], len(rows), k + 1)
+    flags = np.zeros(len(rows), bool)
+    flags[places] = known[stay]
+    return rows, flags, offsets, topk.encode(similarities, neighbors)
 
 
 def search_part(
