@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import http.client
 import random
 import threading
@@ -24,12 +25,13 @@ class FaultyS3:
     rate: share of requests that fail, one of `kinds` at random (the same seed and order of requests: the same faults);
     deny: (code, status) that every request is answered with instead, once one whose path holds `deny_from` has come;
     stalls: how many stalls of `stall_seconds` at most.
+    ignore_conditions: answer conditional puts as a store that knows none.
     counts: faults injected so far, by kind. Usable as a context manager.
     """
 
     def __init__(
         self, endpoint: str, rate: float = 0.0, seed: int = 0, kinds: tuple[str, ...] = KINDS,
-        stalls: int = 3, stall_seconds: float = 10.0,
+        stalls: int = 3, stall_seconds: float = 10.0, ignore_conditions: bool = False,
     ) -> None:  # fmt: skip
         self._target = urlsplit(endpoint).netloc
         self.rate, self.kinds, self.deny = rate, kinds, None
@@ -38,6 +40,7 @@ class FaultyS3:
         self.counts: Counter[str] = Counter()
         self.requests = 0
         self._stalls, self._stall_seconds = stalls, stall_seconds
+        self._ignore_conditions = ignore_conditions
         self._random, self._lock, self._listings = random.Random(seed), threading.Lock(), dict[str, tuple[Any, bytes]]()
         proxy = self
 
@@ -83,6 +86,13 @@ class FaultyS3:
         if self.deny is not None and self.deny_from in handler.path:
             self.deny_from = ""
             self._answer_error(handler, *self.deny)
+            return
+        if self._ignore_conditions and handler.command == "PUT" and {"If-Match", "If-None-Match"} & set(handler.headers):
+            # As a store that knows no conditions: whatever they say, the put succeeds.
+            handler.send_response_only(200)
+            handler.send_header("ETag", f'"{hashlib.md5(body).hexdigest()}"')
+            handler.send_header("Content-Length", "0")
+            handler.end_headers()
             return
         kind = self._choose(handler.command, is_list)
         if kind == "slow_down":

@@ -25,6 +25,7 @@ LAYERS = [
         "synthesis",
         "importing",
         "housekeeping",
+        "lease",
         "comparison",
         "comparing",
         "progress",

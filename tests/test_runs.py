@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from faceflow import progress
+from faceflow import lease
 from faceflow.config import ClusterConfig
 from faceflow.errors import RunError
 from faceflow.runs import choose_run
@@ -26,7 +26,7 @@ def speak(run: Path, seconds_ago: float = 0.0, **state: object) -> None:
     """The progress file of a run at work."""
     told = datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=seconds_ago)
     said = {"run_id": run.name, "stage": "search", "stopped": "", "host": socket.gethostname(), "pid": os.getpid()}
-    said["machine"] = progress._machine()
+    said["machine"] = lease.machine()
     path = run / "progress.json"
     path.with_suffix(".new").write_text(json.dumps(said | {"updated": told.isoformat()} | state))
     path.with_suffix(".new").rename(path)
@@ -34,7 +34,9 @@ def speak(run: Path, seconds_ago: float = 0.0, **state: object) -> None:
 
 def choose(tmp_path: Path, **settings: object) -> str:
     config = ClusterConfig(str(tmp_path / "in"), str(tmp_path / "out"), **settings)  # type: ignore[arg-type]
-    return choose_run(config, *layout.stores(config.output), None, None)
+    run_id, taken = choose_run(config, *layout.stores(config.output), None, None)
+    taken.release()
+    return run_id
 
 
 @pytest.fixture
@@ -55,7 +57,7 @@ def test_a_run_in_hand_is_left_alone(tmp_path: Path, unfinished: Path, sleeper: 
     speak(unfinished, pid=sleeper)
     if settings.pop("named", False):
         settings["run_id"] = unfinished.name
-    with pytest.raises(RunError, match=rf"{unfinished.name} is at work: process {sleeper} on .* another --run-id"):
+    with pytest.raises(RunError, match=rf"{unfinished.name} is already running \(pid {sleeper} on .* another --run-id"):
         choose(tmp_path, **settings)
     assert (unfinished / "run.json").exists()
     assert choose(tmp_path, run_id="another") == "another"
@@ -77,17 +79,17 @@ def test_a_run_whose_process_died_is_continued_at_once(tmp_path: Path, unfinishe
 
 
 def test_a_process_elsewhere_is_waited_for(tmp_path: Path, unfinished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress, "SILENT_AFTER", 1.0)
+    monkeypatch.setattr(lease, "SILENT_AFTER", 1.0)
     elsewhere = {"host": "elsewhere", "machine": "elsewhere", "pid": 1}
     speak(unfinished, **elsewhere)  # type: ignore[arg-type]
     begun = time.monotonic()
     assert choose(tmp_path) == unfinished.name
     assert time.monotonic() - begun > 0.8
-    monkeypatch.setattr(progress, "SILENT_AFTER", 20.0)
+    monkeypatch.setattr(lease, "SILENT_AFTER", 20.0)
     # Its clock is two minutes behind.
     speak(unfinished, 120.0, **elsewhere)  # type: ignore[arg-type]
     threading.Timer(0.5, speak, [unfinished, 120.0], elsewhere).start()
-    with pytest.raises(RunError, match="process 1 on elsewhere"):
+    with pytest.raises(RunError, match="pid 1 on elsewhere"):
         choose(tmp_path)
     speak(unfinished, 3_600.0, **elsewhere)  # type: ignore[arg-type]
     assert choose(tmp_path) == unfinished.name
@@ -115,4 +117,4 @@ def test_of_processes_that_take_a_run_at_once_one_gets_it(tmp_path: Path, unfini
     for process in processes:
         process.communicate("\n", timeout=30)
     assert said.count(unfinished.name) == 1
-    assert sum("has it in hand" in each for each in said) == 3
+    assert sum("is already running" in each for each in said) == 3

@@ -24,7 +24,7 @@ from faceflow.importing import import_neighbors
 from faceflow.kernels import edges, methods
 from faceflow.pipeline import run_clustering
 from faceflow.stages import grouping
-from faceflow.stages.reading import good_entries, label_table, read_ids, read_rejected
+from faceflow.stages.reading import good_entries, id_type, label_table, read_ids, read_rejected
 from faceflow.storage import layout, manifests
 from faceflow.storage.files import Store
 from faceflow.tables import Parts
@@ -69,6 +69,7 @@ class _Run:
     parts: Parts
     dim: int
     floor: float | None
+    ids: pa.DataType
 
     @property
     def faces(self) -> int:
@@ -81,7 +82,7 @@ class _Run:
         for part in range(len(self.parts)):
             ids = read_ids(self.run, part)
             good = good_entries(read_rejected(self.run, part), len(ids))
-            yield label_table(ids, good, labels[self.parts.starts[part] : self.parts.starts[part + 1]])
+            yield label_table(ids, self.ids, good, labels[self.parts.starts[part] : self.parts.starts[part + 1]])
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,9 @@ def _clustered(config: ClusterConfig, runs: Store, progress: bool) -> tuple[str,
     ingest, quantize = (manifests.read(run, stage) for stage in ("ingest", "quantize"))
     assert ingest is not None
     assert quantize is not None
-    return run_id, _Run(run, Parts(tuple(ingest.counts["starts"])), ingest.counts["dim"], quantize.counts["floor"])
+    return run_id, _Run(
+        run, Parts(tuple(ingest.counts["starts"])), ingest.counts["dim"], quantize.counts["floor"], id_type(ingest.counts, run)
+    )  # fmt: skip
 
 
 def _run(executor: Executor, name: str, source: _Run | _File, folder: Store, arguments: tuple[Any, ...]) -> Row:

@@ -44,7 +44,7 @@ def list_runs(output: str, work_dir: str | None = None, options: Mapping[str, An
     found = []
     for name in runs.names(""):
         record = runs.read_json(f"{name}/{layout.RUN_RECORD}")
-        if record is None:
+        if record is None or not layout.is_run_of(record, out, runs):
             continue
         begun = {file.split(".")[0] for file in runs.names(f"{name}/manifests")}
         labels = out.total_size(layout.label_folder(name)) + out.total_size(layout.rejected_folder(name))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import time
@@ -13,6 +14,7 @@ from faceflow.advance import advance
 from faceflow.cluster.executor import Executor, peak_memory
 from faceflow.config import ClusterConfig, digest
 from faceflow.errors import FaceflowError, InputError, PublishError, QualityError, RunError, SettingsError
+from faceflow.lease import FencedStore, Lease
 from faceflow.logs import bind, told
 from faceflow.progress import Watcher
 from faceflow.report import write_report
@@ -97,8 +99,8 @@ def _connect(config: ClusterConfig, progress: bool, report: bool, nightly: bool)
 
 @dataclass(frozen=True)
 class _Job:
-    """One run at work: what does not change from stage to stage. night: what an unfinished night must have in common with
-    this one to be continued."""
+    """One run at work: what does not change from stage to stage. runs, stores: write only while the lease holds; night: what an
+    unfinished night must have in common with this one to be continued."""
 
     config: ClusterConfig
     runs: Store
@@ -107,6 +109,7 @@ class _Job:
     begun: float
     parent: dict[str, Any]
     parent_version: str | None
+    lease: Lease
     watcher: Watcher
     listing: Listing
     past: Past | None = None
@@ -131,8 +134,9 @@ def _run(
         decisions.read(config.constraints, config.storage_options)  # a contradiction is said now, not after the search
     if config.labels_table is not None:
         lakes.check_can_commit()
-    output.check_writable()
-    runs.check_writable()
+    for store in (output, runs):
+        store.check_writable()
+        store.check_conditional_writes()
     parent_version = output.version(layout.LATEST)
     parent = output.read_json(layout.LATEST) or {}
     past, night = None, None
@@ -141,22 +145,33 @@ def _run(
         night = {"past": past.run_id if past is not None else None, "files": digest(files)}
         if past is not None and _nothing_new(config, past, files):
             log.info("nothing has changed since run %s: its labels stay in force", past.run_id)
-            _fill_table(config, executor, RunStores.of(output, runs, past.run_id))
+            _fill_table(config, executor, RunStores.of(output, runs, past.run_id), parent.get("sequence", 0))
             settle(runs, past.run_id)
             return _result(past.run_id, output, past.done, executor, {"total": round(time.perf_counter() - begun, 3)})
-    run_id = choose_run(config, output, runs, parent.get("run_id"), night)
-    if past is not None and past.run_id == run_id:
-        raise SettingsError(f"run {run_id} is published: a night needs another --run-id")
-    if parent and parent["run_id"] != run_id:
-        settle(runs, parent["run_id"])
-    if night is not None:
-        give_up_superseded(output, runs, night)
-    if past is not None:
-        _warn_of_decisions(config, past)
-    stores = RunStores.of(output, runs, run_id)
-    watcher = Watcher(stores.run, run_id)
-    executor.watch = watcher.step
-    job = _Job(config, runs, stores, executor, begun, parent, parent_version, watcher, listing, past, night)
+    if past is not None and past.run_id == config.run_id:
+        raise SettingsError(f"run {config.run_id} is published: a night needs another --run-id")
+    run_id, lease = choose_run(config, output, runs, parent.get("run_id"), night)
+    try:
+        if parent and parent["run_id"] != run_id:
+            settle(runs, parent["run_id"])
+        if night is not None:
+            give_up_superseded(output, runs, night)
+        if past is not None:
+            _warn_of_decisions(config, past)
+        runs, output = FencedStore.of(runs, lease), FencedStore.of(output, lease)
+        stores = RunStores.of(output, runs, run_id)
+        watcher = Watcher(lease)
+        executor.watch, executor.guard = watcher.step, lease.check
+        job = _Job(config, runs, stores, executor, begun, parent, parent_version, lease, watcher, listing, past, night)
+        return _carry_out(job, report)
+    finally:
+        executor.watch = executor.guard = None
+        lease.release()
+
+
+def _carry_out(job: _Job, report: bool) -> RunResult:
+    """Run the stages, and note how the run ended."""
+    run_id, files, past, watcher = job.stores.run_id, job.listing.files, job.past, job.watcher
     bind(run=run_id)
     log.info(
         "run %s: %d input file(s)%s", run_id, len(files), f", after run {past.run_id}" if past is not None else "",
@@ -170,7 +185,8 @@ def _run(
         watcher.stopped(str(error))
         raise
     except BaseException as error:
-        watcher.stopped("interrupted" if isinstance(error, (KeyboardInterrupt, SystemExit)) else str(error))
+        with contextlib.suppress(RunError):  # where another process has taken the run over, its word stands
+            watcher.stopped("interrupted" if isinstance(error, (KeyboardInterrupt, SystemExit)) else str(error))
         raise
 
 
@@ -233,7 +249,10 @@ def _advance_all(job: _Job, report: bool) -> RunResult:
     seconds = {name: manifest.seconds for name, manifest in done.items()}
     seconds["total"] = round(time.perf_counter() - job.begun, 3)
     result = _result(stores.run_id, stores.output, done, job.executor, seconds)
+    sequence = int(job.parent.get("sequence", 0))
     if job.parent.get("run_id") != stores.run_id:
+        # Rises from run to run, and after an OUTPUT that was emptied: what fences the commits to a labels table.
+        sequence = max(sequence + 1, int(time.time() * 1000))
         pointer = {
             "run_id": result.run_id,
             "labels": layout.label_folder(stores.run_id),
@@ -246,6 +265,7 @@ def _advance_all(job: _Job, report: bool) -> RunResult:
             "impostors_a_face": result.impostors_a_face,
             "parent_run_id": job.parent.get("run_id"),
             "next_id": max(done["publish"].counts["next_id"], job.parent.get("next_id", 0)),
+            "sequence": sequence,
             "settings": config.public(),
             "seconds": seconds,
             "recall": result.recall["estimate"],
@@ -259,7 +279,7 @@ def _advance_all(job: _Job, report: bool) -> RunResult:
     if config.labels_table is not None:
         job.record("begun", **facts)
         try:
-            _fill_table(config, job.executor, stores)
+            _fill_table(config, job.executor, stores, sequence)
         except RunError:
             if report:
                 _report(job)
@@ -276,13 +296,13 @@ def _advance_all(job: _Job, report: bool) -> RunResult:
     return result
 
 
-def _fill_table(config: ClusterConfig, executor: Executor, stores: RunStores) -> None:
-    """Put the labels in force into the Delta table that the user named, unless it has them."""
+def _fill_table(config: ClusterConfig, executor: Executor, stores: RunStores, sequence: int) -> None:
+    """Put the labels in force into the Delta table that the user named, unless it has them; sequence: of their publication."""
     if config.labels_table is None:
         return
     table = Store.at(config.labels_table, config.storage_options)
     if lakes.committed(table) != stores.run_id:
-        version = executor.call(publish.commit_table, table, stores.output, stores.run_id, label="table")
+        version = executor.call(publish.commit_table, table, stores.output, stores.run_id, sequence, label="table")
         log.info("table    %s is at version %d", table.root, version, extra=told("table", table=table.root, version=version))
 
 
@@ -320,6 +340,8 @@ def _publish(job: _Job, pointer: dict[str, Any]) -> None:
         output.replace_json(layout.LATEST, pointer, job.parent_version)
     except PublishError:
         winner = (output.read_json(layout.LATEST) or {}).get("run_id")
+        if winner == run_id:
+            raise PublishError(f"run {run_id} was published by another process meanwhile: its labels are in force") from None
         if job.night is not None:
             give_up(output, job.runs, run_id)
             raise PublishError(

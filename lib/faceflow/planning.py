@@ -13,7 +13,7 @@ from faceflow.errors import SettingsError
 from faceflow.kernels import costs, plans, quantizer
 from faceflow.stages import forecast, quantize
 from faceflow.stages.intake import FOOTERS_PER_TASK
-from faceflow.stages.pieces import check_types, first_dimension, read_footers
+from faceflow.stages.pieces import check_dimensions, first_dimension, read_footers, settle_ids
 from faceflow.storage.files import Store
 from faceflow.storage.inputs import list_faces
 from faceflow.tables import MAX_FACES
@@ -58,11 +58,12 @@ def plan_run(config: ClusterConfig) -> Forecast:
         groups = list(chunks([file.path for file in files], FOOTERS_PER_TASK))
         read = executor.map(read_footers, [(store, tuple(group), *columns) for group in groups], "footers")
         footers = [footer for found in read for footer in found]
-        check_types(footers)
+        settle_ids(footers, None)
+        check_dimensions(footers)
         faces = sum(sum(footer.group_rows) for footer in footers)
         if not 0 < faces <= MAX_FACES:
             raise SettingsError(f"input {config.input} has {faces:,} rows: a run takes 1 to {MAX_FACES:,}")
-        paths = tuple(footer.path for footer in footers if sum(footer.group_rows))
+        paths = tuple(footer.path for footer in footers)
         dim = next((f.dim for f in footers if f.dim), None) or executor.call(
             first_dimension, store, paths, config.embedding_column, label="probe"
         )

@@ -3,43 +3,30 @@
 from __future__ import annotations
 
 import datetime
-import functools
 import logging
-import os
-import socket
 import sys
 import time
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from faceflow.cluster.usage import Step
-from faceflow.errors import InputError, PublishError, RunError
+from faceflow.errors import InputError
+from faceflow.lease import HEARTBEAT, SILENT_AFTER, Lease, is_alive, machine
 from faceflow.logs import told
 from faceflow.storage import layout
-from faceflow.storage.files import Store
 
 log = logging.getLogger("faceflow")
-
-WRITE_EVERY = 5.0
-"""Seconds between two states of the file; on S3 each is a request."""
 
 TELL_EVERY = 60.0
 """Seconds between two log lines on a step at work, where no bar shows it."""
 
-SILENT_AFTER = 60.0
-"""Seconds after which a run that says nothing is taken to be at work no longer; it speaks every WRITE_EVERY."""
-
-CLOCKS_DIFFER = 600.0
-"""Seconds by which the clocks of two machines may differ."""
-
 
 class Watcher:
-    """Writes the state of one run while it is at work."""
+    """Says where a run is while it is at work, through the lease on it."""
 
-    def __init__(self, run: Store, run_id: str) -> None:
-        self._run, self._run_id = run, run_id
+    def __init__(self, lease: Lease) -> None:
+        self._lease = lease
         self._stage, self._why = "", ""
         self._step: Step | None = None
         self._seconds: dict[str, float] = {}
@@ -63,7 +50,7 @@ class Watcher:
     def step(self, step: Step) -> None:
         """Something happened, or a few seconds have passed (`Executor.watch`)."""
         now, self._step = time.monotonic(), step
-        if now - self._written >= WRITE_EVERY:
+        if now - self._written >= HEARTBEAT:
             self._write()
         if now - self._told >= TELL_EVERY and not step.finished and not sys.stderr.isatty():
             self._told = now
@@ -76,27 +63,10 @@ class Watcher:
 
     def _write(self) -> None:
         self._written = time.monotonic()
-        state = _state(self._run_id) | {
-            "stage": self._stage,
-            "stage_seconds": round(time.monotonic() - self._began, 1),
-            "seconds": self._seconds,
-            "step": self._step.as_dict() if self._step is not None else None,
-            "stopped": self._why,
-        }
-        try:
-            self._run.write_json(layout.PROGRESS, state, durable=False)
-        except OSError as error:
-            # What a stage cannot write, it says itself; this file is for looking at.
-            log.warning("the state of the run was not written: %s", error)
-
-
-def _state(run_id: str) -> dict[str, Any]:
-    """What this process says of a run that it has in hand, before the first stage."""
-    return {
-        "run_id": run_id, "stage": "", "stage_seconds": 0.0, "seconds": {}, "step": None, "stopped": "",
-        "host": socket.gethostname(), "machine": _machine(), "pid": os.getpid(),
-        "updated": datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds"),
-    }  # fmt: skip
+        self._lease.write(
+            stage=self._stage, stage_seconds=round(time.monotonic() - self._began, 1), seconds=self._seconds,
+            step=self._step.as_dict() if self._step is not None else None, stopped=self._why,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -131,7 +101,8 @@ def status(
     Raises InputError where there is no such run.
     """
     out, runs = layout.stores(output, work_dir, options)
-    found = {name: record for name in runs.names("") if (record := runs.read_json(f"{name}/{layout.RUN_RECORD}"))}
+    records = {name: runs.read_json(f"{name}/{layout.RUN_RECORD}") for name in runs.names("")}
+    found = {name: record for name, record in records.items() if record and layout.is_run_of(record, out, runs)}
     if run_id is not None and run_id not in found:
         raise InputError(f"{output} has no run {run_id}: `faceflow runs {output}` lists them")
     if not found:
@@ -143,7 +114,7 @@ def status(
     age = max(0.0, (datetime.datetime.now(datetime.UTC) - updated).total_seconds())
     kind = record["state"]
     if kind == "begun":
-        if not state.get("stopped") and state.get("machine") == _machine() and not _is_alive(state["pid"]):
+        if not state.get("stopped") and state.get("machine") == machine() and not is_alive(state["pid"]):
             state["stopped"] = "its process was killed"
         kind = "stopped" if state.get("stopped") or age >= SILENT_AFTER else "at work"
     elif kind == "published" and (out.read_json(layout.LATEST) or {}).get("run_id") == name:
@@ -159,89 +130,6 @@ def status(
         name, kind, stage, round(stage_seconds, 1), step, state.get("seconds", {}), left,
         round(age, 1), state.get("host", ""), state.get("pid", 0), state.get("stopped", ""),
     )  # fmt: skip
-
-
-def claim(run: Store, run_id: str) -> None:
-    """Take a run in hand: of two processes that try at once, one gets it.
-
-    Raises RunError where another has it.
-    """
-    while True:
-        version = run.version(layout.PROGRESS)
-        if (other := at_work(run)) is not None:
-            raise RunError(
-                f"run {run_id} is at work: {other} has it in hand. Wait for it (`faceflow status` shows how far it is), or "
-                "give another --run-id"
-            )
-        try:
-            run.replace_json(layout.PROGRESS, _state(run_id), version)
-            return
-        except PublishError:
-            log.info("run %s: another process has just taken it in hand", run_id)
-
-
-def at_work(run: Store) -> str | None:
-    """Which other process has this run in hand, in words; None where there is none.
-
-    Of a process on this machine that is known at once. One elsewhere, whose clock may differ, is waited for until it speaks
-    again, or has been silent for SILENT_AFTER.
-    """
-    first, begun = None, time.monotonic()
-    while True:
-        state = run.read_json(layout.PROGRESS) or {}
-        if not state or state["stopped"]:
-            return None
-        named = f"process {state['pid']} on {state['host']}"
-        updated = datetime.datetime.fromisoformat(state["updated"])
-        age = (datetime.datetime.now(datetime.UTC) - updated).total_seconds()
-        if state.get("machine") == _machine():
-            known = age < SILENT_AFTER and state["pid"] != os.getpid() and _is_alive(state["pid"])
-            return named if known else None
-        if first is None:
-            if age >= SILENT_AFTER + CLOCKS_DIFFER:
-                return None
-            first = updated
-            log.info("run %s: %s had it in hand a moment ago; waiting to hear if it still has", state["run_id"], named)
-        elif updated != first:
-            return named
-        elif time.monotonic() - begun >= SILENT_AFTER:
-            return None
-        time.sleep(min(WRITE_EVERY, SILENT_AFTER) / 5)
-
-
-def is_silent(run: Store) -> bool:
-    """Whether nobody can be at work on a run, known without waiting."""
-    state = run.read_json(layout.PROGRESS) or {}
-    if not state or state["stopped"]:
-        return True
-    if state.get("machine") == _machine():
-        return state["pid"] != os.getpid() and not _is_alive(state["pid"])
-    age = datetime.datetime.now(datetime.UTC) - datetime.datetime.fromisoformat(state["updated"])
-    return age.total_seconds() >= SILENT_AFTER + CLOCKS_DIFFER
-
-
-@functools.lru_cache(maxsize=1)
-def _machine() -> str:
-    """What processes that can ask the kernel for each other by number have in common; two containers may share a host name."""
-    try:
-        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as boot:
-            return f"{boot.read().strip()} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return f"{socket.gethostname()} {uuid.getnode():x}"
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True  # somebody else's
-    try:
-        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as stat:
-            return stat.read().rpartition(")")[2].split()[0] != "Z"  # ended, and nobody has asked how
-    except OSError:
-        return True
 
 
 def lines(found: Status) -> list[str]:

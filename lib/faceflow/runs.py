@@ -7,9 +7,10 @@ import logging
 import secrets
 from typing import Any
 
-from faceflow import progress
+from faceflow import lease
 from faceflow.config import ClusterConfig
 from faceflow.errors import SettingsError
+from faceflow.lease import FencedStore, Lease
 from faceflow.storage import layout
 from faceflow.storage.files import Store
 
@@ -37,13 +38,22 @@ NOT_IDENTITY = (
 
 def record(config: ClusterConfig, state: str, night: dict[str, Any] | None) -> dict[str, Any]:
     """What run.json says of a run in this state; night: what an unfinished night must have in common with one that goes on."""
-    found = {"state": state, "settings": config.public(), "updated": now().isoformat(timespec="milliseconds")}
+    output, runs = layout.stores(config.output, config.work_dir, config.storage_options)
+    found = {
+        "state": state, "settings": config.public(), "updated": now().isoformat(timespec="milliseconds"),
+        "output": output.root, "runs": runs.root,
+    }  # fmt: skip
     return found | ({"night": night} if night is not None else {})
 
 
-def choose_run(config: ClusterConfig, output: Store, runs: Store, published: str | None, night: dict[str, Any] | None) -> str:
-    """The run to work on: the named one, the newest unfinished one with these settings (a night's: also of the same input,
-    after the same run, as last night's failure must not stand in tonight's way), or a new one."""
+def choose_run(
+    config: ClusterConfig, output: Store, runs: Store, published: str | None, night: dict[str, Any] | None
+) -> tuple[str, Lease]:
+    """The run to work on, and its lease: the named one, the newest unfinished one of this OUTPUT with these settings (a
+    night's: also of the same input, after the same run, as last night's failure must not stand in tonight's way), or a new one.
+
+    Raises RunError where another process holds its lease, SettingsError where the named run is another OUTPUT's.
+    """
     wanted = _identity(config.public())
     run_id = config.run_id
     if run_id is None:
@@ -51,30 +61,35 @@ def choose_run(config: ClusterConfig, output: Store, runs: Store, published: str
             found = runs.read_json(f"{name}/{layout.RUN_RECORD}")
             if not (found and found["state"] == "begun" and found.get("night") == night):
                 continue
+            if not layout.is_run_of(found, output, runs):
+                continue
             if _identity(found["settings"]) == wanted:
                 run_id = name
                 break
-    state = (runs.read_json(f"{run_id}/{layout.RUN_RECORD}") or {}).get("state") if run_id is not None else None
-    if state is not None and state != "published":
-        progress.claim(runs.child(str(run_id)), str(run_id))
+    elif (found := runs.read_json(f"{run_id}/{layout.RUN_RECORD}")) and not layout.is_run_of(found, output, runs):
+        raise SettingsError(f"run {run_id} of {runs.root} is of another OUTPUT, {found.get('output')}: choose another --run-id")
     if run_id is None:
         run_id = f"{now().strftime('%Y%m%dT%H%M%SZ')}-{secrets.token_hex(2)}"
     elif config.run_id is None and not config.restart:
         log.info("run %s is unfinished and has the same settings: continuing it", run_id)
-    if config.restart and runs.names(run_id):
+    taken = lease.claim(runs.child(run_id), run_id)
+    runs, output = FencedStore.of(runs, taken), FencedStore.of(output, taken)
+    if config.restart and runs.exists(f"{run_id}/{layout.RUN_RECORD}"):
         if run_id == published:
+            taken.release()
             raise SettingsError(f"run {run_id} is published: it cannot be begun again; choose another --run-id")
         log.info("run %s is begun again: what it had done is removed", run_id)
-        runs.delete(run_id)
+        for name in runs.names(run_id):
+            if name != layout.PROGRESS:  # the lease
+                runs.delete(f"{run_id}/{name}")
         for folder in (*layout.PUBLISHED, layout.events_folder):
             output.delete(folder(run_id))
     known = runs.read_json(f"{run_id}/{layout.RUN_RECORD}")
     if known is None:
-        progress.claim(runs.child(run_id), run_id)
         runs.write_json(f"{run_id}/{layout.RUN_RECORD}", record(config, "begun", night))
     elif known["state"] != "published":
         _note(runs, run_id, known, known["state"])
-    return run_id
+    return run_id, taken
 
 
 def settle(runs: Store, run_id: str) -> None:
@@ -98,7 +113,9 @@ def give_up_superseded(output: Store, runs: Store, night: dict[str, Any]) -> Non
         found = runs.read_json(f"{name}/{layout.RUN_RECORD}") or {}
         if found.get("state") != "begun" or found.get("night") in (None, night) or name == night["past"]:
             continue
-        if progress.is_silent(runs.child(name)):
+        if not layout.is_run_of(found, output, runs):
+            continue
+        if lease.is_silent(runs.child(name)) and lease.fence_off(runs.child(name), name, "superseded"):
             log.info("run %s, which was not finished, is given up: its input, or the run in force, is another now", name)
             give_up(output, runs, name)
 

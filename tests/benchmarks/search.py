@@ -31,6 +31,7 @@ import pyarrow.parquet as pq
 
 from faceflow import ClusterConfig, pipeline
 from faceflow.cluster.executor import Executor
+from faceflow.lease import claim
 from faceflow.progress import Watcher
 from faceflow.stages.base import Context
 from faceflow.stages.reading import read_vectors
@@ -153,10 +154,11 @@ def compare(a: argparse.Namespace, source: Path, output: Path, k: int, floor: fl
     memory = PeakMemory()
     memory.start()
     done: dict[str, Any] = {}
+    lease = claim(stores.run, "bench")
     with Executor(None, a.workers, progress=False, warm_up=pipeline.search.warm_up) as executor:
         for stage in pipeline.STAGES[:3]:
             context = Context(config, stores, executor, done)
-            done[stage.name] = pipeline.advance(stage, context, Watcher(stores.run, "bench"))
+            done[stage.name] = pipeline.advance(stage, context, Watcher(lease))
         usage = executor.usage.by_label
     peak = memory.stop()
     parts, dim, run = context.parts, context.dim, stores.run

@@ -17,6 +17,7 @@ import pytest
 
 from faceflow.cli import main
 from faceflow.cluster.usage import Step
+from faceflow.lease import claim
 from faceflow.progress import Watcher, status
 from faceflow.storage import layout
 from faceflow.storage.files import Store
@@ -113,7 +114,8 @@ def test_status_of_a_run_at_work_and_of_one_that_fell_silent(tmp_path: Path, cap
     run = out.child("_runs/r")
     now = datetime.datetime.now(datetime.UTC)
     run.write_json(layout.RUN_RECORD, {"state": "begun", "updated": now.isoformat(), "settings": {}})
-    watcher = Watcher(run, "r")
+    lease = claim(run, "r")
+    watcher = Watcher(lease)
     watcher.stage("ingest")
     watcher.finished("ingest", 12.5)
     watcher.stage("search")

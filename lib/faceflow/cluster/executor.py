@@ -83,7 +83,8 @@ class Executor:
 
     address: a Ray address; None: RAY_ADDRESS if set, else private. workers: pieces at work at once, at most (None: one
     per CPU of the cluster). warm_up: a function that loads what pieces will need. moved: counts the bytes that a process reads
-    and writes. `watch`, if set, is called with the step at work whenever something happens, and every few seconds.
+    and writes. `watch`, if set, is called with the step at work whenever something happens, and every few seconds; `guard`, if
+    set, before a task is sent, to raise where this process may no longer do so.
     Raises SettingsError when the cluster cannot be reached.
     """
 
@@ -99,6 +100,7 @@ class Executor:
         self._warm_up, self._moved = warm_up, moved
         self.usage = Usage()
         self.watch: Callable[[Step], None] | None = None
+        self.guard: Callable[[], None] | None = None
         self._metrics: Any = None  # Metrics, once connected
         self._names = ("", "")
         self._progress = progress
@@ -283,6 +285,8 @@ class Executor:
         return ready
 
     def _submit(self, function: Callable[..., Any], attempt: Attempts, cpus: float, resources: Resources) -> Any:
+        if self.guard is not None:
+            self.guard()
         # Ray's own retries neither wait nor make a piece smaller.
         asked = max(cpus, self.smallest_machine_cpus) if attempt.alone else cpus
         options: dict[str, Any] = {

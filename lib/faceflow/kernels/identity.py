@@ -75,6 +75,18 @@ def hash_integers(values: np.ndarray) -> np.ndarray:
     return (values.astype(np.int64).view(np.uint64) * np.uint64(0x9E3779B97F4A7C15)) | np.uint64(1)
 
 
+def buckets_of_integers(values: np.ndarray, buckets: int) -> np.ndarray:
+    """int64[n]: a bucket 0..buckets-1 for each integer, equal ones in one, whatever stride they have (snowflake ids).
+
+    The finalizer of splitmix64 (Steele, Lea & Flood, Fast splittable pseudorandom number generators, 2014), in which every bit
+    of the result depends on every bit of the value.
+    """
+    h = values.astype(np.int64).view(np.uint64)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        h = (h ^ (h >> np.uint64(shift))) * np.uint64(factor)
+    return ((h ^ (h >> np.uint64(31))) % np.uint64(buckets)).astype(np.int64)
+
+
 def hash_texts(offsets: np.ndarray, data: np.ndarray) -> np.ndarray:
     """uint64[n]: a hash, never 0, of each text data[offsets[i]:offsets[i + 1]] (as `buckets_of_texts`)."""
     out = np.empty(len(offsets) - 1, np.uint64)

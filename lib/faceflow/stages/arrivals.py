@@ -21,9 +21,9 @@ from faceflow.errors import InputError
 from faceflow.logs import told
 from faceflow.stages import checking, intake
 from faceflow.stages.base import Context, Outcome, merge_pieces
-from faceflow.stages.pieces import part_faces
-from faceflow.stages.reading import good_entries, read_ids, read_rejected, read_vectors
-from faceflow.storage import layout
+from faceflow.stages.pieces import IdTypes, part_faces
+from faceflow.stages.reading import good_entries, id_type, read_ids, read_rejected, read_vectors
+from faceflow.storage import columns, layout
 from faceflow.storage.files import Store
 from faceflow.storage.inputs import Listing
 from faceflow.storage.manifests import is_whole
@@ -86,10 +86,12 @@ def run(context: Context, listing: Listing) -> Outcome:
     )
     counts = past.done["ingest"].counts
     staging = stores.run.child(layout.ARRIVALS)
-    taken = intake.take_in(context, store, read, staging, counts["dim"])
+    types = IdTypes(read_ids(past.run, 0).type, id_type(counts, past.run))
+    taken = intake.take_in(context, store, read, staging, counts["dim"], types)
     old = Side(past.run, tuple(counts["entries"]), tuple(counts["starts"]))
     new = Side(staging, taken.entries, taken.starts)
-    buckets = max(1, -(-(old.entries[-1] + new.entries[-1]) // intake.BUCKET_IDS))
+    id_bytes = counts.get("id_bytes", 0) + taken.id_bytes
+    buckets = intake.buckets_for(old.entries[-1] + new.entries[-1], id_bytes)
     executor.map(match_bucket, [(stores.run, old, new, carried, b, buckets) for b in range(buckets)], "match")
     starts = past.parts
     bounds = compact([starts.rows(p) for p in range(len(starts))], part_faces(starts.faces, taken.dim))
@@ -128,7 +130,7 @@ def run(context: Context, listing: Listing) -> Outcome:
         "files": len(files), "input_snapshot": snapshot,
         "added": sum(faces) - stayed - changed, "changed": changed, "removed": starts.faces - stayed - changed,
         "starts": list(after.starts), "entries": np.cumsum([0, *(part.entries for part in every)]).tolist(),
-        "sources": bounds,
+        "sources": bounds, "id_type": columns.name_of(taken.ids.published), "id_bytes": id_bytes,
     }  # fmt: skip
     return Outcome(result, merge_pieces([sizes, *(part.sizes for part in every)]))
 
@@ -214,8 +216,6 @@ def match_bucket(run: Store, old: Side, new: Side, carried: np.ndarray, bucket: 
         # Where each id of last night stands among those read tonight, and -1 where it does not.
         at = np.full(len(before.entries), -1, np.int64)
         if ids is not None:
-            if before.ids.type != ids.type:
-                raise InputError(f"ids were {before.ids.type} in the published run, but are {ids.type} in tonight's files")
             at = pc.index_in(before.ids, value_set=ids).fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
         stays = carried[before.origins.column("file").to_numpy()] >= 0
         verdicts[at[stays & (at >= 0)]] = REPEATED

@@ -10,8 +10,8 @@ import pyarrow as pa
 
 from faceflow.kernels.vectors import FINE, NOT_FINITE, normalize_rows
 
-GOOD, NULL_ID, NULL_EMBEDDING, EMPTY, DIMENSION, NULL_VALUE, INFINITE, ZEROS, REPEATED = range(9)
-"""Verdicts on a row; where several fit, the lowest."""
+GOOD, NULL_ID, NULL_EMBEDDING, EMPTY, DIMENSION, NULL_VALUE, INFINITE, ZEROS, REPEATED, NOT_TEXT = range(10)
+"""Verdicts on a row; where several fit, that on the id, then the lowest."""
 
 REASONS = {
     NULL_ID: "the id is null: every face needs one",
@@ -22,6 +22,7 @@ REASONS = {
     INFINITE: "the embedding contains a NaN or an infinity",
     ZEROS: "the embedding contains only zeros: it has no direction",
     REPEATED: "the id occurred before: ids must be unique",
+    NOT_TEXT: "the id is not valid UTF-8: write it as text, or as a binary column",
 }
 
 SHOWN = 3
@@ -57,10 +58,13 @@ class Tally:
         return "\n  ".join(lines)
 
 
-def check_batch(ids: pa.Array, embeddings: pa.Array, dim: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def check_batch(
+    ids: pa.Array, not_text: np.ndarray, embeddings: pa.Array, dim: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(verdicts uint8[n], lengths of the embeddings int64[n], unit vectors float32[good rows, dim]) of one batch.
 
-    embeddings: a list column of floats. A repeated id cannot be seen here.
+    ids, not_text: as `storage.columns.readable` gives them; embeddings: a list column of floats. A repeated id cannot be seen
+    here.
     """
     n = len(embeddings)
     verdict = np.zeros(n, np.uint8)
@@ -88,6 +92,7 @@ def check_batch(ids: pa.Array, embeddings: pa.Array, dim: int) -> tuple[np.ndarr
     verdict[candidates[found != FINE]] = np.where(found[found != FINE] == NOT_FINITE, INFINITE, ZEROS)
     if ids.null_count:
         verdict[ids.is_null().to_numpy(zero_copy_only=False)] = NULL_ID
+        verdict[not_text] = NOT_TEXT
     good = verdict[candidates] == GOOD
     return verdict, lengths, (x if good.all() else x[good]).astype(np.float32, copy=False)
 

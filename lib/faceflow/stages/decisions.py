@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +18,7 @@ from faceflow.config import ClusterConfig
 from faceflow.errors import InputError, did_you_mean, one_line
 from faceflow.kernels import constraints
 from faceflow.stages.reading import good_entries, read_ids, read_rejected
-from faceflow.storage import layout
+from faceflow.storage import columns, layout
 from faceflow.storage.files import Store, explain
 from faceflow.storage.inputs import list_file, open_input
 from faceflow.tables import Parts
@@ -50,9 +52,14 @@ def read(address: str, options: Mapping[str, Any] | None, id_type: pa.DataType |
     """
     store, info = list_file(address, options)
     name = one_line(address)
+    lines = address.lower().endswith(".csv")
+
+    def place(row: int) -> str:
+        return f"line {_line_of(store, info.path, row)}" if lines else f"row {row}"
+
     try:
         with open_input(store, info.path) as source:
-            if address.lower().endswith(".csv"):
+            if lines:
                 text = pyarrow.csv.ConvertOptions(column_types={column: pa.string() for column in COLUMNS})
                 table = pyarrow.csv.read_csv(source, convert_options=text)
             else:
@@ -64,14 +71,16 @@ def read(address: str, options: Mapping[str, Any] | None, id_type: pa.DataType |
             raise InputError(f"constraints {name}: no column {column!r}{did_you_mean(column, table.column_names)}")
         if table[column].null_count:
             row = pc.index(table[column].is_null(), True).as_py()
-            raise InputError(f"constraints {name}, row {row}: {column} is null")
-    kinds = table["kind"].to_pylist()
+            raise InputError(f"constraints {name}, {place(row)}: {column} is null")
+    kinds = [str(kind).strip().lower() for kind in table["kind"].to_pylist()]
     wrong = next((i for i, kind in enumerate(kinds) if kind not in KINDS), None)
     if wrong is not None:
-        raise InputError(f"constraints {name}, row {wrong}: kind is {kinds[wrong]!r}; it must be 'must' or 'cannot'")
-    if table["id_a"].type != table["id_b"].type:
+        raise InputError(f"constraints {name}, {place(wrong)}: kind is {kinds[wrong]!r}; it must be 'must' or 'cannot'")
+    stored = [columns.id_storage(table[column].type) for column in COLUMNS[:2]]
+    if None in stored or stored[0] != stored[1]:
         raise InputError(f"constraints {name}: id_a is {table['id_a'].type}, but id_b is {table['id_b'].type}")
-    both = pa.concat_arrays([*table["id_a"].chunks, *table["id_b"].chunks]) if len(table) else pa.array([], pa.string())
+    chunks = [columns.cast(chunk, stored[0]) for column in COLUMNS[:2] for chunk in table[column].chunks]
+    both = pa.concat_arrays(chunks) if chunks else pa.array([], columns.TEXT)
     if id_type is not None:
         both = _as(both, id_type, address)
     coded = both.dictionary_encode()
@@ -79,8 +88,16 @@ def read(address: str, options: Mapping[str, Any] | None, id_type: pa.DataType |
     pairs = np.stack([codes[: len(kinds)], codes[len(kinds) :]], axis=1)
     must, cannot = (pairs[np.array([k == kind for k in kinds], bool)] for kind in KINDS)
     ids = coded.dictionary
-    constraints.check(must, cannot, len(ids), lambda i: repr(ids[i].as_py()))
+    constraints.check(must, cannot, len(ids), lambda i: repr(columns.shown(ids[i].as_py())))
     return Decisions(ids, must, cannot)
+
+
+def _line_of(store: Store, path: str, row: int) -> int:
+    """The line of a CSV file, as an editor counts them, on which its data row `row` ends."""
+    text = bytes(store.fs.cat_file(path)).decode("utf-8", errors="replace")
+    reader = csv.reader(text.splitlines(keepends=True))
+    filled = (reader.line_num for fields in reader if fields)
+    return next(itertools.islice(filled, row + 1, None))
 
 
 def keep_apart(
@@ -130,6 +147,6 @@ def apply(
 
 def _as(ids: pa.Array, kind: pa.DataType, address: str) -> pa.Array:
     try:
-        return ids.cast(kind)
+        return columns.parsed(ids, kind)
     except pa.ArrowException as error:
         raise InputError(f"constraints {one_line(address)}: ids are not {kind}, as the faces' are: {explain(error)}") from None

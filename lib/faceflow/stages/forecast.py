@@ -11,7 +11,7 @@ from faceflow.config import ClusterConfig
 from faceflow.errors import InputError
 from faceflow.kernels import impostors, plans, probing, quantizer
 from faceflow.stages import checking
-from faceflow.stages.pieces import Footer, readable
+from faceflow.stages.pieces import Columns, Footer, readable, settle_ids
 from faceflow.storage.files import Store
 
 PAIRED_FACES = 32_768
@@ -101,6 +101,7 @@ def _sample(
     blocks: list[int] = []
     rows = id_bytes = 0
     by_path: dict[str, list[tuple[int, int]]] = {}
+    names = Columns(config.id_column, config.embedding_column, None, settle_ids(footers, None).stored)
     for path, group, size in chosen:
         by_path.setdefault(path, []).append((group, min(size, length)))
     for path, places in by_path.items():
@@ -111,8 +112,8 @@ def _sample(
                         batch_size=take, row_groups=[group], columns=[config.id_column, config.embedding_column]
                     )
                 )  # fmt: skip
-                ids, embeddings = (batch.column(name) for name in (config.id_column, config.embedding_column))
-                good = checking.check_batch(ids, embeddings, dim)[2]
+                ids, not_text = names.ids(batch, path, 0)
+                good = checking.check_batch(ids, not_text, names.embeddings(batch), dim)[2]
                 rows, id_bytes = rows + len(ids), id_bytes + ids.nbytes
                 found.append(good)
                 blocks.append(len(good))

@@ -11,6 +11,7 @@ from faceflow.stages import arrivals
 from faceflow.stages.base import Context, Outcome, Stage
 from faceflow.stages.intake import judge, take_in
 from faceflow.stages.pieces import read_footers
+from faceflow.storage import columns
 from faceflow.storage.inputs import Listing, contains, list_faces
 
 log = logging.getLogger("faceflow")
@@ -51,7 +52,8 @@ def run(context: Context) -> Outcome:
     judge(context, taken.bad, taken.entries[-1])
     counts = {
         "faces": taken.starts[-1], "rejected": taken.bad.total, "dim": taken.dim, "files": len(files), "starts": taken.starts,
-        "entries": taken.entries, "input_snapshot": snapshot,
+        "entries": taken.entries, "input_snapshot": snapshot, "id_type": columns.name_of(taken.ids.published),
+        "id_bytes": taken.id_bytes,
     }  # fmt: skip
     return Outcome(counts, taken.sizes)
 

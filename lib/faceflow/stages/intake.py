@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from faceflow.cluster.executor import chunks
 from faceflow.errors import InputError, one_line
-from faceflow.kernels.identity import buckets_of_texts, hash_integers, hash_texts
+from faceflow.kernels.identity import buckets_of_integers, buckets_of_texts, hash_integers, hash_texts
 from faceflow.kernels.vectors import hash_rows
 from faceflow.stages import checking, decisions
 from faceflow.stages.base import Context, merge_pieces
 from faceflow.stages.pieces import (
+    Columns,
+    Footer,
+    IdTypes,
     Piece,
-    check_types,
+    check_dimensions,
     first_dimension,
     part_faces,
     plan_pieces,
     read_batches,
     read_footers,
+    settle_ids,
 )
-from faceflow.storage import layout
+from faceflow.stages.reading import read_ids
+from faceflow.storage import columns, layout
 from faceflow.storage.files import Store
 from faceflow.storage.manifests import is_whole
 from faceflow.tables import IDS_CHECKED_SCHEMA, MAX_FACES, ORIGINS_SCHEMA, REJECTED_SCHEMA, vectors_schema
@@ -33,59 +39,69 @@ log = logging.getLogger("faceflow")
 
 FOOTERS_PER_TASK = 16
 
-Columns = tuple[str, str, str | None]
-"""Names of the columns with the id, the embedding and, if there is one, the exclusive value."""
-
-BUCKET_IDS = 2_000_000
-"""Ids that one task compares for repeats: some 200 MB."""
+BUCKET_IDS, BUCKET_BYTES = 2_000_000, 256 * 2**20
+"""Ids that one task compares for repeats, and bytes of them, at most: some 200 MB of short ids, three times the bytes of long
+ones (signed URLs)."""
 
 
 @dataclass(frozen=True)
 class Taken:
-    """What was read: dimension, starts of the parts by faces and by entries (rows set aside included), bytes of each file
-    written, and the rows that cannot be used."""
+    """What was read: dimension, starts of the parts by faces and by entries (quarantined rows included), bytes of each file
+    written, the rows that cannot be used, the ids' types, and bytes of all ids."""
 
     dim: int
     starts: tuple[int, ...]
     entries: tuple[int, ...]
     sizes: dict[str, int]
     bad: checking.Tally
+    ids: IdTypes
+    id_bytes: int
 
 
-def take_in(context: Context, store: Store, files: Mapping[str, int], run: Store, dim: int | None = None) -> Taken:
+def buckets_for(ids: int, id_bytes: int) -> int:
+    """Buckets to compare so many ids in, of so many bytes together."""
+    return max(1, -(-ids // BUCKET_IDS), -(-id_bytes // BUCKET_BYTES))
+
+
+def take_in(
+    context: Context, store: Store, files: Mapping[str, int], run: Store, dim: int | None = None, past: IdTypes | None = None
+) -> Taken:
     """Read, check and write these files, in the order given, each with its number among the run's input files; `run` is where
-    the parts go, dim what the embeddings must have, if that is known."""
+    the parts go; dim: what the embeddings must have, past: the types that the ids had in the run before, if these are known."""
     config, executor = context.config, context.executor
-    columns = (config.id_column, config.embedding_column, config.exclusive_column)
+    names = (config.id_column, config.embedding_column, config.exclusive_column)
     groups = list(chunks(list(files), FOOTERS_PER_TASK))
-    footers = [
+    footers: list[Footer] = [
         footer
-        for found in executor.map(read_footers, [(store, tuple(group), *columns) for group in groups], "footers")
+        for found in executor.map(read_footers, [(store, tuple(group), *names) for group in groups], "footers")
         for footer in found
     ]
-    check_types(footers)
+    types = settle_ids(footers, past)
+    check_dimensions(footers)
     if config.constraints is not None and footers:
-        decisions.read(config.constraints, config.storage_options, pa.type_for_alias(footers[0].id_type))
+        decisions.read(config.constraints, config.storage_options, types.stored)
     rows = sum(sum(footer.group_rows) for footer in footers)
     if rows == 0:
         if dim is None:
             raise InputError(f"input {config.input} has no rows in its {len(files)} Parquet file(s)")
-        return Taken(dim, (0,), (0,), {}, checking.Tally())
+        return Taken(dim, (0,), (0,), {}, checking.Tally(), types, 0)
     if rows > MAX_FACES:
         raise InputError(f"input {config.input} has {rows} rows; at most {MAX_FACES} are supported in one run")
     dim = (
         dim
         or next((f.dim for f in footers if f.dim), None)
-        or executor.call(first_dimension, store, tuple(f.path for f in footers if sum(f.group_rows)), columns[1], label="probe")
+        or executor.call(first_dimension, store, tuple(f.path for f in footers), config.embedding_column, label="probe")
     )
+    chosen = Columns(*names, types.stored)
     pieces = plan_pieces(footers, part_faces(rows, dim))
     numbers = [tuple(files[path] for path, _, _ in piece.spans) for piece in pieces]
-    buckets = max(1, -(-rows // BUCKET_IDS))
-    executor.map(gather_ids, [(i, piece, store, run, config.id_column, buckets) for i, piece in enumerate(pieces)], "ids")
+    id_bytes = sum(footer.id_bytes for footer in footers)
+    buckets = buckets_for(rows, id_bytes)
+    executor.map(gather_ids, [(i, piece, store, run, chosen, buckets) for i, piece in enumerate(pieces)], "ids")
     executor.map(find_repeated, [(run, len(pieces), bucket) for bucket in range(buckets)], "repeats")
     results = executor.map(
         ingest_piece,
-        [(piece, number, store, run, columns, dim, buckets) for piece, number in zip(pieces, numbers, strict=True)],
+        [(piece, number, store, run, chosen, dim, buckets) for piece, number in zip(pieces, numbers, strict=True)],
         "ingest",
         sizes=[piece.starts[-1] - piece.starts[0] for piece in pieces],
     )
@@ -94,7 +110,29 @@ def take_in(context: Context, store: Store, files: Mapping[str, int], run: Store
         bad.include(tally)
     kept = [faces for _, counts, _ in results for faces in counts]
     entries = (0, *(start for piece in pieces for start in piece.starts[1:]))
-    return Taken(dim, tuple(np.cumsum([0, *kept]).tolist()), entries, merge_pieces([sizes for sizes, _, _ in results]), bad)
+    sizes = merge_pieces([sizes for sizes, _, _ in results])
+    types = _wide_enough(context, run, types, footers, len(kept))
+    return Taken(dim, tuple(np.cumsum([0, *kept]).tolist()), entries, sizes, bad, types, id_bytes)
+
+
+def _wide_enough(context: Context, run: Store, types: IdTypes, footers: Sequence[Footer], parts: int) -> IdTypes:
+    """The types with a published integer type that holds every id of these parts: the storage type where it is too narrow."""
+    kind = types.published
+    if not pa.types.is_integer(kind) or all(f.id_type == kind or pa.types.is_null(f.id_type) for f in footers):
+        return types
+    ranges = context.executor.map(id_range, [(run, part) for part in range(parts)], "ids")
+    known = [pair for pair in ranges if pair is not None]
+    limits = np.iinfo(kind.to_pandas_dtype())
+    if all(limits.min <= low and high <= limits.max for low, high in known):
+        return types
+    log.warning("ids are published as %s: some do not fit into %s, as the first file has them", types.stored, kind)
+    return IdTypes(types.stored, types.stored)
+
+
+def id_range(run: Store, part: int) -> tuple[int, int] | None:
+    """(smallest, largest) integer id of a part; None where it has none."""
+    found = pc.min_max(read_ids(run, part)).as_py()
+    return None if found["min"] is None else (found["min"], found["max"])
 
 
 def judge(context: Context, bad: checking.Tally, rows: int) -> None:
@@ -117,12 +155,12 @@ def judge(context: Context, bad: checking.Tally, rows: int) -> None:
     )
 
 
-def gather_ids(index: int, piece: Piece, source: Store, run: Store, id_column: str, buckets: int) -> None:
+def gather_ids(index: int, piece: Piece, source: Store, run: Store, names: Columns, buckets: int) -> None:
     """Write one piece's ids with their input rows, one record batch a bucket: equal ids meet in one bucket."""
     name = layout.gathered_ids(index)
     if is_whole(run, name):
         return
-    ids = pa.concat_arrays([batch.column(0) for _, _, batch in read_batches(piece, source, [id_column])])
+    ids = pa.concat_arrays([names.ids(batch, path, row)[0] for path, row, batch in read_batches(piece, source, [names.id])])
     rows = np.arange(piece.starts[0], piece.starts[0] + len(ids))
     bucket = buckets_of(ids, buckets)
     schema = pa.schema([pa.field("id", ids.type), *IDS_CHECKED_SCHEMA])
@@ -134,25 +172,25 @@ def gather_ids(index: int, piece: Piece, source: Store, run: Store, id_column: s
 
 
 def buckets_of(ids: pa.Array, buckets: int) -> np.ndarray:
+    """int64[n]: a bucket for each id (in its storage type), equal ids in one, by a hash."""
     if buckets == 1:
         return np.zeros(len(ids), np.int64)
     if pa.types.is_integer(ids.type):
-        return np.asarray(ids.fill_null(0).to_numpy(zero_copy_only=False)).astype(np.int64) % buckets
+        return buckets_of_integers(ids.fill_null(0).to_numpy(zero_copy_only=False), buckets)
     return buckets_of_texts(*_texts(ids), buckets)
 
 
 def _texts(values: pa.Array) -> tuple[np.ndarray, np.ndarray]:
-    """(offsets, bytes) of a string column; nulls are empty."""
-    texts = values.fill_null("").cast(pa.large_string())
+    """(offsets, bytes) of a column of large strings or large binary values; nulls are empty."""
+    texts = values.fill_null(pa.scalar("" if values.type == columns.TEXT else b"", values.type))
     data = np.frombuffer(texts.buffers()[2] or b"", np.uint8)
     return np.frombuffer(texts.buffers()[1], np.int64)[texts.offset : texts.offset + len(texts) + 1], data
 
 
-def _hashes(batch: pa.RecordBatch, column: str | None) -> np.ndarray:
-    """uint64[n]: a hash of each row's value, 0 for a null or where there is no such column."""
-    if column is None:
-        return np.zeros(batch.num_rows, np.uint64)
-    values = batch.column(batch.schema.get_field_index(column))
+def _hashes(values: pa.Array | None, rows: int) -> np.ndarray:
+    """uint64[rows]: a hash of each row's value (in its storage type), 0 for a null or where there is no such column."""
+    if values is None:
+        return np.zeros(rows, np.uint64)
     if pa.types.is_integer(values.type):
         found = hash_integers(values.fill_null(0).to_numpy(zero_copy_only=False))
     else:
@@ -179,7 +217,7 @@ def _repeated_rows(run: Store, buckets: int, begin: int, end: int) -> np.ndarray
 
 
 def ingest_piece(
-    piece: Piece, files: tuple[int, ...], source: Store, run: Store, columns: Columns, dim: int, buckets: int
+    piece: Piece, files: tuple[int, ...], source: Store, run: Store, names: Columns, dim: int, buckets: int
 ) -> tuple[dict[str, int], list[int], checking.Tally]:
     """Write the vectors, ids, rejected rows and origins of one piece's parts; files: the number of each span's file.
 
@@ -190,10 +228,11 @@ def ingest_piece(
         again = _repeated_rows(run, buckets, piece.starts[0], piece.starts[-1])
         position, at = piece.starts[0], 0
         numbers = {path: number for (path, _, _), number in zip(piece.spans, files, strict=True)}
-        for path, first, batch in read_batches(piece, source, [*dict.fromkeys(filter(None, columns))]):
-            ids = batch.column(batch.schema.get_field_index(columns[0]))
-            verdict, lengths, x = checking.check_batch(ids, batch.column(batch.schema.get_field_index(columns[1])), dim)
-            photos = _hashes(batch, columns[2])
+        wanted = [*dict.fromkeys(filter(None, (names.id, names.embedding, names.exclusive)))]
+        for path, first, batch in read_batches(piece, source, wanted):
+            ids, not_text = names.ids(batch, path, first)
+            verdict, lengths, x = checking.check_batch(ids, not_text, names.embeddings(batch), dim)
+            photos = _hashes(names.exclusives(batch), len(ids))
             here = again[(again >= position) & (again < position + len(ids))] - position
             here = here[verdict[here] == checking.GOOD]
             if len(here):

@@ -14,8 +14,8 @@ from faceflow.kernels.identity import canonical_order, stable_clusters, transiti
 from faceflow.stages import quality
 from faceflow.stages.base import Context, LastNight, Outcome, Stage
 from faceflow.stages.history import events, moves_schema
-from faceflow.stages.reading import good_entries, label_table, read_column, read_ids, read_rejected
-from faceflow.storage import lakes, layout
+from faceflow.stages.reading import good_entries, id_type, label_table, read_column, read_ids, read_rejected
+from faceflow.storage import columns, lakes, layout
 from faceflow.storage.files import Store
 from faceflow.tables import Parts
 
@@ -29,9 +29,10 @@ def run(context: Context) -> Outcome:
     counts, pieces = context.executor.call(
         name_clusters, stores.run, stores.output, stores.run_id, parts, past, context.first_id, label="clusters"
     )
+    kind = id_type(context.done["ingest"].counts, stores.run)
     results = context.executor.map(
         publish_part,
-        [(stores.run, stores.output, stores.run_id, part, parts, past) for part in range(len(parts))],
+        [(stores.run, stores.output, stores.run_id, part, parts, past, kind) for part in range(len(parts))],
         "publish",
         sizes=[parts.rows(part) for part in range(len(parts))],
     )
@@ -118,7 +119,9 @@ class Published:
     similarities: np.ndarray
 
 
-def publish_part(run: Store, output: Store, run_id: str, part: int, parts: Parts, past: LastNight | None) -> Published:
+def publish_part(
+    run: Store, output: Store, run_id: str, part: int, parts: Parts, past: LastNight | None, kind: pa.DataType
+) -> Published:
     """Write one part's labels, `id` and `cluster` in input order, null for a row set aside.
 
     Rows set aside are also listed, with file, row and reason, under `rejected/`; after a night, faces whose cluster is another
@@ -130,22 +133,27 @@ def publish_part(run: Store, output: Store, run_id: str, part: int, parts: Parts
     clusters = every[parts.starts[part] : parts.starts[part + 1]]
     histogram = quality.write_part(run, part, parts.starts[part], every)
     if rejected.num_rows:
-        lines = {"id": ids.take(rejected.column("position"))} | {n: rejected.column(n) for n in ("file", "row", "reason")}
+        lines = {"id": columns.as_published(ids.take(rejected.column("position")), kind)}
+        lines |= {name: rejected.column(name) for name in ("file", "row", "reason")}
         with output.open_write(layout.rejected_part(run_id, part), durable=True) as file:
             pq.write_table(pa.table(lines), file, compression="zstd")
     moves = 0
     if past is not None:
-        moved = _moves(run, part, len(parts), ids.filter(pa.array(good)), clusters, past)
+        moved = _moves(run, part, len(parts), ids.filter(pa.array(good)), clusters, past, kind)
         moves = len(moved)
         with output.open_write(layout.moves_part(run_id, part), durable=True) as file:
             pq.write_table(moved, file, compression="zstd")
     with output.open_write(layout.label_part(run_id, part), durable=True) as file:
-        pq.write_table(label_table(ids, good, clusters), file, compression="zstd")
+        pq.write_table(label_table(ids, kind, good, clusters), file, compression="zstd")
         return Published(int(file.tell()), moves, histogram)
 
 
-def commit_table(table: Store, output: Store, run_id: str) -> int:
-    """Put the run's labels into a Delta table, file by file, in one commit; returns its version."""
+def commit_table(table: Store, output: Store, run_id: str, sequence: int) -> int:
+    """Put the run's labels into a Delta table, file by file, in one commit; returns its version. sequence: of their
+    publication.
+
+    Raises PublishError where another run was published since.
+    """
     folder = layout.label_folder(run_id)
     names = output.names(folder)
 
@@ -156,10 +164,16 @@ def commit_table(table: Store, output: Store, run_id: str) -> int:
     def labels_of(name: str) -> pa.Table:
         return pq.read_table(pa.BufferReader(output.read_bytes(f"{folder}/{name}")))
 
-    return lakes.commit_labels(table, run_id, labels_of(names[0]).schema, batches())
+    def is_current() -> bool:
+        return (output.read_json(layout.LATEST) or {}).get("run_id") == run_id
+
+    fence = lakes.Fence(output.root, sequence, is_current)
+    return lakes.commit_labels(table, run_id, labels_of(names[0]).schema, batches, fence)
 
 
-def _moves(run: Store, part: int, parts: int, ids: pa.Array, clusters: np.ndarray, past: LastNight) -> pa.Table:
+def _moves(
+    run: Store, part: int, parts: int, ids: pa.Array, clusters: np.ndarray, past: LastNight, kind: pa.DataType
+) -> pa.Table:
     """One part's faces whose cluster is another than before, or that are new; and those that were in it and are gone."""
     before = _before(run, [part])
     known = before >= 0
@@ -170,7 +184,7 @@ def _moves(run: Store, part: int, parts: int, ids: pa.Array, clusters: np.ndarra
     was = np.full(len(before), -1, np.int64)
     was[known] = old[before[known] - first]
     moved = np.flatnonzero(was != clusters)
-    columns = [ids.take(pa.array(moved)), pa.array(was[moved], mask=~known[moved]), pa.array(clusters[moved])]
+    found = [ids.take(pa.array(moved)), pa.array(was[moved], mask=~known[moved]), pa.array(clusters[moved])]
     if carried:
         # A face whose embedding is another is in a part of its own.
         elsewhere = _before(run, [part, *range(len(past.sources), parts)]) - first
@@ -182,5 +196,5 @@ def _moves(run: Store, part: int, parts: int, ids: pa.Array, clusters: np.ndarra
             faces_before.append(ids_before.filter(pa.array(good_entries(read_rejected(past.run, each), len(ids_before)))))
         left = pa.concat_arrays(faces_before).filter(pa.array(gone))
         ended = [left, pa.array(old[gone]), pa.nulls(len(left), pa.int64())]
-        columns = [pa.concat_arrays(both) for both in zip(columns, ended, strict=True)]
-    return pa.table(columns, schema=moves_schema(ids.type))
+        found = [pa.concat_arrays(both) for both in zip(found, ended, strict=True)]
+    return pa.table([columns.as_published(found[0], kind), *found[1:]], schema=moves_schema(kind))

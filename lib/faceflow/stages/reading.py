@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from faceflow.storage import layout
+from faceflow.storage import columns, layout
 from faceflow.storage.files import Store
 from faceflow.tables import QUANTIZER_METADATA, Parts
 
@@ -24,8 +25,10 @@ def read_vectors(run: Store, part: int, dim: int) -> np.ndarray:
 
 
 def read_ids(run: Store, part: int) -> pa.Array:
-    """Ids of all input rows of one part, those that were set aside (`read_rejected`) included."""
-    return run.read_batch(layout.part("ids", part)).column(0)
+    """Ids of all input rows of one part, quarantined ones (`read_rejected`) included, in their storage type."""
+    ids = run.read_batch(layout.part("ids", part)).column(0)
+    stored = columns.id_storage(ids.type)
+    return ids if stored is None else columns.cast(ids, stored)
 
 
 def read_rejected(run: Store, part: int) -> pa.RecordBatch:
@@ -40,11 +43,18 @@ def good_entries(rejected: pa.RecordBatch, entries: int) -> np.ndarray:
     return good
 
 
-def label_table(ids: pa.Array, good: np.ndarray, clusters: np.ndarray) -> pa.Table:
-    """`id`, `cluster` of one part's input rows: clusters int64[...] of the good ones, null for those that were set aside."""
+def label_table(ids: pa.Array, kind: pa.DataType, good: np.ndarray, clusters: np.ndarray) -> pa.Table:
+    """`id` (of this type), `cluster` of one part's input rows: clusters int64[...] of the good ones, null for the others."""
     every = np.zeros(len(ids), np.int64)
     every[good] = clusters
-    return pa.table([ids, pa.array(every, mask=~good)], names=["id", "cluster"])
+    return pa.table([columns.as_published(ids, kind), pa.array(every, mask=~good)], names=["id", "cluster"])
+
+
+def id_type(counts: Mapping[str, Any], run: Store) -> pa.DataType:
+    """The type in which a run publishes its ids, from the counts of its ingest manifest and its directory."""
+    if "id_type" in counts:
+        return columns.type_of(counts["id_type"])
+    return run.read_batch(layout.part("ids", 0)).column(0).type
 
 
 def read_column(run: Store, kind: str, parts: Iterable[int], column: int = 0) -> np.ndarray:
@@ -70,7 +80,7 @@ def ids_of(run: Store, parts: Parts, rows: np.ndarray) -> list[str]:
         ids = read_ids(run, part)
         entries = np.flatnonzero(good_entries(read_rejected(run, part), len(ids)))
         here = entries[rows[cuts[part] : cuts[part + 1]] - parts.starts[part]]
-        found += map(str, ids.take(pa.array(here)).to_pylist())
+        found += map(columns.shown, ids.take(pa.array(here)).to_pylist())
     return found
 
 

@@ -126,7 +126,7 @@ class Store:
             try:
                 self.fs.invalidate_cache()
                 found = self.fs.ls(self.address(relative), detail=False)
-            except FileNotFoundError:
+            except (FileNotFoundError, NotADirectoryError):
                 return []
         return sorted(name for name in (p.rstrip("/").rsplit("/", 1)[-1] for p in found) if _TEMPORARY not in name)
 
@@ -227,8 +227,8 @@ class Store:
                     writer.write_batch(batch)
             return int(file.tell())
 
-    def replace_json(self, relative: str, value: Any, expected: str | None) -> None:
-        """Replace a JSON file only if its version is still `expected` (None: it must not exist).
+    def replace_json(self, relative: str, value: Any, expected: str | None) -> str:
+        """Replace a JSON file only if its version is still `expected` (None: it must not exist); returns its new version.
 
         S3: a conditional put (If-Match, If-None-Match); a put repeated because its answer was lost is recognised. Disk: an
         exclusive lock file, compare, fsync, rename.
@@ -241,20 +241,22 @@ class Store:
                 bucket, _, key = self.address(relative)[len("s3://") :].partition("/")
                 condition = {"IfNoneMatch": "*"} if expected is None else {"IfMatch": expected}
                 try:
-                    self.fs.call_s3("put_object", Bucket=bucket, Key=key, Body=data, **condition)
+                    return str(self.fs.call_s3("put_object", Bucket=bucket, Key=key, Body=data, **condition)["ETag"])
                 except Exception as error:
                     if not _is_precondition_failure(error):
                         raise
                     # A put whose answer was lost on the way is sent again, and then finds itself there.
+                    found = self.fs.call_s3("get_object", Bucket=bucket, Key=key)
                     if self.fs.cat_file(self.address(relative)) != data:
                         raise lost from None
-                return
+                    return str(found["ETag"])
             path = self.address(relative)
             os.makedirs(os.path.dirname(path), exist_ok=True)
             with _exclusive(path):
                 if self.version(relative) != expected:
                     raise lost
-                self.write_bytes(relative, data, durable=True)
+                Store.write_bytes(self, relative, data, durable=True)
+            return hashlib.sha256(data).hexdigest()
 
     def version(self, relative: str) -> str | None:
         """What `replace_json` compares: the ETag on S3, a hash of the content on a disk; None where there is no file."""
@@ -319,6 +321,39 @@ class Store:
         except Exception as error:
             raise SettingsError(f"cannot write to {self.root}: {explain(error)}") from None
 
+    def check_conditional_writes(self) -> None:
+        """Write a small file twice, on conditions of which the second does not hold, and remove it: leases and the pointer to
+        the published labels rest on a store's refusal. Raises SettingsError where it does not refuse."""
+        name = f"{_TEMPORARY}condition-{secrets.token_hex(6)}"
+        try:
+            if self.is_local:
+                os.makedirs(self.root, exist_ok=True)
+                honoured = _locks_exclude(self.address(name))
+            else:
+                honoured = self._refuses_stale_puts(name)
+        except Exception as error:
+            raise SettingsError(f"cannot use {self.root}: a conditional write failed ({explain(error)})") from None
+        if not honoured:
+            what = "file locks (flock)" if self.is_local else "conditional writes (If-None-Match, If-Match)"
+            raise SettingsError(
+                f"{self.root} ignores {what}: two runs could overwrite each other's work; use a store that honours them"
+            )
+
+    def _refuses_stale_puts(self, name: str) -> bool:
+        stale: dict[str, str | None] = {}
+        try:
+            stale["IfMatch"] = self.replace_json(name, {"n": 1}, None)
+            self.replace_json(name, {"n": 2}, stale["IfMatch"])
+            for expected in (None, stale["IfMatch"]):
+                try:
+                    self.replace_json(name, {"n": 3}, expected)
+                except PublishError:
+                    continue
+                return False
+            return True
+        finally:
+            self.delete(name)
+
     @contextlib.contextmanager
     def _explained(self, relative: str) -> Iterator[None]:
         try:
@@ -381,6 +416,23 @@ def _exclusive(path: str) -> Iterator[None]:
     with open(os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+def _locks_exclude(path: str) -> bool:
+    """Whether a lock on a file that one handle holds keeps out another."""
+    import fcntl
+
+    try:
+        with open(path, "w") as first, open(path, "w") as second:
+            fcntl.flock(first, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+            return False
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
 
 
 def _is_precondition_failure(error: BaseException | None) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 import socket
 import stat
 import time
@@ -65,10 +66,11 @@ def _rows_of(file: FileInfo) -> int | None:
 
 
 def list_parquet(address: str, options: Mapping[str, Any] | None) -> tuple[Store, list[FileInfo]]:
-    """The Parquet files of a file, folder (nested) or glob, sorted by path.
+    """The Parquet files of a file, folder (nested) or glob of files and folders, sorted by path.
 
-    Hidden files (their name or a folder's begins with '.' or '_', as Spark's markers do) are passed over.
-    Raises InputError where there is nothing to read, or where a folder holds a visible file that is not Parquet.
+    Hidden files (their name or a folder's begins with '.' or '_', as Spark's markers do) and Hadoop's `*_$folder$` and `*.crc`
+    are passed over. Raises InputError where there is nothing to read, where a folder holds a visible file that is not Parquet,
+    and where files belong to a Delta or Iceberg table that is not named itself: those that it has deleted would be read too.
     """
     store = Store.at(address, options)
     if not store.is_local:
@@ -79,36 +81,30 @@ def list_parquet(address: str, options: Mapping[str, Any] | None) -> tuple[Store
         if not store.is_local:
             fs.invalidate_cache()
         if glob.has_magic(root) and not fs.exists(root):
-            found = {prefix + p if prefix and not p.startswith(prefix) else p: i for p, i in fs.glob(root, detail=True).items()}
-            if store.is_local:
-                found = {path: _followed(path, info) for path, info in found.items()}
-            chosen = {p: i for p, i in found.items() if i["type"] == "file"}
+            chosen: dict[str, Mapping[str, Any]] = {}
+            last = root.rsplit("/", 1)[-1]
+            for path, info in fs.glob(root, detail=True).items():
+                full = prefix + path if prefix and not path.startswith(prefix) else path
+                entry = _followed(full, info) if store.is_local else info
+                name = full.rstrip("/").rsplit("/", 1)[-1]
+                if last[:1] not in "._" and _is_marker(name):
+                    continue
+                if entry["type"] == "directory":
+                    chosen |= _files_below(store, full.rstrip("/"))
+                elif entry["type"] == "file":
+                    chosen[full] = entry
+            fixed = root[: re.search(r"[*?\[]", root).start()].rpartition("/")[0]  # type: ignore[union-attr]
+            below = sorted({path.rpartition("/")[0] for path in chosen})
+            for folder in dict.fromkeys([*below[:1], *below[-1:], fixed]):
+                _refuse_inside_table(store, folder)
         elif fs.isfile(root):
+            _refuse_inside_table(store, root.rpartition("/")[0])
             chosen = {root: _followed(root, fs.info(root)) if store.is_local else fs.info(root)}
         else:
             if not fs.exists(root):
                 raise InputError(f"input {address} does not exist: name a Parquet file, a folder of them or a glob")
-            listing = fs.find(root, detail=True)
-            chosen = {}
-            for path, info in listing.items():
-                full = prefix + path if prefix and not path.startswith(prefix) else path
-                relative = full[len(root) :].lstrip("/")
-                if any(part[:1] in "._" for part in relative.split("/")):
-                    continue
-                entry = _followed(full, info) if store.is_local else info
-                if entry["type"] == "directory":
-                    raise InputError(
-                        f"{one_line(full)} is a link to a folder, and those are not followed: name the folder itself as input, "
-                        "or put the files, or links to them, in its place"
-                    )
-                if entry["type"] != "file":
-                    continue
-                if not relative.lower().endswith((".parquet", ".pq", ".parq")):
-                    raise InputError(
-                        f"{one_line(full)} is not a Parquet file (its name does not end in .parquet, .pq or .parq): "
-                        "move it away, or name the files with a glob"
-                    )
-                chosen[full] = entry
+            _refuse_inside_table(store, root)
+            chosen = _files_below(store, root)
     except InputError:
         raise
     except Exception as error:
@@ -116,6 +112,61 @@ def list_parquet(address: str, options: Mapping[str, Any] | None) -> tuple[Store
     if not chosen:
         raise InputError(f"input {address} holds no Parquet file")
     return store, [_file_info(path, chosen[path]) for path in sorted(chosen)]
+
+
+def _is_marker(name: str) -> bool:
+    """Whether a file is hidden, or one that Hadoop and Spark leave beside data."""
+    return name[:1] in "._" or name.endswith(("_$folder$", ".crc"))
+
+
+def _files_below(store: Store, folder: str) -> dict[str, Mapping[str, Any]]:
+    """Every Parquet file below a folder, by address."""
+    prefix = "" if store.is_local else "s3://"
+    chosen: dict[str, Mapping[str, Any]] = {}
+    for path, info in store.fs.find(folder, detail=True).items():
+        full = prefix + path if prefix and not path.startswith(prefix) else path
+        relative = full[len(folder) :].lstrip("/")
+        parts = relative.split("/")
+        if "_delta_log" in parts[:-1] or (full.endswith(".metadata.json") and parts[-2:-1] == ["metadata"]):
+            cut = len(parts) - 2 if "_delta_log" not in parts else parts.index("_delta_log")
+            table = "/".join([folder, *parts[:cut]])
+            raise InputError(_name_the_table(table, "Delta" if "_delta_log" in parts else "Iceberg"))
+        if any(_is_marker(part) for part in parts):
+            continue
+        entry = _followed(full, info) if store.is_local else info
+        if entry["type"] == "directory":
+            raise InputError(
+                f"{one_line(full)} is a link to a folder, and those are not followed: name the folder itself as input, "
+                "or put the files, or links to them, in its place"
+            )
+        if entry["type"] != "file":
+            continue
+        if not relative.lower().endswith((".parquet", ".pq", ".parq")):
+            raise InputError(
+                f"{one_line(full)} is not a Parquet file (its name does not end in .parquet, .pq or .parq): "
+                "move it away, or name the files with a glob"
+            )
+        chosen[full] = entry
+    return chosen
+
+
+def _refuse_inside_table(store: Store, folder: str) -> None:
+    """Raise InputError where a folder, or one above it, is a Delta or Iceberg table."""
+    while folder.strip("/") not in ("", "s3:"):
+        try:
+            kind = lakes.table_kind(Store(folder, store.options))
+        except OSError:
+            return  # a folder above, which these credentials may not list
+        if kind is not None:
+            raise InputError(_name_the_table(folder, kind.capitalize()))
+        folder = folder.rpartition("/")[0]
+
+
+def _name_the_table(table: str, kind: str) -> str:
+    return (
+        f"{one_line(table)} is {'an' if kind == 'Iceberg' else 'a'} {kind} table, and its folders also hold files that it has "
+        "deleted: name the table itself as INPUT"
+    )
 
 
 def _followed(path: str, info: Mapping[str, Any]) -> Mapping[str, Any]:

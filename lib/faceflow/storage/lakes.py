@@ -6,14 +6,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote
 
 import pyarrow as pa
 
-from faceflow.errors import InputError, RunError, SettingsError, one_line
+from faceflow.errors import InputError, PublishError, RunError, SettingsError, one_line
 from faceflow.storage.files import FileInfo, Store, explain
 
 INSTALL = "it takes the lakes extra: pip install 'faceflow[lakes]'"
@@ -21,6 +21,9 @@ INSTALL = "it takes the lakes extra: pip install 'faceflow[lakes]'"
 
 COMMITS_READ = 50
 """Of a table of labels, in search of the newest that a run made."""
+
+COMMIT_TRIES = 5
+"""Times the labels are written where commits of others to their table come between."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,7 @@ def table_kind(store: Store) -> str | None:
     """delta or iceberg, where the address is such a table; else None."""
     if store.root.endswith(".metadata.json"):
         return "iceberg"
-    if store.root.endswith((".parquet", ".pq", ".parq", ".npz")) or any(sign in store.root for sign in "*?["):
-        return None
+    # A folder may be named like a file or a glob, so its name decides nothing.
     if store.names("_delta_log"):
         return "delta"
     return "iceberg" if any(name.endswith(".metadata.json") for name in store.names("metadata")) else None
@@ -71,11 +73,10 @@ def _delta(store: Store, version: int | None) -> Snapshot:
                 "(REORG TABLE … APPLY (PURGE))"
             )
         actions = pa.table(table.get_add_actions(flatten=True))
-        # The log's paths are relative; file_uris are whole, in the same order, and percent-encoded.
-        sizes, times = (actions.column(name).to_pylist() for name in ("size_bytes", "modification_time"))
+        paths, sizes, times = (actions.column(name).to_pylist() for name in ("path", "size_bytes", "modification_time"))
         files = [
-            FileInfo(_address(unquote(uri), store), int(size), str(time))
-            for uri, size, time in zip(table.file_uris(), sizes, times, strict=True)
+            FileInfo(_data_file(path, store), int(size), str(time))
+            for path, size, time in zip(paths, sizes, times, strict=True)
         ]
         return Snapshot("delta", table.version(), files)
     except (DeltaError, OSError) as error:
@@ -133,6 +134,13 @@ def _number(name: str) -> int:
     return int(found[1]) if found else -1
 
 
+def _data_file(path: str, table: Store) -> str:
+    """The address of a data file that Delta's log names: a URI, relative to the table or (of a shallow clone) whole, that is
+    percent-encoded once; names of partition folders are encoded a second time, as part of the name."""
+    decoded = unquote(path)
+    return _address(decoded, table) if "://" in path or path.startswith("/") else table.address(decoded)
+
+
 def _address(path: str, table: Store) -> str:
     """A data file's address as a Store has it. A file elsewhere than the table's own kind of store cannot be read with it."""
     found = Store.at(path)
@@ -188,6 +196,12 @@ def _why(error: BaseException) -> str:
     return one_line(" ".join(str(error).split()))[:300] or explain(error)
 
 
+def _version(store: Store) -> int:
+    from deltalake import DeltaTable
+
+    return int(DeltaTable(store.root, storage_options=_object_store(store)).version())
+
+
 def check_can_commit() -> None:
     """Raise SettingsError where labels cannot be put into a Delta table, as what that takes is not installed."""
     if importlib.util.find_spec("deltalake") is None:
@@ -214,27 +228,67 @@ def committed(store: Store) -> str | None:
         ) from error
 
 
-def commit_labels(store: Store, run_id: str, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> int:
+@dataclass(frozen=True)
+class Fence:
+    """What keeps a run that was stalled from replacing the labels of a later one. output: address of the OUTPUT; sequence: of
+    the run's publication there, which rises; is_current: whether OUTPUT still names the run."""
+
+    output: str
+    sequence: int
+    is_current: Callable[[], bool]
+
+    @property
+    def application(self) -> str:
+        """The name under which the table notes the sequence of its last commit (Delta's application transactions)."""
+        return f"faceflow {self.output}"
+
+
+def commit_labels(
+    store: Store, run_id: str, schema: pa.Schema, batches: Callable[[], Iterable[pa.RecordBatch]], fence: Fence
+) -> int:
     """Replace the content of a Delta table by these labels, in one commit; returns its version. A run that has committed before
     does not commit again.
 
-    batches: read one at a time. Raises RunError where the commit fails: the table then is as it was.
+    batches: read one at a time. The commit succeeds only upon the very version of the table that was looked at before it was
+    asked whether the run is current, so no later run's commit can come between. Raises PublishError where a later run was
+    published or has committed, RunError where the commit fails: the table then is as it was.
     """
     check_can_commit()
-    from deltalake import CommitProperties, DeltaTable, write_deltalake
-    from deltalake.exceptions import DeltaError
+    from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
+    from deltalake.exceptions import CommitFailedError, DeltaError
 
     options = _object_store(store)
     try:
-        if committed(store) == run_id:
-            return DeltaTable(store.root, storage_options=options).version()
-        if store.is_local:
-            store.check_writable()
-        write_deltalake(
-            store.root, pa.RecordBatchReader.from_batches(schema, batches), mode="overwrite", schema_mode="overwrite",
-            storage_options=options, commit_properties=CommitProperties(custom_metadata={"faceflow_run_id": run_id}),
-        )  # fmt: skip
-        return DeltaTable(store.root, storage_options=options).version()
+        for left in reversed(range(COMMIT_TRIES)):
+            exists = DeltaTable.is_deltatable(store.root, storage_options=options)
+            table = DeltaTable(store.root, storage_options=options) if exists else None
+            if table is not None and committed(store) == run_id:
+                return table.version()
+            newest = table.transaction_version(fence.application) if table is not None else None
+            if (newest is not None and newest >= fence.sequence) or not fence.is_current():
+                raise PublishError(
+                    f"a later run was published while run {run_id} was stalled: the Delta table {one_line(store.root)} "
+                    "stays as it is"
+                )
+            if store.is_local:
+                store.check_writable()
+            properties = CommitProperties(
+                custom_metadata={"faceflow_run_id": run_id}, max_commit_retries=0,
+                app_transactions=[Transaction(fence.application, fence.sequence)],
+            )  # fmt: skip
+            try:
+                write_deltalake(
+                    table if table is not None else store.root, pa.RecordBatchReader.from_batches(schema, batches()),
+                    mode="overwrite" if table is not None else "error", schema_mode="overwrite" if table is not None else None,
+                    storage_options=options, commit_properties=properties,
+                )  # fmt: skip
+            except (CommitFailedError, DeltaError):
+                # Somebody else's commit (upkeep of the table, say) came between: look again.
+                if not left or (table is not None and _version(store) == table.version()):
+                    raise
+                continue
+            return _version(store)
+        raise AssertionError
     except (DeltaError, OSError) as error:
         raise RunError(
             f"the labels are in force, but their Delta table {one_line(store.root)} was not written: {_why(error)}; "

@@ -9,9 +9,12 @@ from typing import Any
 from faceflow.storage.files import Store
 
 LATEST = "latest.json"
+RUNS = "_runs"
+"""Run directories of an OUTPUT, unless a work directory is named."""
+
 RUN_RECORD = "run.json"
 PROGRESS = "progress.json"
-"""How far the run is: for looking at, nothing depends on it."""
+"""How far the run is, and who holds its lease."""
 
 
 def part(kind: str, index: int) -> str:
@@ -160,7 +163,19 @@ class RunStores:
         return cls(output, runs.child(run_id), run_id)
 
 
+def is_run_of(record: Mapping[str, Any], output: Store, runs: Store) -> bool:
+    """Whether the run with this record (run.json) is one of OUTPUT: several may share a folder of run directories.
+
+    An OUTPUT that was moved together with its `_runs` keeps its runs.
+    """
+    theirs = record.get("output")
+    if theirs is None or theirs == output.root:
+        return True
+    moved = record.get("runs") == f"{theirs.rstrip('/')}/{RUNS}"
+    return moved and runs.root == output.address(RUNS)
+
+
 def stores(output: str, work_dir: str | None = None, options: Mapping[str, Any] | None = None) -> tuple[Store, Store]:
     """OUTPUT, and the folder of run directories: OUTPUT/_runs, or WORK_DIR."""
     out = Store.at(output, options)
-    return out, Store.at(work_dir, options) if work_dir else out.child("_runs")
+    return out, Store.at(work_dir, options) if work_dir else out.child(RUNS)
