@@ -73,6 +73,14 @@ TRUTH_SCHEMA = pa.schema(
 )
 """Sampled faces: row, whether their true neighbors are known, and these, the face itself among them, as `topk.encode`d keys."""
 
+NEAR_SCHEMA = pa.schema(
+    [pa.field("row", pa.int32(), nullable=False), pa.field("near", pa.large_list(pa.int32()), nullable=False)]
+)
+"""Rows that have near-identical neighbors, and these, the nearest first."""
+
+GROUPS_SCHEMA = pa.schema([pa.field("row", pa.int32(), nullable=False), pa.field("leader", pa.int32(), nullable=False)])
+"""Faces that count as one with another, near-identical one, ascending, and which."""
+
 _LINK = pa.struct([pa.field("row", pa.int32(), nullable=False), pa.field("value", pa.float32(), nullable=False)])
 
 
@@ -87,6 +95,9 @@ def sample_schema(dim: int) -> pa.Schema:
 
 
 NEIGHBORS_SCHEMA = pa.schema([pa.field("neighbors", pa.large_list(pa.field("item", _LINK, nullable=False)))])
+WIDER_SCHEMA = pa.schema([pa.field("row", pa.int32(), nullable=False), NEIGHBORS_SCHEMA.field(0)])
+"""Rows whose lists were searched again among leaders only, ascending, and these lists."""
+
 EDGES_SCHEMA = pa.schema([pa.field("edges", pa.large_list(pa.field("item", _LINK, nullable=False)))])
 MODULES_SCHEMA = pa.schema(
     [

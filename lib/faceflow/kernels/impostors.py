@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numba
 import numpy as np
@@ -85,11 +86,10 @@ def _count(product: np.ndarray, rows: np.ndarray, columns: np.ndarray, histogram
 def choose_floors(histogram: np.ndarray, faces: int) -> Floors:
     """Floors for a set of `faces` faces, from the histogram (`count_pairs`) of a uniform sample of its pairs."""
     pairs = int(histogram.sum())
-    centers = (np.arange(BINS) + 0.5) * 2 / BINS - 1
+    centers = _centers()
     if pairs == 0:
         return Floors(1.0, 1.0, 0.0, None)
-    scale = _narrowest(histogram)
-    coarse = _valley(*_smooth(histogram, COARSE * scale * BINS / 2))
+    coarse = _coarse_valley(histogram)
     middle, deviation = _hill(histogram[: coarse[0]] if coarse is not None else histogram, centers)
     # Again, smoothed as befits the hill that is now known.
     logs, window = _smooth(histogram, SMOOTHING * deviation * BINS / 2)
@@ -112,6 +112,32 @@ def choose_floors(histogram: np.ndarray, faces: int) -> Floors:
     impostors = min(beyond, float(histogram[centers >= strong].sum())) / pairs * (faces - 1)
     flank = round(fall, 4), round(falls, 4)
     return Floors(round(strong, 6), round(weak, 6), float(f"{impostors:.3g}"), round(float(centers[valley]), 6), flank)
+
+
+def impostor_hill(histogram: np.ndarray) -> tuple[float, float] | None:
+    """(median, deviation to the left of it) of the pairs of different people; None where there is no pair."""
+    if histogram.sum() == 0:
+        return None
+    coarse = _coarse_valley(histogram)
+    return _hill(histogram[: coarse[0]] if coarse is not None else histogram, _centers())
+
+
+def chance_level(middle: float, deviation: float, faces: int) -> float:
+    """The cosine above which a face of `faces` has CHANCE_NEIGHBORS impostor neighbors, by a normal law of the angles of which
+    `impostor_hill` gives median and deviation."""
+    # Angles, as they cannot pass 0: an embedding whose cosines all lie near 1 would have its level above it.
+    angle = math.acos(max(-1.0, min(1.0, middle)))
+    spread = max(math.acos(max(-1.0, middle - deviation)) - angle, 1e-4)
+    z = -NormalDist().inv_cdf(min(0.5, CHANCE_NEIGHBORS / max(1, faces - 1)))
+    return round(math.cos(max(0.0, angle - z * spread)), 6)
+
+
+def _centers() -> np.ndarray:
+    return (np.arange(BINS) + 0.5) * 2 / BINS - 1
+
+
+def _coarse_valley(histogram: np.ndarray) -> tuple[int, int] | None:
+    return _valley(*_smooth(histogram, COARSE * _narrowest(histogram) * BINS / 2))
 
 
 def coarser(histogram: np.ndarray) -> np.ndarray:
@@ -212,13 +238,5 @@ def _flanks(
 
 
 def _without_valley(middle: float, deviation: float, faces: int) -> Floors:
-    # Angles, as they cannot pass 0: an embedding whose cosines all lie near 1 would have its floor above it.
-    angle = math.acos(max(-1.0, min(1.0, middle)))
-    spread = max(math.acos(max(-1.0, middle - deviation)) - angle, 1e-4)
-    wanted = CHANCE_NEIGHBORS / max(1, faces - 1)
-    low, high = 0.0, 38.0
-    for _ in range(60):
-        z = (low + high) / 2
-        low, high = (z, high) if 0.5 * math.erfc(z / math.sqrt(2)) > wanted else (low, z)
-    floor = round(math.cos(max(0.0, angle - high * spread)), 6)
+    floor = chance_level(middle, deviation, faces)
     return Floors(floor, floor, CHANCE_NEIGHBORS, None)

@@ -12,9 +12,9 @@ import pyarrow as pa
 from faceflow.cluster.executor import Resources
 from faceflow.errors import QualityError
 from faceflow.kernels import incremental
-from faceflow.stages import adoption, decisions, grouping
+from faceflow.stages import adoption, decisions, grouping, unions
 from faceflow.stages.base import Context, Outcome, Stage
-from faceflow.stages.reading import read_column
+from faceflow.stages.reading import read_column, read_groups
 from faceflow.storage import layout
 from faceflow.storage.files import Store
 from faceflow.tables import MODULES_SCHEMA, SAME, EdgeList, Parts
@@ -31,7 +31,8 @@ def run(context: Context) -> Outcome:
     counts, pieces = executor.call(
         detect, context.stores.run, context.parts, config.engine, config.flow == "directed", config.seed, config.trials,
         config.verify_codelength, threads, _past_of(context), config.constraints, config.storage_options,
-        config.exclusive_column is not None, _other_method(context), context.dim if _adopts(context) else None, label="detect",
+        config.exclusive_column is not None, _other_method(context), context.dim, config.neighbors, _adopts(context),
+        label="detect",
         # infomap crashes where faiss, which GPU search loads, was imported after it.
         resources=Resources(
             cpus=0 if native else 1, apart=not native or config.verify_codelength, custom=config.detect_resource
@@ -76,7 +77,7 @@ def _past_of(context: Context) -> tuple[Store, Parts, bool, bool] | None:
 
 STAGE = Stage(
     name="detect",
-    reads=("edges",),
+    reads=("edges", "neighbors", "copies", "vectors"),
     writes=("modules",),
     settings=("method", "clusters", "adopt", "engine", "flow", "seed", "trials", "constraints", "exclusive_column"),
     after=("ingest", "link"),
@@ -110,12 +111,14 @@ def detect(
     options: Mapping[str, Any] | None = None,
     exclusive: bool = False,
     other: tuple[str, int, float | None, int | None] | None = None,
-    adopting: int | None = None,
+    dim: int = 0,
+    neighbors: int = 0,
+    adopting: bool = False,
 ) -> tuple[dict[str, float], dict[str, int]]:
     """Run the engine over all edge parts and write one module per row, part by part; past: the run to continue from;
     constraints: the file of constraints on them, and options of its store; exclusive: whether to keep faces of one photo apart;
     other: the method to use in place of the map equation, the embeddings' dimension, the floor, how many clusters it is told;
-    adopting: the embeddings' dimension, if faces that stand alone may be adopted.
+    dim, neighbors: of the embeddings, and of each face at most; adopting: whether faces that stand alone may be adopted.
 
     Raises QualityError when the codelength is to be verified and the package's differs by more than 1e-6 of it.
     """
@@ -126,7 +129,7 @@ def detect(
     )
     arrays = _Again(lambda: ((e.offsets, e.rows, e.values) for e in edges))
     if other is not None:
-        name, dim, floor, clusters = other
+        name, _, floor, clusters = other
         found = methods.cluster(name, grouping.given(run, parts, dim, floor, clusters, seed, threads))
         partition = mapequation.measure(arrays, found, threads, directed)
     elif engine == "native":
@@ -143,17 +146,21 @@ def detect(
                 f"the modules' codelength is {partition.codelength}, but the infomap package computes {theirs}: "
                 "please report it; --engine infomap avoids it"
             )
-    modules, fixed = partition.modules, np.zeros(parts.faces, bool)
     # The codelength is that of the graph's modules, before what follows.
-    if adopting is not None:
-        modules, adopted = adoption.adopt(run, parts, adopting, modules, seed, threads)
+    leader = read_groups(run, parts.faces)
+    modules, fixed = partition.modules[leader], np.zeros(parts.faces, bool)
+    if other is None:
+        modules, joined = unions.join_capped(run, parts, dim, neighbors, modules, edges)
+        counts |= joined
+    if adopting:
+        modules, adopted = adoption.adopt(run, parts, dim, modules, seed, threads)
         counts |= adopted
     if constraints is not None:
-        within = functools.partial(_edges_of, edges, np.logical_and)
+        within = functools.partial(_edges_of, edges, leader, np.logical_and)
         modules, fixed, bound = decisions.apply(constraints, options, run, parts, modules, within)
         counts |= bound
     if exclusive:
-        touching = functools.partial(_edges_of, edges, np.logical_or)
+        touching = functools.partial(_edges_of, edges, leader, np.logical_or)
         modules, moved = decisions.keep_apart(run, parts, modules, fixed, touching)
         counts |= moved
     counts["modules"] = len(np.unique(modules))
@@ -167,9 +174,14 @@ def detect(
     return counts, pieces
 
 
-def _edges_of(edges: Iterable[EdgeList], ends: np.ufunc, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(sources, targets, weights) of the edges with both ends, or either, at a row that the mask bool[N] holds."""
-    found: list[tuple[np.ndarray, ...]] = []
+def _edges_of(
+    edges: Iterable[EdgeList], leader: np.ndarray, ends: np.ufunc, mask: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(sources, targets, weights) of the edges with both ends, or either, at a row that the mask bool[N] holds; near-identical
+    faces have one of weight 1 to their leader int[N], as they have no other."""
+    followers = np.flatnonzero(leader != np.arange(len(leader)))
+    followers = followers[ends(mask[followers], mask[leader[followers]])]
+    found: list[tuple[np.ndarray, ...]] = [(followers, leader[followers].astype(np.int64), np.ones(len(followers), np.float32))]
     for part in edges:
         sources = part.sources()
         kept = ends(mask[sources], mask[part.rows])
@@ -185,7 +197,13 @@ def _earlier(
     of both its ends (one step from a changed one is followed; what lies farther is found as rows move)."""
     modules, flow = (read_column(past, "modules", range(len(past_parts)), column) for column in (2, 1))
     before = read_column(run, "past", range(len(parts)))
-    changed = active = read_column(run, "state", range(len(parts))) != SAME
+    changed = read_column(run, "state", range(len(parts))) != SAME
+    # Near-identical faces count as one: what changes of any changes its leader, and so does one that comes, goes or leads.
+    leader, led = read_groups(run, parts.faces), read_groups(past, past_parts.faces)
+    now, was = np.bincount(leader, minlength=len(leader)), np.bincount(led, minlength=len(led))
+    changed |= np.where(before >= 0, was[before], 0) != now
+    changed[leader[changed]] = True
+    active = changed
     if spread:
         active = changed.copy()
         for part in edges:

@@ -9,7 +9,7 @@ import numpy as np
 from faceflow.kernels import methods
 from faceflow.kernels.edges import kept
 from faceflow.kernels.overlaps import Block
-from faceflow.stages.reading import read_vectors
+from faceflow.stages.reading import read_groups, read_vectors
 from faceflow.storage import layout
 from faceflow.storage.files import Store
 from faceflow.tables import EdgeList, NeighborTable, Parts
@@ -27,10 +27,18 @@ def given(
             block = table.offsets, table.rows, table.values
             yield kept(block, (table.values > 0) & (table.values >= np.float32(floor if floor is not None else 0)))
 
+    leader = read_groups(run, parts.faces)
+
     def edges() -> Iterator[Block]:
         for part in range(len(parts)):
             found = EdgeList.from_batch(run.read_batch(layout.part("edges", part)), 0)
-            yield found.offsets, found.rows, found.values
+            # Faces that count as one with another have no edges but one to it.
+            mine = leader[parts.starts[part] : parts.starts[part + 1]]
+            follows = np.flatnonzero(mine != np.arange(parts.starts[part], parts.starts[part + 1]))
+            offsets = found.offsets.copy()
+            offsets[1:] += np.cumsum(np.bincount(follows, minlength=len(mine)))
+            at = found.offsets[follows]
+            yield offsets, np.insert(found.rows, at, mine[follows]), np.insert(found.values, at, np.float32(1))
 
     def vectors(rows: np.ndarray) -> np.ndarray:
         out = np.empty((len(rows), dim), np.float32)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
+import pyarrow as pa
 
 from faceflow.cluster.executor import Resources
-from faceflow.kernels import edges, graphs
+from faceflow.kernels import copies, edges, graphs
 from faceflow.stages.base import Context, Outcome, Stage, merge_pieces
+from faceflow.stages.reading import read_groups
 from faceflow.storage import layout
 from faceflow.storage.files import Store
 from faceflow.storage.manifests import is_whole
@@ -36,7 +38,7 @@ def run(context: Context) -> Outcome:
 
 STAGE = Stage(
     name="link",
-    reads=("neighbors",),
+    reads=("neighbors", "copies"),
     writes=("edges",),
     settings=("neighbors", "min_similarity", "edges"),
     after=("ingest", "quantize", "search"),
@@ -56,15 +58,39 @@ def link_part(run: Store, part: int, first_row: int, neighbors: int, floor: floa
 
 
 class _Tables:
-    """The neighbor tables of all parts, one at a time, each time it is iterated. A similarity of zero or less makes no edge."""
+    """The neighbor tables of all parts, one at a time, each time it is iterated, with the lists that were searched again in
+    place of the first ones. A similarity of zero or less makes no edge."""
 
-    def __init__(self, run: Store, parts: Parts) -> None:
+    def __init__(self, run: Store, parts: Parts, wider: pa.RecordBatch | None) -> None:
         self._run, self._parts = run, parts
+        self._rows = wider.column(0).to_numpy() if wider is not None else np.empty(0, np.int32)
+        self._lists = NeighborTable.from_batch(wider.select([1]), 0) if wider is not None else None
 
     def __iter__(self) -> Iterator[graphs.Part]:
         for part in range(len(self._parts)):
-            table = NeighborTable.from_batch(self._run.read_batch(layout.part("neighbors", part)), self._parts.starts[part])
+            first, end = self._parts.starts[part], self._parts.starts[part + 1]
+            table = NeighborTable.from_batch(self._run.read_batch(layout.part("neighbors", part)), first)
+            here = range(*np.searchsorted(self._rows, [first, end]).tolist())
+            if self._lists is not None and len(here):
+                table = _replaced(table, self._rows[here.start : here.stop] - first, self._lists, here)
             yield table.offsets, table.rows, np.maximum(table.values, 0)
+
+
+def _replaced(table: NeighborTable, rows: np.ndarray, lists: NeighborTable, here: range) -> NeighborTable:
+    """A table in which these rows int64[n], ascending, have the lists `here` of `lists`."""
+    old = np.diff(table.offsets)
+    new = old.copy()
+    new[rows] = np.diff(lists.offsets)[here.start : here.stop]
+    stays = np.ones(len(table), bool)
+    stays[rows] = False
+    from_old, into_new = np.repeat(stays, old), np.repeat(stays, new)
+    span = slice(lists.offsets[here.start], lists.offsets[here.stop])
+    found = []
+    for before, wider in ((table.rows, lists.rows), (table.values, lists.values)):
+        column = np.empty(len(into_new), before.dtype)
+        column[into_new], column[~into_new] = before[from_old], wider[span]
+        found.append(column)
+    return NeighborTable(table.first_row, np.concatenate([[0], np.cumsum(new)]), found[0], found[1])
 
 
 def link_all(
@@ -72,12 +98,18 @@ def link_all(
 ) -> tuple[dict[str, int], int]:
     """Write the edges of all parts by a recipe that compares the neighbors of two rows; returns the files' bytes and how many
     edges there are."""
-    *block, order = graphs.compress(_Tables(run, parts), threads)
-    strong, low = (each if each is not None else 0.0 for each in (floor, weak))
-    offsets, rows, weights = edges.weighted(recipe, (block[0], block[1], block[2]), strong, low)
-    del block
+    near_identical = recipe == "auto"
+    wider = run.read_batch(layout.WIDER) if near_identical and run.exists(layout.WIDER) else None
+    *arrays, order = graphs.compress(_Tables(run, parts, wider), threads)
+    block = arrays[0], arrays[1], arrays[2]
+    del arrays
     number = np.empty(len(order), np.int64)
     number[order] = np.arange(len(order))
+    if near_identical:
+        block = copies.collapse(block, number[read_groups(run, parts.faces)[order]])
+    strong, low = (each if each is not None else 0.0 for each in (floor, weak))
+    offsets, rows, weights = edges.weighted(recipe, block, strong, low)
+    del block
     pieces = {}
     for part in range(len(parts)):
         here = range(parts.starts[part], parts.starts[part + 1])

@@ -33,7 +33,7 @@ cells fewer may come, change or go, as who must find its neighbors alone probes 
 MOST_GROWN = 1.5
 """Growth of the data set since the quantizer was trained, past which its cells are too few."""
 
-FLOORS = ("floor", "weak_floor", "valley", "impostors_a_face", "pairs", "flank")
+FLOORS = ("floor", "weak_floor", "valley", "impostors_a_face", "pairs", "flank", "near_identical")
 """What a night takes over from the one before: other floors would make other graphs."""
 
 FAREST, MOST_UNEVEN = 0.9, 1.5

@@ -84,6 +84,15 @@ def ids_of(run: Store, parts: Parts, rows: np.ndarray) -> list[str]:
     return found
 
 
+def read_groups(run: Store, faces: int, name: str = layout.GROUPS) -> np.ndarray:
+    """int32[faces]: the face that each one counts as one with (`kernels.copies`), itself where the run has no groups."""
+    leader = np.arange(faces, dtype=np.int32)
+    if run.exists(name):
+        batch = run.read_batch(name)
+        leader[batch.column(0).to_numpy()] = batch.column(1).to_numpy()
+    return leader
+
+
 def read_quantizer(run: Store, dim: int) -> tuple[np.ndarray, np.ndarray]:
     """(centroids float32[cells, dim], first cell of each shard and the end int64[shards + 1])."""
     batch = run.read_batch(layout.CENTROIDS)

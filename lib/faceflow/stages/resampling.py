@@ -7,7 +7,7 @@ import bisect
 import numpy as np
 
 from faceflow.kernels.stability import stability
-from faceflow.stages.reading import read_column
+from faceflow.stages.reading import read_column, read_groups
 from faceflow.storage import layout
 from faceflow.storage.files import Store
 from faceflow.tables import EdgeList, Parts
@@ -57,7 +57,9 @@ class _Graph:
     def __init__(self, run: Store, parts: Parts, lookup: np.ndarray) -> None:
         self._parts = parts
         self._clusters = lookup[read_column(run, "modules", range(len(parts)))]
-        self._order = np.argsort(self._clusters, kind="stable")
+        # Faces that count as one with another have no edges.
+        counted = np.flatnonzero(read_groups(run, parts.faces) == np.arange(parts.faces))
+        self._order = counted[np.argsort(self._clusters[counted], kind="stable")]
         self._starts = np.searchsorted(self._clusters[self._order], np.arange(int(lookup.max(initial=-1)) + 2))
         self._edges = [
             EdgeList.from_batch(run.read_batch(layout.part("edges", part)), parts.starts[part]) for part in range(len(parts))

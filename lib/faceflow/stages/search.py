@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -12,7 +13,8 @@ import pyarrow as pa
 from faceflow.cluster.executor import Resources
 from faceflow.kernels import edges, graphs, impostors, probing, quantizer, recall, scratch, topk
 from faceflow.kernels import search as cpu
-from faceflow.stages import certificate, renewal
+from faceflow.logs import told
+from faceflow.stages import certificate, copies, renewal
 from faceflow.stages.base import Context, LastNight, Outcome, Stage, merge_pieces
 from faceflow.stages.candidates import candidates_batch, gather, read_candidates, that_probe, write_candidates
 from faceflow.stages.reading import read_quantizer, read_vectors
@@ -20,6 +22,8 @@ from faceflow.storage import layout
 from faceflow.storage.files import Store
 from faceflow.storage.manifests import is_whole
 from faceflow.tables import CANDIDATES_SCHEMA, NEIGHBORS_SCHEMA, NeighborTable, Parts
+
+log = logging.getLogger("faceflow")
 
 EXACT_BLOCKS = 16
 SMALLEST_BLOCK, LARGEST_BLOCK = 1_024, 65_536
@@ -64,25 +68,32 @@ def run(context: Context) -> Outcome:
     begun = time.perf_counter()
     sampled = certificate.draw(context)
     drawn = time.perf_counter() - begun
+    levels = (context.floors[0], copies.near_level(context))
     results = context.executor.map(
         merge_part,
-        [(run, parts, part, context.dim, shards, config.neighbors, past) for part in range(len(parts))],
+        [(run, parts, part, context.dim, shards, config.neighbors, past, levels) for part in range(len(parts))],
         "merge",
         sizes=[parts.rows(part) for part in range(len(parts))],
     )
+    repeated, written = copies.settle(context)
     begun = time.perf_counter()
     counts, pieces = certificate.certify(context, sampled)
-    counts |= {"neighbors": sum(found for _, found in results)}
+    counts |= {"neighbors": sum(found for _, found, _ in results), "full": sum(full for _, _, full in results)} | repeated
     counts["certificate_seconds"] = round(drawn + time.perf_counter() - begun, 3)
-    return Outcome(counts, merge_pieces([pieces, *(pieces for pieces, _ in results)]))
+    if counts["full"]:
+        log.warning(
+            "%s faces have %d neighbors above the floor, as many as --neighbors keeps: pieces of larger clusters are joined "
+            "where no gap parts them", f"{counts['full']:,}", config.neighbors, extra=told("full_lists", faces=counts["full"]),
+        )  # fmt: skip
+    return Outcome(counts, merge_pieces([pieces, written, *(pieces for pieces, _, _ in results)]))
 
 
 STAGE = Stage(
     name="search",
     reads=("vectors", "quantizer", "cells", "homes", "before"),
-    writes=("fresh", "candidates", "certificate", "truth", "neighbors", "state"),
-    scratch=("before", "fresh", "candidates", "certificate"),
-    settings=("neighbors", "min_similarity", "recall_sample", "seed", "gpu_float16"),
+    writes=("fresh", "candidates", "certificate", "truth", "neighbors", "state", "near", "copies"),
+    scratch=("before", "fresh", "candidates", "certificate", "near"),
+    settings=("neighbors", "min_similarity", "edges", "recall_sample", "seed", "gpu_float16"),
     after=("ingest", "quantize"),
     packages=("faceflow", "numpy"),
     run=run,
@@ -224,8 +235,11 @@ def merge_part(
     shards: int,
     neighbors: int,
     past: LastNight | None,
-) -> tuple[dict[str, int], int]:
-    """Write one part's neighbor table, and beside it its sampled faces; returns its bytes and its number of neighbors."""
+    levels: tuple[float | None, float | None],
+) -> tuple[dict[str, int], int, int]:
+    """Write one part's neighbor table, and beside it its sampled faces and near-identical pairs; returns its bytes, its number
+    of neighbors, and how many lists are full with neighbors above the floor. levels: the floor, and from where faces are
+    near-identical (None: none)."""
     scratch.forget()  # of the search before
     name, first_row = layout.part("neighbors", part), parts.starts[part]
     names = [name, *([layout.part("state", part)] if past is not None else [])]
@@ -240,4 +254,9 @@ def merge_part(
             del lists
         run.write_arrow(name, NEIGHBORS_SCHEMA, [table.to_batch()])
     certificate.write_queries(run, parts, part, dim, table)
-    return {each: run.size(each) or 0 for each in names}, len(table.rows)
+    floor, near = levels
+    if near is not None:
+        copies.write_near(run, part, table, near)
+    full = np.flatnonzero(np.diff(table.offsets) >= neighbors)
+    above = table.values[table.offsets[full + 1] - 1] >= np.float32(floor if floor is not None else -np.inf)
+    return {each: run.size(each) or 0 for each in names}, len(table.rows), int(above.sum())

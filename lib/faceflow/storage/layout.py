@@ -75,6 +75,33 @@ def plan(stage: str) -> str:
 ANEW = "manifests/quantize.anew.json"
 """Why a night, although it began to build on the one before, does everything anew: decided once."""
 
+
+def near(part: int) -> str:
+    """The near-identical pairs of one part's rows."""
+    return f"near/pairs-{part:05d}.arrow"
+
+
+def thin(part: int) -> str:
+    """The faces of one part whose lists near-identical ones fill."""
+    return f"near/thin-{part:05d}.arrow"
+
+
+THIN = "near/thin.arrow"
+"""Those of all parts that are searched again."""
+
+
+def wider(part: int) -> str:
+    """What that search finds in one part."""
+    return f"near/wider-{part:05d}.arrow"
+
+
+GROUPS_AT_FIRST = "near/groups.arrow"
+GROUPS = "copies/groups.arrow"
+"""Which faces count as one with another: before and after that search."""
+
+WIDER = "copies/lists.arrow"
+"""The lists that it gives."""
+
 CENTROIDS = "quantizer/centroids.arrow"
 CLUSTERS = "clusters/clusters.arrow"
 CLUSTERS_OF_FACES = "clusters/faces.arrow"
