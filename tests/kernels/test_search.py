@@ -254,25 +254,6 @@ def test_locality_order_and_shards() -> None:
     assert quantizer.locality_order(one, np.ones(1)).tolist() == [0]
 
 
-@pytest.mark.gpu
-def test_gpu_finds_what_the_cpu_finds() -> None:
-    gpu = pytest.importorskip("faceflow.kernels.gpu")
-    gpu.check_device()
-    x = unit(2000, 32, seed=9)
-    lists = []
-    blocks = list(search.blocks_of(len(x), 600))
-    for i, (begin, end) in enumerate(blocks):
-        others = [(b, x[b:e]) for j, (b, e) in enumerate(blocks) if j != i]
-        gpu.search_blocks(
-            x[begin:end], begin, others, 9, 0.3,
-            lambda first, o, keys: lists.append((np.arange(first, first + len(o) - 1, dtype=np.int32), o, keys)),
-        )  # fmt: skip
-    check_table(x, topk.merge(lists, len(x), 9), 9, 0.3)
-    probes = np.arange(len(x) + 1), np.zeros(len(x), np.int32)
-    found = gpu.search_cells(x, np.arange(len(x), dtype=np.int32), probes, range(1), 9, 0.3)
-    check_table(x, topk.merge([(np.arange(len(x), dtype=np.int32), *found.take(np.arange(len(x))))], len(x), 9), 9, 0.3)
-
-
 @given(
     n=st.integers(2, 200), share=st.floats(0, 1), cells=st.integers(1, 12), parts=st.integers(1, 4), ranges=st.integers(1, 3),
     floor=st.sampled_from(FLOORS), seed=st.integers(0, 10_000), most=st.sampled_from([3, 2_048]),

@@ -16,13 +16,13 @@ PILOT_FACES = 2_048
 """Faces whose pairs tell where chance reaches to."""
 
 NEAR_SHARE = 0.2
-"""Two faces are near-identical from this share of the way from 1 down to the level that chance reaches: cosine .89 for LFW by
-a MobileFaceNet, .994 by dlib's ResNet, .995 in 16 dimensions. Frames of one film are (.92 in a trial). LFW, CelebA and synthetic
+"""Two faces are near-identical from this share of the way from 1 down to the level that chance reaches: cosine .89 for LFW by a
+MobileFaceNet, .994 by dlib's ResNet, .995 in 16 dimensions. Frames of one film are (.92 in a trial). LFW, CelebA and
 look-alikes cluster with the same F (within .001) for shares of .1 to .3."""
 
 CROWD = 30.0
 """Neighbors that a sampled face may have before its pairs weigh less. On LFW, its variants and CelebA F is the same within .003
-for 10, 30 and 100; on sets with one person of 3,000 photos, or people in films, the floor is that of the others for all three."""
+for 10, 30 and 100; beside a person of 3,000 photos, or people in films, the floor is that of the others for all three."""
 
 CROWD_SAMPLE = 4_096
 """Faces among which neighbors are counted for that."""

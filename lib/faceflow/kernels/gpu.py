@@ -1,9 +1,11 @@
 """The same searches on one GPU, by faiss's flat GPU index; needs the `gpu` extra. No symmetric trick: a GPU returns each
-query's k best, so every ordered pair of blocks is searched."""
+query's k best, so of every two sets each is searched among the other."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import faiss
 import numpy as np
@@ -16,6 +18,9 @@ from faceflow.kernels.topk import Buffers, encode
 
 QUERY_BATCH = 262_144
 """Queries handed over at once: faiss itself pages them through pinned memory, copying one page while it searches another."""
+
+ROW = np.uint64(0xFFFFFFFF)
+"""The half of a key (`topk.encode`) that holds the row."""
 
 MAX_NEIGHBORS = 2047
 """faiss's GPU selection holds 2048 results; one of them is the face itself."""
@@ -37,12 +42,17 @@ def check_device() -> None:
         raise SettingsError("gpus_per_worker is above 0, but the GPU returned a wrong product: check driver and wheel")
 
 
+@functools.lru_cache(maxsize=1)
+def _resources() -> Any:
+    """One set a process: each reserves memory of the GPU (1.5 GiB by default) and streams, and must outlive its indexes."""
+    return faiss.StandardGpuResources()
+
+
 class _GpuIndex:
     def __init__(self, members: np.ndarray, rows: np.ndarray, k: int, floor: float | None, float16: bool) -> None:
         config = faiss.GpuIndexFlatConfig()
         config.useFloat16 = float16
-        self._resources = faiss.StandardGpuResources()  # must outlive the index
-        self._index = faiss.GpuIndexFlatIP(self._resources, members.shape[1], config)
+        self._index = faiss.GpuIndexFlatIP(_resources(), members.shape[1], config)
         self._index.add(members)
         self._rows, self._k = rows, min(k + 1, len(members))
         self._floor = np.float32(-np.inf if floor is None else floor)
@@ -85,16 +95,35 @@ def search_blocks(
 def search_cells(
     vectors: np.ndarray, rows: np.ndarray, probes: Probes, cells: range, k: int, floor: float | None, float16: bool = False
 ) -> Buffers:
-    """As `kernels.search.search_cells`: a tile's hits come from the query's side only, visitors are joined on the CPU."""
+    """As `kernels.search.search_cells`: members and visitors are searched among the members, and members among the visitors, as
+    a pair serves both ends; visitors are joined on the CPU."""
     buffers = Buffers.empty(len(rows), k, floor)
+    homes = probes[1][probes[0][:-1]]
     for members, visitors in by_cell(probes, cells):
         queries = np.concatenate([members, visitors])
         positions, keys = _GpuIndex(vectors[members], rows[members], k, floor, float16).search(vectors[queries], rows[queries])
         buffers.extend(queries, _offsets(positions, len(queries)), keys)
+        if len(visitors):
+            index = _GpuIndex(vectors[visitors], rows[visitors], k, floor, float16)
+            back, back_keys = index.search(vectors[members], rows[members])
+            visitor = np.searchsorted(rows[visitors], (back_keys & ROW).astype(np.int64))
+            # The tile of the visitor's home finds the pair where the member probes it, and no pair may be found twice.
+            new = ~_probe(probes, members[back], homes[visitors[visitor]])
+            buffers.extend(members, _offsets(back[new], len(members)), back_keys[new])
         if floor is not None:
             links = _links(positions - len(members), keys, rows[members], len(visitors))
             join_visitors(vectors, rows, buffers, probes, visitors, links, len(members))
     return buffers
+
+
+def _probe(probes: Probes, faces: np.ndarray, cells: np.ndarray) -> np.ndarray:
+    """bool[n]: whether faces[i] probes cells[i]."""
+    offsets, flat = probes
+    counts = (offsets[1:] - offsets[:-1])[faces]
+    starts = np.concatenate([[0], np.cumsum(counts)])
+    pair = np.repeat(np.arange(len(faces)), counts)
+    probed = flat[offsets[faces][pair] + np.arange(starts[-1]) - starts[pair]]
+    return np.bincount(pair[probed == cells[pair]], minlength=len(faces)) > 0
 
 
 def _links(visitor: np.ndarray, keys: np.ndarray, member_rows: np.ndarray, visitors: int) -> np.ndarray:
@@ -105,6 +134,6 @@ def _links(visitor: np.ndarray, keys: np.ndarray, member_rows: np.ndarray, visit
     rank = np.arange(len(visitor)) - np.searchsorted(visitor, visitor)
     links = np.full((visitors, LINKS), NO_LINK)
     near = rank < LINKS
-    member = np.searchsorted(member_rows, (keys[near] & np.uint64(0xFFFFFFFF)).astype(np.int64)).astype(np.uint64)
+    member = np.searchsorted(member_rows, (keys[near] & ROW).astype(np.int64)).astype(np.uint64)
     links[visitor[near], rank[near]] = (keys[near] & np.uint64(0xFFFFFFFF00000000)) | member
     return links
