@@ -44,6 +44,16 @@ def test_what_the_sample_foretells_is_what_the_run_finds(tmp_path: Path, order: 
     assert not found.problems
 
 
+@pytest.mark.parametrize("k", [20, 200])
+def test_the_cap_on_neighbors_holds_face_by_face(face_data: Path, tmp_path: Path, k: int) -> None:
+    """A real long tail, in a file that is sorted by person: most have one photo, one has 530."""
+    config = ClusterConfig(str(face_data / "lfw_mobilefacenet128.parquet"), str(tmp_path / "out"), neighbors=k, min_recall=0.0)
+    found = plan_run(config)
+    result = run_clustering(config, progress=False, report=False)
+    assert found.floor == pytest.approx(result.floor, abs=0.02)
+    assert found.edges == pytest.approx(result.edges, rel=0.1)
+
+
 def test_a_run_that_cannot_fit_is_refused_with_what_to_change(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -70,9 +80,19 @@ def test_bad_input_is_refused_as_a_run_would(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_more_of_anything_takes_longer() -> None:
-    base = costs.Workload(1_000_000, 256, 90, 90, 2_000, 4, 32_768, 1_000, 5, 64, 16_384, True, True, 8, 2, 2, 8e10)
+    base = costs.Workload(
+        1_000_000, 256, 90, 90, 0.05, 10_000, 2_000, 4, 32_768, 1_000, 5, 64, 16_384, True, True, 8, 2, 2, 8e10
+    )
     total = sum(costs.stage_seconds(base).values())
-    for change in ({"faces": 2_000_000}, {"dim": 512}, {"neighbors": 180}, {"edges": 180}, {"flops": 4e10}, {"native": False}):
+    for change in (
+        {"faces": 2_000_000},
+        {"dim": 512},
+        {"neighbors": 180},
+        {"edges": 180},
+        {"flops": 4e10},
+        {"native": False},
+        {"single": 0.3},
+    ):
         worse = costs.Workload(**{**vars(base), **change})
         assert sum(costs.stage_seconds(worse).values()) > total, change
     faster = costs.Workload(**{**vars(base), "workers": 8})

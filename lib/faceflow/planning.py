@@ -12,6 +12,7 @@ from faceflow.config import ClusterConfig
 from faceflow.errors import SettingsError
 from faceflow.kernels import costs, plans, quantizer
 from faceflow.stages import forecast, quantize
+from faceflow.stages.detect import assigns_singletons
 from faceflow.stages.intake import FOOTERS_PER_TASK
 from faceflow.stages.pieces import check_dimensions, first_dimension, read_footers, settle_ids
 from faceflow.storage.files import Store
@@ -77,10 +78,9 @@ def plan_run(config: ClusterConfig) -> Forecast:
         flops = statistics.median(executor.call(quantize.measure_flops, dim, label="measure") for _ in range(3))
         memory = executor.machine_memory(config.detect_resource)
         budget = config.memory_limit or executor.worker_memory
-    # The auto recipe keeps about half of what lies between its two floors.
-    edges = outlook.strong + 0.5 * (outlook.neighbors - outlook.strong) if config.edges == "auto" else outlook.strong
     load = costs.Workload(
-        faces, dim, outlook.neighbors, edges, outlook.plan.cells, outlook.probes,
+        faces, dim, outlook.neighbors, outlook.edges, outlook.single, outlook.people if assigns_singletons(config) else 0.0,
+        outlook.plan.cells, outlook.probes,
         plans.pairs_counted(faces) if config.min_similarity == "auto" else 0,
         min(faces, config.recall_sample), quantizer.ITERATIONS, quantizer.SAMPLE_PER_CELL, plans.held_out_faces(faces),
         config.edges != "threshold", config.engine == "native", outlook.id_bytes, workers, threads, flops,
@@ -91,7 +91,7 @@ def plan_run(config: ClusterConfig) -> Forecast:
     central, disk = costs.central_bytes(load), costs.disk_bytes(load)
     free = _disk_free(config)
     return Forecast(
-        faces, dim, len(files), outlook.sampled, outlook.floor, round(outlook.neighbors, 1), round(edges * faces),
+        faces, dim, len(files), outlook.sampled, outlook.floor, round(outlook.neighbors, 1), round(outlook.edges * faces),
         outlook.plan.index, outlook.plan.cells, round(outlook.probes, 2),
         {name: round(value, 1) for name, value in seconds.items()}, costs.DRIVER_BYTES,
         costs.worker_bytes(load, config.neighbors, budget), central, disk, cpus, memory, free,

@@ -150,6 +150,7 @@ def _load(config: ClusterConfig, done: Mapping[str, Manifest], threads: int) -> 
     workers = config.workers or 1
     return costs.Workload(
         faces, done["ingest"].counts["dim"], done["search"].counts["neighbors"] / faces, done["link"].counts["edges"] / faces,
+        done["detect"].counts.get("alone", 0) / faces, done["publish"].counts["clusters"] - done["publish"].counts["singletons"],
         plan.get("cells", 0), plan.get("mean_probes", 0.0), plans.pairs_counted(faces) if "valley" in plan else 0,
         min(faces, config.recall_sample), quantizer.ITERATIONS, quantizer.SAMPLE_PER_CELL, plans.held_out_faces(faces),
         config.edges != "threshold", config.engine == "native", 0.0, workers, threads, plan["gflops"] * 1e9 / workers,
@@ -166,7 +167,8 @@ def _grown(load: costs.Workload, faces: int) -> costs.Workload:
         )
         load = dataclasses.replace(load, cells=plan.cells, probes=1 + (load.probes - 1) * (then - 1) / max(now - 1, 1e-9))
     sampled = plans.pairs_counted(faces) if load.sampled else 0
-    return dataclasses.replace(load, faces=faces, sampled=sampled, held_out=plans.held_out_faces(faces))
+    people = load.people * faces / load.faces
+    return dataclasses.replace(load, faces=faces, people=people, sampled=sampled, held_out=plans.held_out_faces(faces))
 
 
 def _sizes(config: ClusterConfig, faces: Sequence[int] | None) -> tuple[int, list[int]]:

@@ -41,6 +41,9 @@ help (19.0 s with one, 11.3 s with two); and the power of the faces with which i
 PACKAGE_DETECTED = 4.0e-6
 """An edge, in community detection by the infomap package."""
 
+ASSIGN_SINGLE = 1.6
+"""Of giving singletons to clusters, beside its product: the nearest ones are kept."""
+
 PUBLISHED, JUDGED = 1.5e-6, 3.0e-8
 """A face whose label is written; a neighbor that its cluster's quality counts."""
 
@@ -53,11 +56,13 @@ START_SECONDS = 6.0
 BASE_BYTES = 350 * 2**20
 """A worker that has loaded its packages and compiled kernels."""
 
-GRAPH_BYTES = 22
-"""A neighbor or edge, in link and detect at their peak: 2.4e9 bytes of the largest worker at 91M neighbors, 10.2e9 at 472M."""
+GRAPH_BYTES = 20
+"""A neighbor or edge, in link and detect at their peak: with FACE_BYTES 2.4e9 bytes of the largest worker at 1M faces and 91M
+neighbors (2.4e9 measured), 11.0e9 at 5.2M and 472M (10.2e9)."""
 
-FACE_BYTES = 40
-"""A face, there."""
+FACE_BYTES = 239
+"""A face, there: in graphs of 2 and 30 edges a face detection took 222 and 662 bytes a face (3M faces), of which 190 by this
+law are the face's."""
 
 DRIVER_BYTES = 260 * 2**20
 """Whatever the faces' number: measured up to 5,200,000."""
@@ -74,6 +79,7 @@ class Workload:
     """What a run has to do, and with what.
 
     faces, dim; neighbors, edges: a face, expected; cells: of the quantizer (0: all pairs are compared); probes: a face, mean;
+    single: share of faces without an edge; people: clusters that these may be given to (0: they stay alone);
     sampled: faces of which all pairs are counted for the floor (0: it is given); certified: faces searched exactly; iterations,
     per_cell: of the quantizer's training; held_out: faces held out of it; shared: whether the edge recipe compares neighbors;
     native: the engine; id_bytes: a face's id, mean; workers: tasks at once; threads: of the machine for link and detect; flops:
@@ -84,6 +90,8 @@ class Workload:
     dim: int
     neighbors: float
     edges: float
+    single: float
+    people: float
     cells: int
     probes: float
     sampled: int
@@ -120,6 +128,7 @@ def stage_seconds(load: Workload) -> dict[str, float]:
     link = LINKED * entries / load.threads if load.shared else THRESHOLDED * entries / w
     speed_up = 1 / (DETECT_SERIAL + (1 - DETECT_SERIAL) / load.threads) if load.native else 1.0
     detect = (DETECTED if load.native else PACKAGE_DETECTED) * edges * max(0.1, n / 1e6) ** DETECT_GROWTH / speed_up
+    detect += ASSIGN_SINGLE * 2 * d * (n * load.single) * load.people / (flops * load.threads)
     seconds = {
         "ingest": INGEST_VALUE * n * d / w,
         "quantize": floor + train + assign,

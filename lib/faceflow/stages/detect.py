@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from faceflow.cluster.executor import Resources
+from faceflow.config import ClusterConfig
 from faceflow.errors import QualityError
 from faceflow.kernels import incremental
 from faceflow.stages import adoption, decisions, grouping, unions
@@ -31,7 +32,7 @@ def run(context: Context) -> Outcome:
     counts, pieces = executor.call(
         detect, context.stores.run, context.parts, config.engine, config.flow == "directed", config.seed, config.trials,
         config.verify_codelength, threads, _past_of(context), config.constraints, config.storage_options,
-        config.exclusive_column is not None, _other_method(context), context.dim, config.neighbors, _adopts(context),
+        config.exclusive_column is not None, _other_method(context), context.dim, config.neighbors, assigns_singletons(config),
         label="detect",
         # infomap crashes where faiss, which GPU search loads, was imported after it.
         resources=Resources(
@@ -48,8 +49,8 @@ def _other_method(context: Context) -> tuple[str, int, float | None, int | None]
     return config.method, context.dim, context.floors[0], config.clusters
 
 
-def _adopts(context: Context) -> bool:
-    config = context.config
+def assigns_singletons(config: ClusterConfig) -> bool:
+    """Whether singletons are given to the nearest cluster where that is significant."""
     if config.adopt != "auto":
         return config.adopt == "always"
     return config.min_similarity == "auto" and config.edges == "auto" and config.method == "infomap"

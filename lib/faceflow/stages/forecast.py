@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from faceflow.config import ClusterConfig
 from faceflow.errors import InputError
-from faceflow.kernels import impostors, plans, probing, quantizer
+from faceflow.kernels import crowding, impostors, plans, probing, quantizer
 from faceflow.stages import checking
 from faceflow.stages.pieces import Columns, Footer, readable, settle_ids
 from faceflow.storage.files import Store
@@ -21,7 +22,16 @@ TRAINING_FACES = 131_072
 """Faces that a quantizer is trained on, at most; a larger one than they allow is foretold from a smaller."""
 
 COUNTED_BY_FACE = 1.5
-"""Times the faces looked at that there are, up to which each one's neighbors are counted."""
+"""Times the faces looked at that there are, up to which neighbors are counted, not drawn."""
+
+SUPPORTED = 0.5
+"""Share of the pairs between the two floors that the auto recipe keeps, about."""
+
+DRAWS = 8
+"""Numbers of neighbors that are drawn for each face."""
+
+FEWEST_OTHERS = 4
+"""Neighbors of a face in a cluster that singletons may be given to (`stages.adoption.FEWEST_FACES`)."""
 
 SHORTEST_BLOCK = 32
 """Consecutive faces of one row group, at least: fewer cost as much to read."""
@@ -31,8 +41,9 @@ SHORTEST_BLOCK = 32
 class Outlook:
     """What the sample foretells of the whole set.
 
-    sampled: faces looked at; floor, weak_floor, valley, impostors: as quantize finds them (None: given, or none); neighbors,
-    strong: a face, from the weak floor and from the floor on, at most k; plan: of the search; probes: a face, mean; id_bytes: a
+    sampled: faces looked at; floor, weak_floor, valley, impostors: as quantize finds them (None: given, or none); neighbors:
+    of a face from the weak floor on, at most k; edges: those that are left, near-identical faces counting as one; single: share
+    of the faces that have none; people: clusters of five faces and more; plan: of the search; probes: a face, mean; id_bytes: a
     face's id, mean; unusable: share of the sampled rows that would be rejected.
     """
 
@@ -43,7 +54,9 @@ class Outlook:
     valley: float | None
     impostors: float | None
     neighbors: float
-    strong: float
+    edges: float
+    single: float
+    people: float
     plan: plans.Plan
     probes: float
     id_bytes: float
@@ -64,26 +77,44 @@ def look(config: ClusterConfig, store: Store, footers: Sequence[Footer], dim: in
         raise InputError(f"input {config.input}: none of the rows looked at can be used, so nothing can be foretold")
     order = np.random.default_rng([config.seed, 7]).permutation(len(vectors))
     paired = np.sort(order[:PAIRED_FACES])
-    counts = _Pairs(vectors[paired], block[paired], _block_length(block), faces)
-    floor, weak, valley, strangers = _floors(config, counts, faces)
-    neighbors, strong = (counts.neighbors(each, config.neighbors) for each in (weak, floor))
+    sample = _Sample.of(vectors[paired], block[paired], _block_length(block), faces)
+    near = crowding.near_identical(sample.vectors, faces)
+    alone = sample.without(sample.repeated(near)) if config.edges == "auto" or config.min_similarity == "auto" else sample
+    floor, weak, valley, strangers = _floors(config, alone, faces)
+    kept = len(alone.vectors) / len(sample.vectors)  # near-identical faces have no edges of their own
+    k = float(config.neighbors)
+    if floor is None or weak is None:
+        neighbors = edges = k
+        single, people = 0.0, faces / 20
+    else:
+        neighbors = float(np.minimum(sample.expected(weak, config.seed), k).mean())
+        each = alone.expected(floor, config.seed)
+        edges = kept * float(np.minimum(each, k).mean())
+        if config.edges == "auto":
+            edges += kept * SUPPORTED * float(np.minimum(alone.expected(weak, config.seed), k).mean()) - SUPPORTED * edges
+        single = kept * float(np.exp(-each).mean())
+        people = kept * faces * float(np.where(each >= FEWEST_OTHERS, 1 / (1 + each), 0).mean())
     probes = float(config.probes or 0)
     if training:
         apart = vectors[order[: len(order) // 2][:held]], vectors[order[-min(training, len(order) // 2) :]]
         probes = _probes(config, *apart, faces, plan.cells, floor, threads)
     return Outlook(
-        dim, len(vectors), floor, weak, valley, strangers, neighbors, strong, plan, probes, id_bytes, unusable
+        dim, len(vectors), floor, weak, valley, strangers, neighbors, edges, single, people, plan, probes, id_bytes, unusable
     )  # fmt: skip
 
 
 def _floors(
-    config: ClusterConfig, counts: _Pairs, faces: int
+    config: ClusterConfig, sample: _Sample, faces: int
 ) -> tuple[float | None, float | None, float | None, float | None]:  # fmt: skip
-    """(floor, weak floor, valley, impostors a face)."""
-    if isinstance(config.min_similarity, str):
-        found = impostors.choose_floors(counts.histogram, faces)
-        return found.strong, found.weak if config.edges == "auto" else found.strong, found.valley, found.impostors
-    return config.min_similarity, config.min_similarity, None, None
+    """(floor, weak floor, valley, impostors a face), as `stages.floors` finds them."""
+    if not isinstance(config.min_similarity, str):
+        return config.min_similarity, config.min_similarity, None, None
+    weights = np.ones(len(sample.vectors), np.float32)
+    plain = np.rint(sample.histogram(weights)).astype(np.int64)
+    inside, elsewhere = sample.neighbors(impostors.choose_floors(plain, faces).strong)
+    bounded = crowding.weights(elsewhere + inside * (sample.near / sample.far))
+    found, _ = crowding.choose(plain, sample.histogram(bounded) if (bounded < 1).any() else None, faces)
+    return found.strong, found.weak if config.edges == "auto" else found.strong, found.valley, found.impostors
 
 
 def _sample(
@@ -126,51 +157,76 @@ def _block_length(block: np.ndarray) -> float:
     return float((np.bincount(block).astype(float) ** 2).sum() / len(block))
 
 
-class _Pairs:
-    """Pairs of the sample by similarity, weighed so that they stand for all pairs of the set.
+@dataclass(frozen=True)
+class _Sample:
+    """Sampled faces and what they stand for.
 
     Faces of one block are neighbors in the file, and a file may be sorted by person: pairs within a block stand for such pairs
-    alone, the others for all the rest. In a shuffled file both are the same, and the weights do not matter. length: of a block,
-    of which `vectors` may be a part.
+    alone, the others for all the rest. In a shuffled file both are the same. near, far: faces of the whole set, beside a face,
+    that each other one of its block, or of another block, stands for.
     """
 
-    def __init__(self, vectors: np.ndarray, block: np.ndarray, length: float, faces: int) -> None:
-        rows = np.arange(len(vectors), dtype=np.int32)
-        every = impostors.count_pairs(vectors, rows, vectors, rows)
-        cuts = np.searchsorted(block, np.arange(int(block[-1]) + 2))
-        inside = np.zeros_like(every)
-        for begin, end in zip(cuts[:-1], cuts[1:], strict=True):
-            inside += impostors.count_pairs(vectors[begin:end], rows[begin:end], vectors[begin:end], rows[begin:end])
+    vectors: np.ndarray
+    block: np.ndarray
+    near: float
+    far: float
+
+    @classmethod
+    def of(cls, vectors: np.ndarray, block: np.ndarray, length: float, faces: int) -> _Sample:
+        """length: of a block, of which `vectors` may be a part."""
         here = _block_length(block)
-        self._inside, self._across, self._sampled = inside, every - inside, len(vectors)
-        self._vectors = vectors
-        self._near = (length - 1) / max(1.0, here - 1)
-        self._far = max(1.0, (faces - length) / max(1.0, len(vectors) - here))
-        if self._across.sum() == 0:
-            self._across, self._inside = every, np.zeros_like(every)
-            self._far = faces / len(vectors)
+        if here >= len(vectors):  # a single block
+            return cls(vectors, np.arange(len(vectors)), 0.0, faces / len(vectors))
+        near = (length - 1) / max(1.0, here - 1)
+        return cls(vectors, block, near, max(1.0, (faces - length) / max(1.0, len(vectors) - here)))
 
     @property
-    def histogram(self) -> np.ndarray:
-        """As `impostors.choose_floors` wants it: a uniform sample of all pairs."""
-        return self._across + np.round(self._inside * (self._near / self._far)).astype(np.int64)
+    def _blocks(self) -> Iterator[slice]:
+        cuts = np.searchsorted(self.block, np.arange(int(self.block[-1]) + 2))
+        return (slice(begin, end) for begin, end in itertools.pairwise(cuts) if end - begin > 1)
 
-    def neighbors(self, floor: float | None, k: int) -> float:
-        """Expected neighbors a face at a similarity of `floor` or more, at most k."""
-        if floor is None:
-            return float(k)
-        if self._across.sum() and self._far <= COUNTED_BY_FACE and not self._inside.sum():
-            # Nearly all faces are here: a person of more photos than k counts for k only.
-            found = np.concatenate(
-                [
-                    (self._vectors[begin : begin + 1024] @ self._vectors.T >= np.float32(floor)).sum(axis=1) - 1
-                    for begin in range(0, len(self._vectors), 1024)
-                ]
-            )
-            return float(np.minimum(found * self._far, k).mean())
-        start = int(np.clip((floor + 1) * impostors.BINS / 2, 0, impostors.BINS))
-        inside, across = (2 * counts[start:].sum() / self._sampled for counts in (self._inside, self._across))
-        return min(float(k), float(inside * self._near + across * self._far))
+    def without(self, dropped: np.ndarray) -> _Sample:
+        """The sample less the faces where bool[n] holds."""
+        return replace(self, vectors=self.vectors[~dropped], block=self.block[~dropped])
+
+    def repeated(self, near: float) -> np.ndarray:
+        """bool[n]: faces that are near-identical to an earlier one."""
+        rows = np.arange(len(self.vectors))
+        return crowding.count_and_mark(self.vectors, rows, self.vectors, rows, near)[1]
+
+    def histogram(self, weights: np.ndarray) -> np.ndarray:
+        """Histogram float64[BINS] of the weighted pairs, as of a uniform sample of all pairs."""
+        rows, v = np.arange(len(self.vectors)), self.vectors
+        total = crowding.count_weighted(v, rows, weights, v, rows, weights)
+        for b in self._blocks:
+            inside = crowding.count_weighted(v[b], rows[b], weights[b], v[b], rows[b], weights[b])
+            total += (self.near / self.far - 1) * inside
+        return np.maximum(total, 0)
+
+    def neighbors(self, floor: float) -> tuple[np.ndarray, np.ndarray]:
+        """(in its block, elsewhere), int64[n]: sampled faces with a similarity of `floor` or more to each."""
+        inside = np.zeros(len(self.vectors), np.int64)
+        for b in self._blocks:
+            inside[b] = crowding.neighbors_at(self.vectors[b], self.vectors[b], floor) - 1
+        return inside, crowding.neighbors_at(self.vectors, self.vectors, floor) - 1 - inside
+
+    def expected(self, floor: float, seed: int) -> np.ndarray:
+        """float64[n, DRAWS]: how many neighbors each face may have in the whole set at a similarity of `floor` or more.
+
+        Where nearly all faces are here they are counted. Else those elsewhere are drawn: counts are Poisson about a face's own
+        rate, rates have a gamma law over all faces, whose two moments the counts give (empirical Bayes: Robbins, An empirical
+        Bayes approach to statistics, 1956).
+        """
+        inside, elsewhere = self.neighbors(floor)
+        known = (inside * self.near)[:, None]
+        mean, excess = float(elsewhere.mean()), float(elsewhere.var() - elsewhere.mean())
+        if self.far <= COUNTED_BY_FACE or mean == 0:
+            return np.repeat(known + elsewhere[:, None] * self.far, DRAWS, axis=1)
+        if excess <= 0:
+            return np.repeat(known + mean * self.far, DRAWS, axis=1)
+        shape, scale = mean**2 / excess, excess / mean
+        drawn = np.random.default_rng([seed, 11]).gamma(shape + elsewhere[:, None], scale / (1 + scale), (len(inside), DRAWS))
+        return known + drawn * self.far
 
 
 def _probes(
