@@ -150,7 +150,8 @@ def _load(config: ClusterConfig, done: Mapping[str, Manifest], threads: int) -> 
     workers = config.workers or 1
     return costs.Workload(
         faces, done["ingest"].counts["dim"], done["search"].counts["neighbors"] / faces, done["link"].counts["edges"] / faces,
-        done["detect"].counts.get("alone", 0) / faces, done["publish"].counts["clusters"] - done["publish"].counts["singletons"],
+        done["detect"].counts.get("alone", 0) / faces,
+        done["publish"].counts["clusters"] - done["publish"].counts["singletons"],
         plan.get("cells", 0), plan.get("mean_probes", 0.0), plans.pairs_counted(faces) if "valley" in plan else 0,
         min(faces, config.recall_sample), quantizer.ITERATIONS, quantizer.SAMPLE_PER_CELL, plans.held_out_faces(faces),
         config.edges != "threshold", config.engine == "native", 0.0, workers, threads, plan["gflops"] * 1e9 / workers,

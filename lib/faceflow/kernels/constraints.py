@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -157,35 +158,70 @@ def separate(
     if not crowded.any():
         return modules, 0, 0
     modules = modules.copy()
-    pulls = _pulls(crowded, modules, *edges(crowded))
-    held = set(zip(modules[photos != 0].tolist(), photos[photos != 0].tolist(), strict=True))
-    groups: dict[tuple[int, int], list[int]] = {}
-    for row in np.flatnonzero(crowded).tolist():
-        groups.setdefault((int(modules[row]), int(photos[row])), []).append(row)
+    pulls = _Pulls(crowded, modules, *edges(crowded))
+    held = _Held(modules, photos, np.unique(photos[crowded]))
+    rows = np.flatnonzero(crowded)
+    rows = rows[np.lexsort((rows, photos[rows], modules[rows]))]
+    new = (modules[rows][1:] != modules[rows][:-1]) | (photos[rows][1:] != photos[rows][:-1])
+    cuts = [0, *(np.flatnonzero(new) + 1).tolist(), len(rows)]
     fresh, moved, stayed = int(modules.max()) + 1, 0, 0
-    for (module, photo), rows in sorted(groups.items()):
-        ranked = sorted(rows, key=lambda row: (not fixed[row], -pulls[row].get(module, 0.0), row))
+    for begin, end in itertools.pairwise(cuts):
+        group = rows[begin:end].tolist()
+        module, photo = int(modules[group[0]]), int(photos[group[0]])
+        ranked = sorted(group, key=lambda row: (not fixed[row], -pulls.of(row).get(module, 0.0), row))
         for row in ranked[1:]:
             if fixed[row]:
                 stayed += 1
                 continue
-            others = sorted((-weight, m) for m, weight in pulls[row].items() if m != module and (m, photo) not in held)
+            others = sorted((-weight, m) for m, weight in pulls.of(row).items() if m != module and not held.has(m, photo))
             target, fresh = (others[0][1], fresh) if others else (fresh, fresh + 1)
             modules[row] = target
-            held.add((target, photo))
+            held.add(target, photo)
             moved += 1
     return modules, moved, stayed
 
 
-def _pulls(
-    rows: np.ndarray, modules: np.ndarray, sources: np.ndarray, targets: np.ndarray, weights: np.ndarray
-) -> dict[int, dict[int, float]]:
+class _Held:
+    """Which modules hold a face of which photo: arrays for what was there, of these photos only, and a set of what came
+    since."""
+
+    def __init__(self, modules: np.ndarray, photos: np.ndarray, chosen: np.ndarray) -> None:
+        self._chosen, self._width = chosen, int(modules.max(initial=-1)) + 1
+        at = np.searchsorted(chosen, photos).clip(max=len(chosen) - 1)
+        here = chosen[at] == photos
+        self._keys = np.unique(at[here] * self._width + modules[here])
+        self._added: set[tuple[int, int]] = set()
+
+    def has(self, module: int, photo: int) -> bool:
+        if (module, photo) in self._added:
+            return True
+        if module >= self._width:
+            return False
+        key = int(np.searchsorted(self._chosen, np.uint64(photo))) * self._width + module
+        at = int(np.searchsorted(self._keys, key))
+        return at < len(self._keys) and int(self._keys[at]) == key
+
+    def add(self, module: int, photo: int) -> None:
+        self._added.add((module, photo))
+
+
+class _Pulls:
     """For each row that the mask holds, the weight of its edges, either way, to each module."""
-    found: dict[int, dict[int, float]] = {row: {} for row in np.flatnonzero(rows).tolist()}
-    for ends, others in ((sources, targets), (targets, sources)):
-        here = rows[ends]
-        for row, module, weight in zip(
-            ends[here].tolist(), modules[others[here]].tolist(), weights[here].tolist(), strict=True
-        ):
-            found[row][module] = found[row].get(module, 0.0) + weight
-    return found
+
+    def __init__(
+        self, mask: np.ndarray, modules: np.ndarray, sources: np.ndarray, targets: np.ndarray, weights: np.ndarray
+    ) -> None:
+        self._rows, width = np.flatnonzero(mask), int(modules.max(initial=-1)) + 1
+        keys, weight = [], []
+        for ends, others in ((sources, targets), (targets, sources)):
+            here = mask[ends]
+            keys.append(np.searchsorted(self._rows, ends[here]) * width + modules[others[here]])
+            weight.append(weights[here].astype(np.float64))
+        pairs, at = np.unique(np.concatenate(keys), return_inverse=True)
+        self._modules, self._weights = pairs % width, np.bincount(at, np.concatenate(weight), minlength=len(pairs))
+        self._starts = np.searchsorted(pairs, np.arange(len(self._rows) + 1) * width)
+
+    def of(self, row: int) -> dict[int, float]:
+        at = int(np.searchsorted(self._rows, row))
+        here = slice(self._starts[at], self._starts[at + 1])
+        return dict(zip(self._modules[here].tolist(), self._weights[here].tolist(), strict=True))
