@@ -250,7 +250,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logs.set_up(getattr(arguments, "log_format", "text"), quiet)
     try:
         with _termination_as_interrupt():
-            COMMANDS[arguments.command](arguments)
+            with logs.results_alone():
+                COMMANDS[arguments.command](arguments)
             sys.stdout.flush()
         return 0
     except FaceflowError as error:

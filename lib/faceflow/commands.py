@@ -12,6 +12,7 @@ from typing import Any
 
 from faceflow.config import SETTINGS, ClusterConfig, check_thumbnails, load_config, parse_setting
 from faceflow.errors import SettingsError
+from faceflow.logs import say
 
 UNSET: Any = object()
 """The value of a setting that the command line does not mention."""
@@ -32,14 +33,14 @@ def _cluster(arguments: argparse.Namespace) -> None:
     job = run_nightly if arguments.command == "nightly" else run_clustering
     result = job(_config_of(arguments), progress=not arguments.quiet)
     if arguments.json:
-        print(json.dumps(result.as_dict()))
+        say(json.dumps(result.as_dict()))
     else:
-        print(
+        say(
             f"{result.faces:,} faces, {result.edges:,} edges -> {result.clusters:,} clusters, {result.singletons:,} of one face"
         )
         if result.rejected:
-            print(f"{result.rejected:,} rows were set aside: rejected/run={result.run_id} under OUTPUT says which and why")
-        print(f"run {result.run_id}, {result.seconds['total']:.1f} s; labels: {result.labels}")
+            say(f"{result.rejected:,} rows were set aside: rejected/run={result.run_id} under OUTPUT says which and why")
+        say(f"run {result.run_id}, {result.seconds['total']:.1f} s; labels: {result.labels}")
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
@@ -50,14 +51,14 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         storage_options=_options(arguments),
     )  # fmt: skip
     if arguments.json:
-        print(json.dumps(asdict(scores)))
+        say(json.dumps(asdict(scores)))
         return
-    print(f"{'':10}precision  recall     F")
+    say(f"{'':10}precision  recall     F")
     for name in ("pairwise", "bcubed"):
         row = [getattr(scores, f"{name}_{part}") for part in ("precision", "recall", "f")]
-        print(f"{name:10}" + "  ".join(f"{value:9.4f}" for value in row))
-    print(f"NMI {scores.nmi:.4f}  ARI {scores.ari:.4f}")
-    print(
+        say(f"{name:10}" + "  ".join(f"{value:9.4f}" for value in row))
+    say(f"NMI {scores.nmi:.4f}  ARI {scores.ari:.4f}")
+    say(
         f"{scores.faces:,} faces, {scores.clusters:,} clusters ({scores.singletons:,} of one face), "
         f"{scores.identities:,} identities"
     )
@@ -72,10 +73,10 @@ def _compare(arguments: argparse.Namespace) -> None:
         progress=not arguments.quiet,
     )  # fmt: skip
     if arguments.json:
-        print(json.dumps({"run_id": found.run_id, "folder": found.folder, "rows": [asdict(row) for row in found.rows]}))
+        say(json.dumps({"run_id": found.run_id, "folder": found.folder, "rows": [asdict(row) for row in found.rows]}))
         return
-    print(table(found.rows))
-    print(f"table.txt, table.csv, plot.png and labels: {found.folder}")
+    say(table(found.rows))
+    say(f"table.txt, table.csv, plot.png and labels: {found.folder}")
 
 
 def _count(text: str) -> int:
@@ -101,17 +102,17 @@ def _scaling(arguments: argparse.Namespace) -> None:
         progress=not arguments.quiet,
     )  # fmt: skip
     if arguments.json:
-        print(json.dumps({"folder": found.folder, "runs": [asdict(run) for run in found.runs], "reading": found.reading}))
+        say(json.dumps({"folder": found.folder, "runs": [asdict(run) for run in found.runs], "reading": found.reading}))
         return
-    print("\n".join(found.reading))
-    print(f"scaling.json, scaling.csv, scaling.png, reading.txt: {found.folder}")
+    say("\n".join(found.reading))
+    say(f"scaling.json, scaling.csv, scaling.png, reading.txt: {found.folder}")
 
 
 def _plan(arguments: argparse.Namespace) -> None:
     from faceflow.planning import lines, plan_run
 
     found = plan_run(_config_of(arguments))
-    print(json.dumps(asdict(found)) if arguments.json else "\n".join(lines(found)))
+    say(json.dumps(asdict(found)) if arguments.json else "\n".join(lines(found)))
     if found.problems:
         raise SettingsError("this run does not fit: " + "; ".join(found.problems))
 
@@ -124,9 +125,9 @@ def _synthesize(arguments: argparse.Namespace) -> None:
         look=arguments.look, seed=arguments.seed, storage_options=_options(arguments),
     )  # fmt: skip
     if arguments.json:
-        print(json.dumps(made))
+        say(json.dumps(made))
     else:
-        print(f"{made['faces']:,} faces of {made['identities']:,} identities in {made['files']} file(s): {arguments.output}")
+        say(f"{made['faces']:,} faces of {made['identities']:,} identities in {made['files']} file(s): {arguments.output}")
 
 
 def _import(arguments: argparse.Namespace) -> None:
@@ -137,21 +138,21 @@ def _import(arguments: argparse.Namespace) -> None:
         storage_options=_options(arguments),
     )  # fmt: skip
     if arguments.json:
-        print(json.dumps(made))
+        say(json.dumps(made))
     else:
         known = f" of {made['identities']:,} identities" if arguments.labels else ""
-        print(f"{made['faces']:,} faces{known} in {made['files']} file(s): {arguments.output}")
+        say(f"{made['faces']:,} faces{known} in {made['files']} file(s): {arguments.output}")
 
 
 def _show_runs(found: Sequence[Any], as_json: bool) -> None:
     now = datetime.datetime.now(datetime.UTC)
     if as_json:
-        print(json.dumps([asdict(run) | {"updated": run.updated.isoformat()} for run in found]))
+        say(json.dumps([asdict(run) | {"updated": run.updated.isoformat()} for run in found]))
         return
     width = max([6, *(len(run.run_id) for run in found)])
-    print(f"  {'run':{width}}  {'state':9}  {'stage':8}  {'age':>8}  {'run dir':>9}  {'labels':>9}")
+    say(f"  {'run':{width}}  {'state':9}  {'stage':8}  {'age':>8}  {'run dir':>9}  {'labels':>9}")
     for run in found:
-        print(
+        say(
             f"{'*' if run.current else ' '} {run.run_id:{width}}  {run.state:9}  {run.stage:8}  {run.age(now):>8}  "
             f"{run.size / 1e6:6,.0f} MB  {run.label_size / 1e6:6,.0f} MB"
         )
@@ -171,7 +172,7 @@ def _clean(arguments: argparse.Namespace) -> None:
     removed = clean(arguments.output, arguments.keep, arguments.work_dir, options, arguments.dry_run)
     if not arguments.json:
         freed = sum(run.size + run.label_size for run in removed) / 1e6
-        print(f"{'would remove' if arguments.dry_run else 'removed'} {len(removed)} run(s), {freed:,.0f} MB")
+        say(f"{'would remove' if arguments.dry_run else 'removed'} {len(removed)} run(s), {freed:,.0f} MB")
     if removed or arguments.json:
         _show_runs(removed, arguments.json)
 
@@ -182,11 +183,11 @@ def _diff(arguments: argparse.Namespace) -> None:
     options = _options(arguments)
     found = compare_runs(arguments.output, arguments.first, arguments.second, arguments.to, options)
     if arguments.json:
-        print(json.dumps(asdict(found)))
+        say(json.dumps(asdict(found)))
         return
-    print(f"{found.faces:,} faces in both, {found.moved:,} of them in another cluster; {found.new:,} new, {found.gone:,} gone")
-    print(", ".join(f"{count:,} clusters {event}" for event, count in found.events.items()) or "every cluster is as it was")
-    print(f"events: {found.events_file}\nmoves: {found.moves_file}")
+    say(f"{found.faces:,} faces in both, {found.moved:,} of them in another cluster; {found.new:,} new, {found.gone:,} gone")
+    say(", ".join(f"{count:,} clusters {event}" for event, count in found.events.items()) or "every cluster is as it was")
+    say(f"events: {found.events_file}\nmoves: {found.moves_file}")
 
 
 def _status(arguments: argparse.Namespace) -> None:
@@ -194,7 +195,7 @@ def _status(arguments: argparse.Namespace) -> None:
 
     options = _options(arguments)
     found = status(arguments.output, arguments.run_id, arguments.work_dir, options)
-    print(json.dumps(asdict(found)) if arguments.json else "\n".join(lines(found)))
+    say(json.dumps(asdict(found)) if arguments.json else "\n".join(lines(found)))
 
 
 def _report(arguments: argparse.Namespace) -> None:
@@ -204,7 +205,7 @@ def _report(arguments: argparse.Namespace) -> None:
         check_thumbnails(arguments.thumbnails)
     options = _options(arguments)
     made = report_run(arguments.output, arguments.run_id, arguments.thumbnails, arguments.to, arguments.work_dir, options)
-    print(json.dumps({"report": made.page, "faces": made.faces, "pictures": made.pictures}) if arguments.json else made.page)
+    say(json.dumps({"report": made.page, "faces": made.faces, "pictures": made.pictures}) if arguments.json else made.page)
     if complaint := made.complaint(arguments.thumbnails):
         print(complaint, file=sys.stderr)
 

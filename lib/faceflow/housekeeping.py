@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from faceflow.errors import InputError, SettingsError
-from faceflow.pipeline import STAGES
 from faceflow.storage import layout
 
 AT_WORK_HOURS = 24
@@ -52,7 +51,7 @@ def list_runs(output: str, work_dir: str | None = None, options: Mapping[str, An
         found.append(
             RunInfo(
                 name, record["state"], latest is not None and latest["run_id"] == name,
-                next((stage.name for stage in reversed(STAGES) if stage.name in begun), "none"),
+                next((stage for stage in reversed(layout.STAGES) if stage in begun), "none"),
                 datetime.datetime.fromisoformat(max(record["updated"], spoke)), runs.total_size(name), labels,
             )
         )  # fmt: skip

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import logging
 import sys
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, TextIO
 
 FORMATS = ("text", "json")
 
 _bound: dict[str, Any] = {}
+_results: TextIO | None = None
 
 
 def bind(**fields: Any) -> None:
@@ -36,6 +38,23 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line, default=str)
 
 
+@contextlib.contextmanager
+def results_alone() -> Iterator[None]:
+    """Keep stdout for what `say` prints: whatever else writes there, as Ray does of its raylet's warnings, goes to stderr."""
+    global _results
+    _results = sys.stdout
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _results = None
+
+
+def say(text: str) -> None:
+    """Print a line of a command's result."""
+    print(text, file=_results or sys.stdout)
+
+
 def failed(message: str, exit_code: int) -> int:
     """Say on stderr why a command fails, as a log line where these are JSON; returns the exit code."""
     if any(isinstance(handler.formatter, JsonFormatter) for handler in logging.getLogger().handlers):
@@ -52,3 +71,5 @@ def set_up(form: str, quiet: bool) -> None:
     logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, handlers=[handler])
     for noisy in ("botocore", "aiobotocore", "s3fs", "numba", "faiss", "fsspec"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    # Without a home it says at length where it keeps its fonts.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)

@@ -30,6 +30,7 @@ from faceflow.storage.manifests import Manifest
 log = logging.getLogger("faceflow")
 
 STAGES: tuple[Stage, ...] = (ingest.STAGE, quantize.STAGE, search.STAGE, link.STAGE, detect.STAGE, publish.STAGE)
+assert tuple(stage.name for stage in STAGES) == layout.STAGES
 
 
 @dataclass(frozen=True)

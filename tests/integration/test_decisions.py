@@ -66,7 +66,7 @@ def test_decisions_of_people_hold_every_night(tmp_path: Path, capsys: pytest.Cap
     )
     (tmp_path / "c.csv").write_text("id_a,id_b,kind\nx,y,maybe\n")
     assert main(arguments) == 2
-    assert "row 0: kind is 'maybe'; it must be 'must' or 'cannot'" in capsys.readouterr().err
+    assert "line 2: kind is 'maybe'; it must be 'must' or 'cannot'" in capsys.readouterr().err
     (tmp_path / "c.csv").write_text("id_a,id_c,kind\nx,y,must\n")
     assert main(arguments) == 2
     assert "no column 'id_b'; did you mean" in capsys.readouterr().err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import secrets
 import signal
 import socket
 import threading
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from faceflow.cluster import limits
 from faceflow.cluster.retries import KEPT
 from faceflow.errors import RunError, SettingsError
 
@@ -38,14 +40,16 @@ def connect(ray: Any, address: str, workers: int | None) -> None:
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address == LOCAL:
         # More workers than CPUs is the caller's wish.
-        cpus = max(_usable_cpus(), workers or 1)
+        cpus = max(limits.cpus(), workers or 1)
         options |= {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+        if (temporary := limits.temporary_for_ray()) is not None:
+            options["_temp_dir"] = temporary
     else:
         # Workers of another machine run the very code that the driver runs.
         _check_reachable(address)
         options["runtime_env"] = {"py_modules": [str(Path(__file__).resolve().parents[1])]}
     tries = PRIVATE_STARTS if address == LOCAL else 1
-    with _environment_for_ray():
+    with _environment_for_ray(address == LOCAL):
         for left in reversed(range(tries)):
             try:
                 terminate = signal.getsignal(signal.SIGTERM)
@@ -63,10 +67,6 @@ def connect(ray: Any, address: str, workers: int | None) -> None:
                 log.warning("a private Ray did not start: %s; trying again", reason)
 
 
-def _usable_cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _check_reachable(address: str) -> None:
     """Ray waits for minutes for a cluster that is not there; a port that is closed can be known at once."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
@@ -79,7 +79,7 @@ def _check_reachable(address: str) -> None:
 
 
 @contextlib.contextmanager
-def _environment_for_ray() -> Iterator[None]:
+def _environment_for_ray(private: bool) -> Iterator[None]:
     """What Ray reads once, when it starts, and hands on to its workers."""
     package = str(Path(__file__).resolve().parents[2])
     wanted = {
@@ -96,6 +96,9 @@ def _environment_for_ray() -> Iterator[None]:
     # A machine that falls silent (a pulled cable, a dead hypervisor) is waited for until these pings fail, by default seven
     # minutes (Ray 2.60); what the user has set stays.
     wanted |= {name: os.environ.get(name, value) for name, value in SILENT_MACHINE.items()}
+    if private and not any(name in os.environ for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
+        # Else Ray makes a token and leaves it in the user's home, which there may be none of.
+        wanted["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     before = {key: os.environ.get(key) for key in wanted}
     os.environ.update(wanted)
     try:

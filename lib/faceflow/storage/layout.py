@@ -9,6 +9,10 @@ from typing import Any
 from faceflow.storage.files import Store
 
 LATEST = "latest.json"
+
+STAGES = ("ingest", "quantize", "search", "link", "detect", "publish")
+"""The stages of a run, in their order."""
+
 RUNS = "_runs"
 """Run directories of an OUTPUT, unless a work directory is named."""
 
