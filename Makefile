@@ -6,16 +6,16 @@ DEMO ?= demo
 
 .PHONY: demo test lint slow clean
 
-$(VENV)/.cpu: pyproject.toml
+$(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[cpu]'
+	$(BIN)/python -m pip install --quiet --editable .
 	touch $@
 
-$(VENV)/.test: $(VENV)/.cpu
-	$(BIN)/python -m pip install --quiet --editable '.[cpu,methods,lakes,test,lint]'
+$(VENV)/.test: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable '.[methods,lakes,test,lint]'
 	touch $@
 
-demo: $(VENV)/.cpu
+demo: $(VENV)/.installed
 	rm -rf $(DEMO)
 	$(BIN)/python jobs/synthesize.py $(DEMO)/faces --faces 20000
 	$(BIN)/python jobs/cluster.py $(DEMO)/faces $(DEMO)/clusters

@@ -17,12 +17,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+
+# The first example of a test may compile kernels.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")
@@ -190,4 +195,4 @@ def _skip_without_gpu(request: pytest.FixtureRequest) -> None:
     import faiss  # only here: infomap crashes in a process that imports faiss after it
 
     if not hasattr(faiss, "get_num_gpus") or faiss.get_num_gpus() == 0:
-        pytest.skip("no CUDA device, or the cpu extra's faiss")
+        pytest.skip("no CUDA device, or a faiss without GPU support")

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
 import time
 from typing import Any
 
-from faceflow import __version__
 from faceflow.logs import told
 from faceflow.progress import Watcher
-from faceflow.stages.base import Context, Stage
+from faceflow.stages.base import Context, Stage, version_of
 from faceflow.storage import manifests
 from faceflow.storage.files import Store
 from faceflow.storage.manifests import Manifest
@@ -67,20 +65,8 @@ def _tidy(stage: Stage, run: Store) -> None:
 
 def _fingerprint(stage: Stage, context: Context) -> dict[str, Any]:
     fingerprint: dict[str, Any] = dict(context.config.fingerprint(stage.settings))
-    fingerprint |= {f"version of {package}": _version(package) for package in stage.packages}
+    fingerprint |= {f"version of {package}": version_of(package) for package in stage.packages}
     if stage.name == "quantize":
         fingerprint["effort"] = context.effort
     fingerprint |= {f"result of {name}": context.done[name].digest for name in stage.after}
     return fingerprint | stage.inputs(context)
-
-
-def _version(package: str) -> str:
-    if package == "faceflow":
-        return __version__
-    # One import name, several wheels.
-    for name in (package, f"{package}-cpu", f"{package}-gpu-cu12", f"{package}-gpu"):
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return "absent"

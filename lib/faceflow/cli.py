@@ -113,6 +113,9 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("labels", metavar="LABELS", help="an OUTPUT folder (follows latest.json) or label Parquet")
     evaluate.add_argument("truth", metavar="TRUTH", help="Parquet with an id and a label column; a file, folder or glob")
     evaluate.add_argument("--label-column", default="label", metavar="TEXT", help="identity column of TRUTH (default: label)")
+    evaluate.add_argument(
+        "--partial", action="store_true", help="TRUTH names a part of the faces: score these, and leave out the others"
+    )
     evaluate.add_argument("--id-column", default="id", metavar="TEXT", help="id column of TRUTH (default: id)")
     compare = _add_command(
         commands,
@@ -127,7 +130,9 @@ def build_parser() -> argparse.ArgumentParser:
     compare.add_argument(
         "--output", default="compare-out", metavar="OUTPUT", help="folder or s3:// prefix (default: compare-out)"
     )
-    compare.add_argument("--methods", metavar="A,B", help="only these methods (default: all)")
+    compare.add_argument(
+        "--methods", metavar="A,B", help="only these methods (default: all that need not be told how many clusters there are)"
+    )
     compare.add_argument("--label-column", default="label", metavar="TEXT", help="identity column of TRUTH (default: label)")
     _add_settings(compare, "compare")
     scaling = _add_command(
@@ -211,8 +216,10 @@ def build_parser() -> argparse.ArgumentParser:
         "events.parquet and moves.parquet.",
     )
     diff.add_argument("output", metavar="OUTPUT", help="OUTPUT of cluster and nightly commands")
-    diff.add_argument("first", metavar="RUN_A", help="run id of the older labels")
-    diff.add_argument("second", metavar="RUN_B", help="run id of the newer labels")
+    diff.add_argument(
+        "first", metavar="RUN_A", help="run id of the older labels; or `previous`, the run before the current one"
+    )
+    diff.add_argument("second", metavar="RUN_B", help="run id of the newer labels; or `latest`, the current run")
     diff.add_argument("--to", metavar="FOLDER", help="where the lists go (default: OUTPUT/diffs/RUN_A..RUN_B)")
     status = _add_command(
         commands,

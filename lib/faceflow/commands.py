@@ -48,7 +48,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
     scores = evaluate(
         arguments.labels, arguments.truth, label_column=arguments.label_column, id_column=arguments.id_column,
-        storage_options=_options(arguments),
+        partial=arguments.partial, storage_options=_options(arguments),
     )  # fmt: skip
     if arguments.json:
         say(json.dumps(asdict(scores)))

@@ -24,6 +24,7 @@ from faceflow.importing import import_neighbors
 from faceflow.kernels import edges, methods
 from faceflow.pipeline import run_clustering
 from faceflow.stages import grouping
+from faceflow.stages.base import open_executor
 from faceflow.stages.reading import good_entries, id_type, label_table, read_ids, read_rejected
 from faceflow.storage import layout, manifests
 from faceflow.storage.files import Store
@@ -119,11 +120,12 @@ def compare_methods(
     """Cluster `config.input` once, then run every method on its neighbor table and score all against `truth`.
 
     An input `.npz` is a neighbor table itself (`importing.import_neighbors`) on this machine's disk; the floor must be given.
-    wanted: names of methods (None: all). Methods that must be told the number of clusters are told the true one. A method that
-    cannot be run here (a package is missing, the set or a component is too large) is a row that says why.
-    Raises SettingsError for an unknown method, InputError for a truth that cannot be used, before anything is computed.
+    wanted: names of methods (None: all that need not be told how many clusters there are). Methods that must be told the
+    number of clusters are told the true one. A method that cannot be run here (a package is missing, the set or a component is
+    too large) is a row that says why. Raises SettingsError for an unknown method, InputError for a truth that cannot be used,
+    before anything is computed.
     """
-    names = list(wanted) if wanted is not None else list(methods.METHODS)
+    names = list(wanted) if wanted is not None else [name for name, method in methods.METHODS.items() if not method.told]
     for name in names:
         if name not in methods.METHODS:
             raise SettingsError(f"unknown method {name!r}{did_you_mean(name, methods.METHODS)}")
@@ -135,7 +137,7 @@ def compare_methods(
     run_id, source = (None, file) if file is not None else _clustered(config, runs, progress)
     del identities
     folder, rows = output.child(layout.compare_folder(run_id or Path(config.input).stem)), []
-    with Executor(config.address, config.workers, progress) as executor:
+    with open_executor(config.address, config.workers, progress) as executor:
         for name in names:
             arguments = (people, config.seed, executor.largest_machine_cpus, truth, label_column, config)
             row = _run(executor, name, source, folder, arguments)

@@ -44,6 +44,12 @@ def compare_runs(
     """
     store = Store.at(output, storage_options)
     known = [name.removeprefix("run=") for name in store.names("labels")]
+    latest = layout.read_latest(store) or {}
+    words = {"latest": latest.get("run_id"), "previous": latest.get("parent_run_id")}
+    for word in {first, second} & set(words):
+        if words[word] is None:
+            raise InputError(f"{output} has no {word} run: name a run, as `faceflow runs {output}` lists them")
+    first, second = (words.get(run_id) or run_id for run_id in (first, second))
     tables = []
     for run_id in (first, second):
         if run_id not in known:

@@ -185,7 +185,10 @@ class ClusterConfig:
         self._range("workers", 1, 100_000)
         self._range("seed", 0, 2**31 - 1)
         self._range("gpus_per_worker", 0, 64)
-        self._range("memory_limit", 512 * 2**20, 2**50)
+        if self.memory_limit is not None and not 512 * 2**20 <= self.memory_limit <= 2**50:
+            raise SettingsError(
+                f"memory_limit is {self.memory_limit} bytes: it must be at least 512MiB; write its unit too, as in 8GiB"
+            )
         self._range("min_recall", 0, 1)
         self._range("max_bad_fraction", 0, 1)
         self._range("recall_sample", 1, 100_000)

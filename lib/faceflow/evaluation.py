@@ -36,7 +36,7 @@ def evaluate(
     """
     store = Store.at(labels, storage_options)
     if not labels.lower().endswith((".parquet", ".pq", ".parq")):
-        pointer = store.read_json(layout.LATEST)
+        pointer = layout.read_latest(store)
         if pointer is not None:
             labels = store.address(pointer["labels"])
     ours = _without_unusable(read_labels(labels, "id", "cluster", storage_options))

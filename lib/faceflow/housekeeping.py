@@ -39,7 +39,7 @@ class RunInfo:
 def list_runs(output: str, work_dir: str | None = None, options: Mapping[str, Any] | None = None) -> list[RunInfo]:
     """Every run of OUTPUT, the newest first. Raises InputError where there is no OUTPUT of faceflow."""
     out, runs = layout.stores(output, work_dir, options)
-    latest = out.read_json(layout.LATEST)
+    latest = layout.read_latest(out)
     found = []
     for name in runs.names(""):
         record = runs.read_json(f"{name}/{layout.RUN_RECORD}")
@@ -63,7 +63,8 @@ def list_runs(output: str, work_dir: str | None = None, options: Mapping[str, An
 def clean(
     output: str, keep: int, work_dir: str | None = None, options: Mapping[str, Any] | None = None, dry_run: bool = False
 ) -> list[RunInfo]:
-    """Remove all but the `keep` newest runs, with their labels; returns those removed (with dry_run: that would be).
+    """Remove all but the `keep` newest runs, with their labels; returns those removed (with dry_run: that would be). What
+    killed writers left behind a day ago or earlier goes too.
 
     The run in force is never removed and not counted, and neither is one that may be at work. The record of a run goes last,
     so that an interrupted removal shows up as a run and is taken up again.
@@ -75,6 +76,9 @@ def clean(
     safe = now - datetime.timedelta(hours=AT_WORK_HOURS)
     old = [run for run in list_runs(output, work_dir, options) if not run.current][keep:]
     removed = [run for run in old if run.state != "begun" or run.updated < safe]
+    if not dry_run:
+        for store in dict.fromkeys((out, runs)):
+            store.remove_leftovers(safe.timestamp())
     for run in removed if not dry_run else []:
         for folder in (*layout.PUBLISHED, layout.compare_folder):
             out.delete(folder(run.run_id))

@@ -20,9 +20,9 @@ from faceflow.progress import Watcher
 from faceflow.report import write_report
 from faceflow.runs import choose_run, give_up, give_up_superseded, now, record, settle
 from faceflow.stages import decisions, detect, ingest, link, publish, quantize, search
-from faceflow.stages.base import Context, Past, Stage
+from faceflow.stages.base import Context, Past, Stage, open_executor
 from faceflow.storage import lakes, layout, manifests
-from faceflow.storage.files import Store, moved
+from faceflow.storage.files import Store
 from faceflow.storage.inputs import Listing
 from faceflow.storage.layout import RunStores
 from faceflow.storage.manifests import Manifest
@@ -92,7 +92,7 @@ def _connect(config: ClusterConfig, progress: bool, report: bool, nightly: bool)
     begun = time.perf_counter()
     output, runs = layout.stores(config.output, config.work_dir, config.storage_options)
     try:
-        with Executor(config.address, config.workers, progress, warm_up=search.warm_up, moved=moved) as executor:
+        with open_executor(config.address, config.workers, progress, search.warm_up) as executor:
             return _run(config, output, runs, executor, begun, nightly, report)
     except OSError as error:
         raise RunError(f"{error}; what is finished is kept, and the same command continues") from error
@@ -139,7 +139,7 @@ def _run(
         store.check_writable()
         store.check_conditional_writes()
     parent_version = output.version(layout.LATEST)
-    parent = output.read_json(layout.LATEST) or {}
+    parent = layout.read_latest(output) or {}
     past, night = None, None
     if nightly:
         past = _past_of(runs, parent.get("run_id"))
@@ -198,8 +198,14 @@ def _past_of(runs: Store, run_id: str | None) -> Past | None:
     run = runs.child(run_id)
     done = {stage.name: manifests.read(run, stage.name) for stage in STAGES}
     whole = {name: manifest for name, manifest in done.items() if manifest is not None}
-    if len(whole) < len(STAGES) or "entries" not in whole["ingest"].counts:
-        log.warning("the directory of the published run %s is not whole: everything is done anew, with new cluster ids", run_id)
+    lost = "" if len(whole) == len(STAGES) else "a manifest"
+    for stage in STAGES if not lost else ():
+        lost = lost or manifests.missing(run, whole[stage.name], stage.scratch) or ""
+    if lost or "entries" not in whole["ingest"].counts:
+        log.warning(
+            "the directory of the published run %s is not whole (it lacks %s): everything is computed again, with new ids",
+            run_id, lost or "what an incremental run needs",
+        )  # fmt: skip
         return None
     return Past(run_id, run, whole)
 
@@ -340,7 +346,7 @@ def _publish(job: _Job, pointer: dict[str, Any]) -> None:
     try:
         output.replace_json(layout.LATEST, pointer, job.parent_version)
     except PublishError:
-        winner = (output.read_json(layout.LATEST) or {}).get("run_id")
+        winner = (layout.read_latest(output) or {}).get("run_id")
         if winner == run_id:
             raise PublishError(f"run {run_id} was published by another process meanwhile: its labels are in force") from None
         if job.night is not None:

@@ -7,11 +7,12 @@ import shutil
 import statistics
 from dataclasses import dataclass
 
-from faceflow.cluster.executor import Executor, Resources, chunks
+from faceflow.cluster.executor import Resources, chunks
 from faceflow.config import ClusterConfig
 from faceflow.errors import SettingsError
 from faceflow.kernels import costs, plans, quantizer
 from faceflow.stages import forecast, quantize
+from faceflow.stages.base import open_executor
 from faceflow.stages.detect import assigns_singletons
 from faceflow.stages.intake import FOOTERS_PER_TASK
 from faceflow.stages.pieces import check_dimensions, first_dimension, read_footers, settle_ids
@@ -53,7 +54,7 @@ def plan_run(config: ClusterConfig) -> Forecast:
     Raises InputError and SettingsError as a run would, as far as footers and a sample can tell.
     """
     store, files, _ = list_faces(config.input, config.storage_options, config.snapshot)
-    with Executor(config.address, config.workers, progress=False) as executor:
+    with open_executor(config.address, config.workers, progress=False) as executor:
         private = executor.is_private
         columns = (config.id_column, config.embedding_column, config.exclusive_column)
         groups = list(chunks([file.path for file in files], FOOTERS_PER_TASK))
@@ -77,7 +78,7 @@ def plan_run(config: ClusterConfig) -> Forecast:
         workers = min(cpus, config.workers or cpus)
         flops = statistics.median(executor.call(quantize.measure_flops, dim, label="measure") for _ in range(3))
         memory = executor.machine_memory(config.detect_resource)
-        budget = config.memory_limit or executor.worker_memory
+        cut_for = quantize.workers_of(config, executor)
     load = costs.Workload(
         faces, dim, outlook.neighbors, outlook.edges, outlook.single, outlook.people if assigns_singletons(config) else 0.0,
         outlook.plan.cells, outlook.probes,
@@ -94,7 +95,7 @@ def plan_run(config: ClusterConfig) -> Forecast:
         faces, dim, len(files), outlook.sampled, outlook.floor, round(outlook.neighbors, 1), round(outlook.edges * faces),
         outlook.plan.index, outlook.plan.cells, round(outlook.probes, 2),
         {name: round(value, 1) for name, value in seconds.items()}, costs.DRIVER_BYTES,
-        costs.worker_bytes(load, config.neighbors, budget), central, disk, cpus, memory, free,
+        costs.worker_bytes(load, config.neighbors, cut_for), central, disk, cpus, memory, free,
         _problems(config, load, central, disk, memory, free),
     )  # fmt: skip
 

@@ -117,7 +117,7 @@ def status(
         if not state.get("stopped") and state.get("machine") == machine() and not is_alive(state["pid"]):
             state["stopped"] = "its process was killed"
         kind = "stopped" if state.get("stopped") or age >= SILENT_AFTER else "at work"
-    elif kind == "published" and (out.read_json(layout.LATEST) or {}).get("run_id") == name:
+    elif kind == "published" and (layout.read_latest(out) or {}).get("run_id") == name:
         kind = "in force"
     step, stage = state.get("step"), state.get("stage", "")
     if kind not in ("at work", "stopped"):

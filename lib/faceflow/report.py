@@ -332,9 +332,11 @@ def report_run(
 ) -> Written:
     """The report of a run of OUTPUT, anew (default: of the one in force). Raises InputError where there is no such run."""
     out, runs = layout.stores(output, work_dir, options)
-    name = run_id or (out.read_json(layout.LATEST) or {}).get("run_id")
+    name = run_id or (layout.read_latest(out) or {}).get("run_id")
     if name is None or runs.read_json(f"{name}/{layout.RUN_RECORD}") is None:
         raise InputError(
             f"{output} has no {f'run {name}' if name else 'published run'}: `faceflow runs {output}` lists its runs"
         )
-    return write_report(out, runs.child(name), name, thumbnails, Store.at(to, options) if to else None)
+    folder = Store.at(to, options) if to else None
+    (folder or out).check_writable()
+    return write_report(out, runs.child(name), name, thumbnails, folder)

@@ -17,11 +17,12 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from faceflow import plots
-from faceflow.cluster.executor import Executor, peak_memory
+from faceflow.cluster.executor import peak_memory
 from faceflow.config import ClusterConfig
 from faceflow.errors import QualityError, SettingsError
 from faceflow.kernels import costs, laws, plans, quantizer
 from faceflow.pipeline import STAGES, run_clustering
+from faceflow.stages.base import open_executor
 from faceflow.stages.pieces import read_footers, readable
 from faceflow.storage import layout, manifests
 from faceflow.storage.files import Store
@@ -106,7 +107,7 @@ def measure_scaling(
     runs: list[Run] = []
     answers: dict[int, str] = {}
     # One connection for all: what a private Ray takes to start is not part of any run.
-    with Executor(config.address, progress=False) as executor:
+    with open_executor(config.address, None, progress=False) as executor:
         cpus, nodes = executor.cpus, executor.nodes
         if cpus < max(workers):
             raise SettingsError(f"workers: {max(workers)} tasks at once need as many CPUs, and the cluster has {cpus}")

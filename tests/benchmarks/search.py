@@ -1,4 +1,5 @@
-"""Search (quantize + search stages) against plain faiss indexes at equal recall, in one run; prints one JSON line.
+"""Search (quantize + search stages) against plain faiss indexes at equal recall, in one run; prints one JSON line. Needs the
+bench extra.
 
     python -m tests.benchmarks.search --faces 100000 --baselines flat,ivf
     python -m tests.benchmarks.search --faces 1000000 --baselines flat,ivf --queries 20000

@@ -431,9 +431,11 @@ def test_no_floor_keeps_the_plain_nearest(tmp_path: Path) -> None:
 
 
 def test_a_small_memory_limit_makes_more_shards(tmp_path: Path) -> None:
-    from faceflow.kernels.plans import shard_count
+    from faceflow.kernels.plans import Workers, shard_count
 
-    assert shard_count(1_000_000, 512, 200, 2000, 3, 2**29, 2) > shard_count(1_000_000, 512, 200, 2000, 3, 2**34, 2)
+    assert shard_count(1_000_000, 512, 200, 2000, 3, Workers(2, 2**29)) > shard_count(
+        1_000_000, 512, 200, 2000, 3, Workers(2, 2**34)
+    )
     write_faces(tmp_path / "in" / "a.parquet", spread_out(100))
     with pytest.raises(SettingsError, match="memory_limit is 1000: it must lie between 536870912"):
         run(tmp_path / "in", tmp_path / "out", memory_limit=1000)

@@ -123,6 +123,19 @@ def test_plans() -> None:
 
 @pytest.mark.parametrize("memory", [2**29, 2**31, 2**33])
 def test_shards_fit_the_memory(memory: int) -> None:
-    shards = plans.shard_count(5_000_000, 256, 80, 7000, 3.0, memory, 2)
+    shards = plans.shard_count(5_000_000, 256, 80, 7000, 3.0, plans.Workers(2, memory))
     assert 5_000_000 * 3.0 / shards * (4 * 256 + 16 * 80) <= 0.5 * memory
-    assert plans.shard_count(1000, 256, 80, 30, 3.0, memory, 64) == 1
+    assert plans.shard_count(1000, 256, 80, 30, 3.0, plans.Workers(64, memory)) == 1
+
+
+def test_shards_on_a_cluster_that_grows_are_those_of_what_it_becomes() -> None:
+    """A head of 16 CPUs and 64 GiB, alone at the start; 256 CPUs with a quarter of its memory a CPU come when tasks wait."""
+    at_start = plans.Workers.of(None, None, alive=16, smallest_share=4 * 2**30, fixed=False)
+    later = plans.Workers.of(None, None, alive=256, smallest_share=2**30, fixed=True)
+    counts = [plans.shard_count(5_000_000, 256, 80, 7_000, 3.0, workers) for workers in (at_start, later)]
+    assert counts == [611, 611]
+    held = 5_000_000 * 3.0 * (4 * 256 + 12 * 80 + 64) / counts[0]
+    assert held < 0.25 * 2**30
+    # What is declared, or cannot grow, is believed.
+    assert plans.Workers.of(8, 2**33, 16, 2**30, fixed=False) == plans.Workers(8, 2**33)
+    assert plans.Workers.of(None, None, 2, 2**33, fixed=True) == plans.Workers(2, 2**33)

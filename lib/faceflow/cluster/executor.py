@@ -42,15 +42,26 @@ Moved = Callable[[], tuple[int, int]]
 """Bytes that this process has read and written so far."""
 
 
+Limit = Callable[[int], Any]
+"""Lets the compiled loops of a process use so many threads."""
+
+
+def _nothing_limited(threads: int) -> None:
+    pass
+
+
 def _nothing_moved() -> tuple[int, int]:
     return 0, 0
 
 
-def _run_piece(function: Callable[..., Any], arguments: tuple[Any, ...], threads: int, moved: Moved) -> tuple[Any, Done]:
-    """In the worker: run one piece with `threads` BLAS threads, and measure it."""
+def _run_piece(
+    function: Callable[..., Any], arguments: tuple[Any, ...], threads: int, moved: Moved, limit: Limit
+) -> tuple[Any, Done]:
+    """In the worker: run one piece with `threads` threads of BLAS and compiled loops, and measure it."""
     from threadpoolctl import threadpool_limits
 
     begun, before = time.perf_counter(), moved()
+    limit(threads)
     with threadpool_limits(limits=threads):
         result = function(*arguments)
     read, written = (now - then for now, then in zip(moved(), before, strict=True))
@@ -83,9 +94,9 @@ class Executor:
 
     address: a Ray address; None: RAY_ADDRESS if set, else private. workers: pieces at work at once, at most (None: one
     per CPU of the cluster). warm_up: a function that loads what pieces will need. moved: counts the bytes that a process reads
-    and writes. `watch`, if set, is called with the step at work whenever something happens, and every few seconds; `guard`, if
-    set, before a task is sent, to raise where this process may no longer do so.
-    Raises SettingsError when the cluster cannot be reached.
+    and writes; limit: told before each piece how many threads it may use, as the CPUs it asked for are all it has. `watch`, if
+    set, is called with the step at work whenever something happens, and every few seconds; `guard`, if set, before a task is
+    sent, to raise where this process may no longer do so. Raises SettingsError when the cluster cannot be reached.
     """
 
     def __init__(
@@ -95,9 +106,11 @@ class Executor:
         progress: bool = True,
         warm_up: Callable[[], Any] | None = None,
         moved: Moved = _nothing_moved,
+        limit: Limit = _nothing_limited,
     ) -> None:
         self.address, self.workers = address, workers
-        self._warm_up, self._moved = warm_up, moved
+        self._warm_up, self._moved, self._limit = warm_up, moved, limit
+        self._task: Any = None  # what Ray runs pieces by: made once, as Ray sends each new one to every worker
         self.usage = Usage()
         self.watch: Callable[[Step], None] | None = None
         self.guard: Callable[[], None] | None = None
@@ -153,6 +166,7 @@ class Executor:
             raise RunError(f"the raylet of this machine died, so this process has lost its cluster; {KEPT}")
         log.warning("the raylet of this command's own Ray died: starting Ray again")
         self._connected.shutdown()
+        self._task = None
         connect(self._connected, self._wanted_address, self.workers)
         self._warm()
 
@@ -298,7 +312,9 @@ class Executor:
         if resources.apart:
             options["runtime_env"] = {"env_vars": {"FACEFLOW_TASK": attempt.label}}
         threads = max(1, int(cpus))
-        return self._ray.remote(_run_piece).options(**options).remote(function, attempt.piece, threads, self._moved)
+        if self._task is None:
+            self._task = self._ray.remote(_run_piece)
+        return self._task.options(**options).remote(function, attempt.piece, threads, self._moved, self._limit)
 
     def _account(self, step: Step, rows: int, done: Done) -> None:
         step.pieces_done += 1

@@ -145,11 +145,11 @@ def central_bytes(load: Workload) -> int:
     return int(BASE_BYTES + load.faces * (FACE_BYTES + GRAPH_BYTES * max(load.neighbors, load.edges)))
 
 
-def worker_bytes(load: Workload, k: int, budget: int) -> int:
-    """Peak resident memory of a worker of the search, whose shards are cut to fit `budget` bytes."""
+def worker_bytes(load: Workload, k: int, workers: plans.Workers) -> int:
+    """Peak resident memory of a worker of the search, whose shards are cut for these workers."""
     if not load.cells:
         return int(BASE_BYTES + EXACT_BLOCK_BYTES)
-    shards = plans.shard_count(load.faces, load.dim, k, load.cells, load.probes, budget, load.workers)
+    shards = plans.shard_count(load.faces, load.dim, k, load.cells, load.probes, workers)
     held = load.faces * min(load.probes, 4.0) * (4 * load.dim + 12 * min(k, 2 * load.neighbors) + 64) / shards
     return int(BASE_BYTES + INGEST_PART_BYTES + held)
 

@@ -32,7 +32,9 @@ def check_device() -> None:
     Raises SettingsError with the cause.
     """
     if not hasattr(faiss, "StandardGpuResources"):
-        raise SettingsError("gpus_per_worker is above 0, but this faiss has no GPU support: install the 'gpu' extra, not 'cpu'")
+        raise SettingsError(
+            "gpus_per_worker is above 0, but this faiss has no GPU support: install the 'gpu' extra, and no faiss-cpu beside it"
+        )
     try:
         unit = np.eye(4, 8, dtype=np.float32)
         similarities, found = faiss.knn_gpu(faiss.StandardGpuResources(), unit, unit, 1, metric=faiss.METRIC_INNER_PRODUCT)

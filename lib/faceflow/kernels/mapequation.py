@@ -239,7 +239,15 @@ def map_equation(
             raise InputError(f"the matrix has shape {matrix.shape}: a graph's is square")
         part = matrix.indptr.astype(np.int64), matrix.indices.astype(np.int32), matrix.data.astype(np.float32)
         return detect([part], seed, trials, threads, directed)
+    if not isinstance(graph, (tuple, list)) or len(graph) != 2:
+        kind = f"a dense array of shape {graph.shape}" if isinstance(graph, np.ndarray) else f"a {type(graph).__name__}"
+        raise InputError(
+            f"the graph is {kind}: it must be a SciPy sparse matrix, as scipy.sparse.csr_array(a) makes one, or a pair "
+            "(sources, targets)"
+        )
     sources, targets = (np.asarray(x) for x in graph)
+    if not all(each.ndim == 1 and np.issubdtype(each.dtype, np.integer) for each in (sources, targets)) and len(sources):
+        raise InputError("sources and targets must be vectors of integers")
     values = np.ones(len(sources), np.float32) if weights is None else np.asarray(weights, np.float32)
     if not len(sources) == len(targets) == len(values):
         raise InputError(f"{len(sources)} sources, {len(targets)} targets and {len(values)} weights: one of each per edge")

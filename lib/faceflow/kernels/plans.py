@@ -56,6 +56,11 @@ def expected_probes(faces: int, cells: np.ndarray, joined: bool) -> np.ndarray:
     return np.minimum(cells, 1.0 + (crowd / JOINED_CELL) ** JOINED_POWER * (faces / 1e6) ** JOINED_GROWTH)
 
 
+LATER_WORKERS, SMALL_WORKER_BYTES = 256, 1_280 * 2**20
+"""CPUs that an autoscaled cluster is taken to reach, and the memory that Ray has for tasks a CPU of its smallest machines:
+clouds sell 2 GiB a CPU at least, of which Ray keeps a third."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """A search plan and the work it is predicted to take, in floating-point operations of matrix products.
@@ -104,16 +109,31 @@ def choose(
     return Plan(index, best if index == "cells" else 0, exact, cost)
 
 
-def shard_count(faces: int, dim: int, neighbors: int, cells: int, mean_probes: float, worker_bytes: int, workers: int) -> int:
+@dataclass(frozen=True)
+class Workers:
+    """The workers that shards are cut for. count: tasks at once; bytes: resident memory that one may use."""
+
+    count: int
+    bytes: int
+
+    @classmethod
+    def of(cls, declared: int | None, limit: int | None, alive: int, smallest_share: int, fixed: bool) -> Workers:
+        """declared, limit: `workers` and `memory_limit` as the settings give them; alive: CPUs of the cluster as of now;
+        smallest_share: bytes a CPU of its tightest machine; fixed: whether no more machines can come. Where they can, as on an
+        autoscaled cluster that begins with its head alone, shards are cut for many small ones."""
+        count = declared or (alive if fixed else max(alive, LATER_WORKERS))
+        return cls(count, limit or (smallest_share if fixed else min(smallest_share, SMALL_WORKER_BYTES)))
+
+
+def shard_count(faces: int, dim: int, neighbors: int, cells: int, mean_probes: float, workers: Workers) -> int:
     """Shards such that one fits a worker's memory and all workers stay busy; results do not depend on it.
 
     A shard holds, for each face that probes one of its cells, the vector and room for k candidates and a half more; with
-    every probe in another shard (the worst case) a face travels mean_probes times. worker_bytes: resident bytes a worker may
-    use.
+    every probe in another shard (the worst case) a face travels mean_probes times.
     """
     face_bytes = 4 * dim + 12 * neighbors + 64
-    for_memory = faces * min(mean_probes, 4.0) * face_bytes / (0.25 * worker_bytes)
-    for_balance = min(4 * workers, faces / 8_192)
+    for_memory = faces * min(mean_probes, 4.0) * face_bytes / (0.25 * workers.bytes)
+    for_balance = min(4 * workers.count, faces / 8_192)
     return max(1, min(cells, math.ceil(max(for_memory, for_balance))))
 
 

@@ -2,18 +2,41 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from faceflow import __version__
 from faceflow.cluster.executor import Executor
 from faceflow.config import ClusterConfig
-from faceflow.storage.files import Store
+from faceflow.kernels.flow import use_threads
+from faceflow.storage.files import Store, moved
 from faceflow.storage.inputs import Listing
 from faceflow.storage.layout import RunStores
 from faceflow.storage.manifests import Manifest
 from faceflow.tables import Parts
+
+
+def open_executor(
+    address: str | None, workers: int | None, progress: bool, warm_up: Callable[[], Any] | None = None
+) -> Executor:
+    """An executor whose tasks use no more threads than the CPUs they ask for, and whose bytes are counted."""
+    return Executor(address, workers, progress, warm_up, moved, use_threads)
+
+
+def version_of(package: str) -> str:
+    """The installed version of a package whose results may differ from one to the next."""
+    if package == "faceflow":
+        return __version__
+    # One import name, several wheels.
+    for name in (package, f"{package}-cpu", f"{package}-gpu-cu12", f"{package}-gpu"):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "absent"
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from faceflow.config import ClusterConfig
 from faceflow.errors import QualityError
 from faceflow.kernels import incremental
 from faceflow.stages import adoption, decisions, grouping, unions
-from faceflow.stages.base import Context, Outcome, Stage
+from faceflow.stages.base import Context, Outcome, Stage, version_of
 from faceflow.stages.reading import read_column, read_groups
 from faceflow.storage import layout
 from faceflow.storage.files import Store
@@ -82,10 +82,14 @@ STAGE = Stage(
     writes=("modules",),
     settings=("method", "clusters", "adopt", "engine", "flow", "seed", "trials", "constraints", "exclusive_column"),
     after=("ingest", "link"),
-    packages=("faceflow", "infomap"),
-    inputs=lambda context: decisions.fingerprint(context.config),
+    packages=("faceflow", "numpy", "numba"),
+    inputs=lambda context: decisions.fingerprint(context.config) | _package(context.config),
     run=run,
 )
+
+
+def _package(config: ClusterConfig) -> dict[str, Any]:
+    return {"version of infomap": version_of("infomap")} if config.engine == "infomap" else {}
 
 
 class _Again:

@@ -42,7 +42,7 @@ STAGE = Stage(
     writes=("edges",),
     settings=("neighbors", "min_similarity", "edges"),
     after=("ingest", "quantize", "search"),
-    packages=("faceflow",),
+    packages=("faceflow", "numba"),
     run=run,
 )
 

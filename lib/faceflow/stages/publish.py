@@ -165,7 +165,7 @@ def commit_table(table: Store, output: Store, run_id: str, sequence: int) -> int
         return pq.read_table(pa.BufferReader(output.read_bytes(f"{folder}/{name}")))
 
     def is_current() -> bool:
-        return (output.read_json(layout.LATEST) or {}).get("run_id") == run_id
+        return (layout.read_latest(output) or {}).get("run_id") == run_id
 
     fence = lakes.Fence(output.root, sequence, is_current)
     return lakes.commit_labels(table, run_id, labels_of(names[0]).schema, batches, fence)

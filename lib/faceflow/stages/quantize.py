@@ -12,7 +12,8 @@ import numpy as np
 import pyarrow as pa
 
 from faceflow import __version__
-from faceflow.cluster.executor import Resources
+from faceflow.cluster.executor import Executor, Resources
+from faceflow.config import ClusterConfig
 from faceflow.errors import SettingsError
 from faceflow.kernels import plans, probing, quantizer, tiles
 from faceflow.stages import cells, floors, renewal
@@ -187,8 +188,7 @@ def _run_in_full(context: Context, counts: dict[str, Any]) -> Outcome:
     if plan.index == "exact":
         return Outcome(counts, {})
     training = Training(
-        plan.cells, config.probes, config.neighbors, settled["floor"], config.seed,
-        config.memory_limit or executor.worker_memory, workers,
+        plan.cells, config.probes, config.neighbors, settled["floor"], config.seed, workers_of(config, executor),
     )  # fmt: skip
     if not is_whole(run, layout.CENTROIDS):
         executor.call(
@@ -227,9 +227,16 @@ STAGE = Stage(
     writes=("quantizer", "cells", "homes", "before"),
     settings=("index", "cells", "probes", "neighbors", "min_similarity", "edges", "seed", "full_every"),
     after=("ingest",),
-    packages=("faceflow", "numpy"),
+    packages=("faceflow", "numpy", "numba"),
     run=run,
 )
+
+
+def workers_of(config: ClusterConfig, executor: Executor) -> plans.Workers:
+    """The workers that the search's shards are cut for; to a Ray that this command did not start, machines may come later."""
+    return plans.Workers.of(
+        config.workers, config.memory_limit, executor.cpus, executor.worker_memory, fixed=executor.is_private
+    )
 
 
 def measure_flops(dim: int) -> float:
@@ -246,8 +253,7 @@ class Training:
     neighbors: int
     floor: float | None
     seed: int
-    worker_bytes: int
-    workers: int
+    workers: plans.Workers
 
 
 def sample_rows(faces: int, training: int, held_out: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -293,9 +299,7 @@ def train(run: Store, starts: tuple[int, ...], dim: int, training: Training, thr
     else:
         rule = probing.ProbeRule(None, min(training.probes, cells))
         choice = probing.Choice(rule, rule.widened(1, cells), float(training.probes), None)
-    shards = plans.shard_count(
-        starts[-1], dim, training.neighbors, cells, choice.mean_probes, training.worker_bytes, training.workers
-    )
+    shards = plans.shard_count(starts[-1], dim, training.neighbors, cells, choice.mean_probes, training.workers)
     cuts = quantizer.shard_starts(load[order] ** 2, shards)
     record = json.dumps(
         {"shard_starts": cuts.tolist(), "recall": choice.recall, "rule": asdict(choice.rule), "alone": asdict(choice.alone)}

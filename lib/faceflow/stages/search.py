@@ -95,7 +95,7 @@ STAGE = Stage(
     scratch=("before", "fresh", "candidates", "certificate", "near"),
     settings=("neighbors", "min_similarity", "edges", "recall_sample", "seed", "gpu_float16"),
     after=("ingest", "quantize"),
-    packages=("faceflow", "numpy"),
+    packages=("faceflow", "numpy", "numba"),
     run=run,
 )
 

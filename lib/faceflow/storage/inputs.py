@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from faceflow.errors import InputError, SettingsError, one_line
 from faceflow.storage import lakes
-from faceflow.storage.files import FileInfo, Store, explain
+from faceflow.storage.files import FileInfo, Store, endpoint_of, explain
 
 FOOTERS_AT_ONCE = 8
 
@@ -208,11 +208,10 @@ def _file_info(path: str, info: Mapping[str, Any]) -> FileInfo:
 
 def check_endpoint(address: str, options: Mapping[str, Any] | None) -> None:
     """Raise InputError within seconds where the S3 server that was named does not answer; its client would try for longer."""
-    names = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
-    given = (options or {}).get("endpoint_url") or next(filter(None, map(os.environ.get, names)), None)
-    if not given:
+    given = endpoint_of(options or {})
+    if given is None:
         return
-    parts = urlsplit(str(given))
+    parts = urlsplit(given)
     error: OSError | None = None
     for wait in (1, 3, 0):
         try:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from faceflow.errors import InputError, RunError
 from faceflow.storage.files import Store
 
 LATEST = "latest.json"
@@ -192,6 +193,24 @@ class RunStores:
     @classmethod
     def of(cls, output: Store, runs: Store, run_id: str) -> RunStores:
         return cls(output, runs.child(run_id), run_id)
+
+
+def read_latest(output: Store) -> dict[str, Any] | None:
+    """What latest.json of an OUTPUT says; None where there is none.
+
+    Raises InputError for a file of that name that is not faceflow's.
+    """
+    try:
+        found = output.read_json(LATEST)
+        whole = found is None or (isinstance(found, dict) and all(isinstance(found.get(k), str) for k in ("run_id", "labels")))
+    except (RunError, UnicodeDecodeError):
+        whole = False
+    if not whole:
+        raise InputError(
+            f"{output.address(LATEST)} was not written by faceflow: it has no run_id and labels; move it away, or name another "
+            "OUTPUT"
+        )
+    return found
 
 
 def is_run_of(record: Mapping[str, Any], output: Store, runs: Store) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -58,6 +58,21 @@ def read(run: Store, stage: str) -> Manifest | None:
     """The manifest of a finished stage, whatever it was made from; None where there is none."""
     record = run.read_json(layout.manifest(stage))
     return Manifest(**record) if record is not None else None
+
+
+def missing(run: Store, manifest: Manifest, scratch: Sequence[str]) -> str | None:
+    """The first file of a finished stage that is not there, or on a disk has another size; None where all are. scratch: folders
+    that the stage has removed itself."""
+    folders: dict[str, set[str]] = {}
+    for path, size in manifest.pieces.items():
+        folder, _, name = path.rpartition("/")
+        if folder.split("/")[0] in scratch:
+            continue
+        if folder not in folders:
+            folders[folder] = set(run.names(folder))
+        if name not in folders[folder] or (run.is_local and run.size(path) != size):
+            return path
+    return None
 
 
 def begin(run: Store, stage: str, fingerprint: Mapping[str, Any]) -> None:
