@@ -29,7 +29,8 @@ def density_between(a: np.ndarray, b: np.ndarray) -> float:
     a: float32[n, d], b: float32[m, d], unit rows, n, m >= 2. Each face x is projected onto the line through the two means, its
     own left out of the mean of its module, as it would draw that towards itself: t(x) = (2 <x, A - B> - |A|^2 + |B|^2) / |A -
     B|^2 is 1 at A and -1 at B, the squares without the products of faces with themselves. Both modules weigh the same. inf
-    where the means cannot be told apart.
+    where the means cannot be told apart, as faces deviate from them by half their distance or more: two normal laws are then
+    one hill.
     """
     a, b = a.astype(np.float64), b.astype(np.float64)
     n, m = len(a), len(b)
@@ -43,6 +44,8 @@ def density_between(a: np.ndarray, b: np.ndarray) -> float:
     of_a = (a @ sum_a - own_a) / (n - 1) - a @ sum_b / m
     of_b = b @ sum_a / n - (b @ sum_b - own_b) / (m - 1)
     t = (2 * np.concatenate([of_a, of_b]) - aa + bb) / distance
+    if (t[:n].var() + t[n:].var()) / 2 >= 1:
+        return float("inf")
     weight = np.repeat([1 / n, 1 / m], [n, m])
     between, at_a, at_b = (float(weight[np.abs(t - center) < HALF_WIDTH].sum()) for center in (0, 1, -1))
     return between / max(min(at_a, at_b), 1e-9)
