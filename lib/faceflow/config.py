@@ -47,7 +47,7 @@ class ClusterConfig:
     max_bad_fraction: float = _setting(0.01, "share of rows that may be set aside; more are refused", metavar="X")
     neighbors: int = _setting(
         200,
-        "neighbors kept per face (k), at most: a cap, not a knob; people with more photos than this may be split",
+        "maximum neighbors per face (k)",
         metavar="K",
     )
     min_similarity: float | str | None = _setting(
