@@ -153,7 +153,7 @@ def compare_methods(
 
 
 def _table_of(config: ClusterConfig) -> _File | None:
-    if not config.input.endswith(".npz"):
+    if not config.input.endswith(".npz") or Path(config.input).is_dir():
         return None
     floor = config.min_similarity
     if not isinstance(floor, (int, float)):

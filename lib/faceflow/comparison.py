@@ -13,10 +13,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from faceflow.errors import InputError, did_you_mean
-from faceflow.evaluation import read_labels, same_id_type
+from faceflow.evaluation import published_ids, read_labels, same_id_type
 from faceflow.kernels.identity import transitions
 from faceflow.stages.history import events, moves_schema
-from faceflow.storage import layout
+from faceflow.storage import columns, layout
 from faceflow.storage.files import Store
 
 
@@ -69,7 +69,8 @@ def compare_runs(
     before = pc.if_else(pc.less(before, 0), pa.scalar(None, pa.int64()), before)
     after = pa.concat_arrays([pa.array(theirs[moved]), pa.nulls(int(gone.sum()), pa.int64())])
     folder = Store.at(to, storage_options) if to else store.child(f"diffs/{first}..{second}")
-    moves = pa.table([ids, before, after], schema=moves_schema(ids.type))
+    kind = published_ids(store.address(layout.label_folder(second)), storage_options)
+    moves = pa.table([columns.as_published(ids, kind), before, after], schema=moves_schema(kind))
     for name, content in (("events.parquet", table), ("moves.parquet", moves)):
         with folder.open_write(name, durable=True) as file:
             pq.write_table(content, file, compression="zstd")

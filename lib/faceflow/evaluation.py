@@ -14,7 +14,7 @@ from faceflow.errors import InputError, did_you_mean, one_line
 from faceflow.kernels.metrics import Scores, score
 from faceflow.storage import columns, layout
 from faceflow.storage.files import Store, explain
-from faceflow.storage.inputs import list_faces, open_input
+from faceflow.storage.inputs import list_faces, list_parquet, open_input
 
 
 def evaluate(
@@ -35,10 +35,10 @@ def evaluate(
     Raises InputError for missing columns, repeated ids, a null label, or ids that only one side has (how many, and a few).
     """
     store = Store.at(labels, storage_options)
-    if not labels.lower().endswith((".parquet", ".pq", ".parq")):
+    if layout.LATEST in store.names(""):
         pointer = layout.read_latest(store)
-        if pointer is not None:
-            labels = store.address(pointer["labels"])
+        assert pointer is not None
+        labels = store.address(pointer["labels"])
     ours = _without_unusable(read_labels(labels, "id", "cluster", storage_options))
     real = read_identities(truth, id_column, label_column, storage_options)
     ours, real = same_id_type(ours, real, labels, truth)
@@ -95,6 +95,13 @@ def read_labels(address: str, id_column: str, value_column: str, options: Mappin
         return pa.concat_tables(tables, promote_options="permissive")
     except pa.ArrowException as error:
         raise InputError(f"the files of {address} do not have one type: {explain(error)}") from None
+
+
+def published_ids(address: str, options: Mapping[str, Any] | None) -> pa.DataType:
+    """The type of the ids in label files."""
+    store, files = list_parquet(address, options)
+    with open_input(store, files[0].path) as source:
+        return pq.read_schema(source).field("id").type
 
 
 def _stored(values: pa.ChunkedArray, name: str, path: str) -> pa.ChunkedArray:

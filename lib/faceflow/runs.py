@@ -73,10 +73,20 @@ def choose_run(
     elif config.run_id is None and not config.restart:
         log.info("run %s is unfinished and has the same settings: continuing it", run_id)
     taken = lease.claim(runs.child(run_id), run_id)
-    runs, output = FencedStore.of(runs, taken), FencedStore.of(output, taken)
+    try:
+        _begin(config, FencedStore.of(output, taken), FencedStore.of(runs, taken), run_id, published, night)
+    except BaseException:
+        taken.release()
+        raise
+    return run_id, taken
+
+
+def _begin(
+    config: ClusterConfig, output: Store, runs: Store, run_id: str, published: str | None, night: dict[str, Any] | None
+) -> None:
+    """Note that a run is begun, or continued; with `restart`, remove what it has done."""
     if config.restart and runs.exists(f"{run_id}/{layout.RUN_RECORD}"):
         if run_id == published:
-            taken.release()
             raise SettingsError(f"run {run_id} is published: it cannot be begun again; choose another --run-id")
         log.info("run %s is begun again: what it had done is removed", run_id)
         for name in runs.names(run_id):
@@ -89,7 +99,6 @@ def choose_run(
         runs.write_json(f"{run_id}/{layout.RUN_RECORD}", record(config, "begun", night))
     elif known["state"] != "published":
         _note(runs, run_id, known, known["state"])
-    return run_id, taken
 
 
 def settle(runs: Store, run_id: str) -> None:

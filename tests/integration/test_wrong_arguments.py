@@ -17,7 +17,7 @@ import scipy.sparse
 from faceflow import map_equation
 from faceflow.cli import main
 from faceflow.errors import InputError
-from faceflow.storage.files import S3_OPTIONS
+from faceflow.storage.options import S3_OPTIONS
 from tests.conftest import write_faces
 
 OPTIONS = [

@@ -94,5 +94,5 @@ def test_without_groups_nothing_is_copied() -> None:
 
 def test_distinct_neighbors_are_groups_other_than_the_own() -> None:
     leader = np.array([0, 0, 0, 3, 3, 5], np.int32)
-    offsets, rows = np.array([0, 4, 4, 7]), np.array([1, 2, 3, 4, 0, 1, 5], np.int32)
-    assert copies.distinct_neighbors(np.array([0, 5, 3]), offsets, rows, leader).tolist() == [1, 0, 2]
+    offsets, rows = np.array([0, 4, 4, 7]), np.array([1, 2, 3, 4, 0, 1, 5])
+    assert copies.distinct_neighbors(leader[[0, 5, 3]], offsets, leader[rows]).tolist() == [1, 0, 2]

@@ -63,22 +63,19 @@ def _lead(rows: np.ndarray, offsets: np.ndarray, targets: np.ndarray, leader: np
                     leader[targets[e]] = r
 
 
-def distinct_neighbors(faces: np.ndarray, offsets: np.ndarray, rows: np.ndarray, leader: np.ndarray) -> np.ndarray:
-    """int64[n]: of how many groups other than its own each of these faces int64[n] has neighbors, rows[offsets[i]:…]."""
+def distinct_neighbors(own: np.ndarray, offsets: np.ndarray, leaders: np.ndarray) -> np.ndarray:
+    """int64[n]: how many leaders other than its own (own int64[n]) the neighbors of each face have, leaders[offsets[i]:…]."""
     found = np.zeros(len(offsets) - 1, np.int64)
-    _distinct(faces, offsets, rows, leader, found)
+    _distinct(own, offsets, leaders, found)
     return found
 
 
 @numba.njit(cache=True, nogil=True)
-def _distinct(faces: np.ndarray, offsets: np.ndarray, rows: np.ndarray, leader: np.ndarray, found: np.ndarray) -> None:
-    seen = np.full(len(leader), -1, np.int32)
+def _distinct(own: np.ndarray, offsets: np.ndarray, leaders: np.ndarray, found: np.ndarray) -> None:
     for i in range(len(found)):
-        seen[leader[faces[i]]] = i
-        for e in range(offsets[i], offsets[i + 1]):
-            t = leader[rows[e]]
-            if seen[t] != i:
-                seen[t] = i
+        mine = np.sort(leaders[offsets[i] : offsets[i + 1]])
+        for e in range(len(mine)):
+            if mine[e] != own[i] and (e == 0 or mine[e] != mine[e - 1]):
                 found[i] += 1
 
 

@@ -15,7 +15,7 @@ from faceflow.cluster.executor import Resources
 from faceflow.kernels import copies, recall, topk
 from faceflow.stages.base import Context
 from faceflow.stages.candidates import candidates_batch, read_candidates
-from faceflow.stages.reading import matrix, read_groups, read_vectors
+from faceflow.stages.reading import leaders_of, matrix, read_followers, read_groups, read_vectors
 from faceflow.storage import layout
 from faceflow.storage.files import Store
 from faceflow.storage.manifests import is_whole
@@ -116,16 +116,16 @@ def _write_groups(run: Store, name: str, leader: np.ndarray, also: str | None = 
 
 def write_thin(run: Store, parts: Parts, part: int, dim: int, k: int) -> int:
     """Write the faces of one part, with their vectors, whose lists are full but hold few groups; returns how many."""
-    leader = read_groups(run, parts.faces, layout.GROUPS_AT_FIRST)
+    groups = read_followers(run, layout.GROUPS_AT_FIRST)
     first = parts.starts[part]
     table = NeighborTable.from_batch(run.read_batch(layout.part("neighbors", part)), first)
     full = np.flatnonzero(np.diff(table.offsets) >= k)
-    full = full[leader[first + full] == first + full]
+    full = full[leaders_of(first + full, *groups) == first + full]
     offsets = np.concatenate([[0], np.cumsum(np.diff(table.offsets)[full])])
     thin, counts = np.empty(0, np.int64), np.empty(0, np.int64)
     if len(full):
         entries = np.concatenate([table.rows[table.offsets[i] : table.offsets[i + 1]] for i in full.tolist()])
-        counts = copies.distinct_neighbors(first + full, offsets, entries, leader)
+        counts = copies.distinct_neighbors(first + full, offsets, leaders_of(entries, *groups))
         thin, counts = full[counts <= THIN * k], counts[counts <= THIN * k]
     vectors = read_vectors(run, part, dim)[thin]
     _write_faces(run, layout.thin(part), first + thin, vectors, {"groups": counts})
@@ -164,13 +164,13 @@ def search_wider(run: Store, parts: Parts, part: int, dim: int, k: int, floor: f
         return
     batch = run.read_batch(layout.THIN)
     rows, vectors = batch.column(0).to_numpy(), matrix(batch.column(1), dim)
-    first, leader = parts.starts[part], read_groups(run, parts.faces, layout.GROUPS_AT_FIRST)
-    mine = np.flatnonzero(leader[first : parts.starts[part + 1]] == np.arange(first, parts.starts[part + 1]))
+    first, here = parts.starts[part], np.arange(parts.starts[part], parts.starts[part + 1])
+    mine = np.flatnonzero(leaders_of(here, *read_followers(run, layout.GROUPS_AT_FIRST)) == here)
     members = np.ascontiguousarray(read_vectors(run, part, dim)[mine])
     offsets, keys = [np.zeros(1, np.int64)], []
     for begin in range(0, len(rows), QUERIES):
-        here = slice(begin, begin + QUERIES)
-        found, best = recall.search_part(vectors[here], rows[here], members, 0, k, floor)
+        block = slice(begin, begin + QUERIES)
+        found, best = recall.search_part(vectors[block], rows[block], members, 0, k, floor)
         similarities, member = topk.decode(best)
         offsets.append(found[1:] + offsets[-1][-1])
         keys.append(topk.encode(similarities, (first + mine[member]).astype(np.int32)))

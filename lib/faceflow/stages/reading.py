@@ -84,12 +84,24 @@ def ids_of(run: Store, parts: Parts, rows: np.ndarray) -> list[str]:
     return found
 
 
+def read_followers(run: Store, name: str = layout.GROUPS) -> tuple[np.ndarray, np.ndarray]:
+    """(faces that count as one with another int32[f], ascending; whom each follows int32[f])."""
+    batch = run.read_batch(name)
+    return batch.column(0).to_numpy(), batch.column(1).to_numpy()
+
+
+def leaders_of(rows: np.ndarray, followers: np.ndarray, leaders: np.ndarray) -> np.ndarray:
+    """int32[n]: whom these rows follow, or themselves, from `read_followers`."""
+    at = np.searchsorted(followers, rows).clip(max=max(0, len(followers) - 1))
+    return np.where(followers[at] == rows, leaders[at], rows) if len(followers) else rows
+
+
 def read_groups(run: Store, faces: int, name: str = layout.GROUPS) -> np.ndarray:
     """int32[faces]: the face that each one counts as one with (`kernels.copies`), itself where the run has no groups."""
     leader = np.arange(faces, dtype=np.int32)
     if run.exists(name):
-        batch = run.read_batch(name)
-        leader[batch.column(0).to_numpy()] = batch.column(1).to_numpy()
+        followers, leaders = read_followers(run, name)
+        leader[followers] = leaders
     return leader
 
 

@@ -13,23 +13,14 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
 import fsspec
 import pyarrow as pa
 
-from faceflow.errors import FaceflowError, PublishError, RunError, SettingsError, did_you_mean
+from faceflow.errors import FaceflowError, PublishError, RunError, SettingsError
+from faceflow.storage.options import check_options
 
 _TEMPORARY = ".tmp-"
-
-S3_OPTIONS: dict[str, type] = {
-    "anon": bool, "endpoint_url": str, "key": str, "secret": str, "token": str, "username": str, "password": str,
-    "profile": str, "use_ssl": bool, "client_kwargs": dict, "config_kwargs": dict,
-    "s3_additional_kwargs": dict, "requester_pays": bool,
-    "default_block_size": int, "default_fill_cache": bool, "default_cache_type": str, "version_aware": bool,
-    "cache_regions": bool, "max_concurrency": int, "fixed_upload_size": bool,
-}  # fmt: skip
-"""Options of an s3fs file system that can be written as JSON, and their types."""
 
 _moved = [0, 0]
 
@@ -79,7 +70,7 @@ class Store:
             return cls(os.path.abspath(address.split("://", 1)[1]))
         if scheme not in ("s3", "s3a"):
             raise SettingsError(f"{address}: only local paths and s3:// addresses are supported")
-        _check_options(options or {})
+        check_options(options or {})
         frozen = tuple(sorted((k, json.dumps(v, sort_keys=True)) for k, v in (options or {}).items()))
         return cls("s3://" + address.split("://", 1)[1].rstrip("/"), frozen)
 
@@ -416,35 +407,6 @@ def _file_system(local: bool, options: tuple[tuple[str, Any], ...]) -> Any:
     config = {"connect_timeout": 10, "read_timeout": 60, "retries": {"max_attempts": 5, "mode": "standard"}}
     config.update(decoded.pop("config_kwargs", {}))
     return fsspec.filesystem("s3", use_listings_cache=False, config_kwargs=config, **decoded)
-
-
-def endpoint_of(options: Mapping[str, Any]) -> str | None:
-    """The S3 endpoint that options, else the environment, name, if any. Raises SettingsError where it is no address."""
-    named = options.get("endpoint_url") or (options.get("client_kwargs") or {}).get("endpoint_url")
-    places = [("endpoint_url", named), *((name, os.environ.get(name)) for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"))]
-    where, found = next(((where, value) for where, value in places if value), ("", None))
-    if found is None:
-        return None
-    try:
-        parts = urlsplit(str(found))
-        whole = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
-    except ValueError:
-        whole = False
-    if not whole:
-        raise SettingsError(f"{where} is {str(found)!r}: it must be an address like https://minio:9000")
-    return str(found)
-
-
-def _check_options(options: Mapping[str, Any]) -> None:
-    """Raise SettingsError for a name that s3fs does not know, or a value of the wrong type. Values may be secrets: unnamed."""
-    for name, value in options.items():
-        if name not in S3_OPTIONS:
-            raise SettingsError(f"storage_options: unknown option {name!r}{did_you_mean(name, S3_OPTIONS)}")
-        kind = S3_OPTIONS[name]
-        if value is not None and (not isinstance(value, kind) or (kind is int and isinstance(value, bool))):
-            wanted = {str: "a text", bool: "true or false", int: "a whole number", dict: "an object"}[kind]
-            raise SettingsError(f"storage_options: {name} must be {wanted}")
-    endpoint_of(options)
 
 
 def explain(error: BaseException) -> str:

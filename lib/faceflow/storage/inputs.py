@@ -19,7 +19,8 @@ import pyarrow.parquet as pq
 
 from faceflow.errors import InputError, SettingsError, one_line
 from faceflow.storage import lakes
-from faceflow.storage.files import FileInfo, Store, endpoint_of, explain
+from faceflow.storage.files import FileInfo, Store, explain
+from faceflow.storage.options import endpoint_of
 
 FOOTERS_AT_ONCE = 8
 
