@@ -33,7 +33,8 @@ def test_every_method_is_scored_and_its_labels_are_kept(
 ) -> None:
     monkeypatch.setitem(methods.METHODS, "cdp", methods.Method(methods.METHODS["cdp"].run, "too small a limit", 2_999))
     faces, out = str(made / "faces"), made / "out"
-    assert main(["compare", faces, faces, "--output", str(out), "--json", "--quiet"]) == 0
+    command = ["compare", faces, faces, "--output", str(out), "--json", "--quiet", "--methods", ",".join(METHODS)]
+    assert main(command) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     folder = Path(found["folder"])
     rows = {row["method"]: row for row in found["rows"]}
@@ -56,6 +57,19 @@ def test_every_method_is_scored_and_its_labels_are_kept(
     published = evaluate(str(out), faces)
     assert rows["infomap"]["pairwise_f"] == pytest.approx(published.pairwise_f, abs=0.002)
     assert rows["hac-single"]["clusters"] == rows["components"]["clusters"]
+
+
+def test_methods_that_must_be_told_run_only_when_they_are_asked_for(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+
+    def run(executor: object, name: str, *rest: object) -> comparing.Row:
+        ran.append(name)
+        return comparing.Row(name, skipped="not this time")
+
+    monkeypatch.setattr(comparing, "_run", run)
+    faces = str(made / "faces")
+    assert main(["compare", faces, faces, "--output", str(made / "out"), "--quiet"]) == 0
+    assert ran == [name for name in METHODS if name != "minibatch-kmeans"]
 
 
 def test_a_method_in_place_of_the_map_equation(made: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "lib" / "faceflow"
 
 LAYERS = [
     {"errors"},
-    {"tables", "config", "logs"},
+    {"tables", "config", "logs", "caches"},
     {"kernels", "storage", "cluster"},
     {"stages"},
     {
@@ -52,8 +52,8 @@ HOMES = {
     "PIL": {"report"},
 }
 STAGE_HELPERS = {
-    "adoption", "arrivals", "base", "candidates", "cells", "certificate", "checking", "decisions", "floors", "forecast",
-    "grouping", "history", "intake", "pieces", "quality", "reading", "renewal", "resampling",
+    "adoption", "arrivals", "base", "candidates", "cells", "certificate", "checking", "copies", "decisions", "floors",
+    "forecast", "grouping", "history", "intake", "pieces", "quality", "reading", "renewal", "resampling", "unions",
 }  # fmt: skip
 
 

@@ -71,7 +71,9 @@ def step(label: str, pieces: int, busy: float, seconds: float) -> dict[str, obje
 def test_projections_divide_what_can_be_divided() -> None:
     seconds = {"ingest": 0.0, "quantize": 0.0, "search": 41.0, "link": 10.0, "detect": 20.0, "publish": 0.0, "total": 72.0}
     steps = {"search": [step("search", 16, 80.0, 40.0)], "detect": [step("detect", 1, 20.0, 20.0)]}
-    load = costs.Workload(1_000_000, 256, 90, 90, 2_000, 4, 32_768, 1_000, 5, 64, 16_384, True, True, 8, 2, 2, 8e10)
+    load = costs.Workload(
+        1_000_000, 256, 90, 90, 0.05, 10_000, 2_000, 4, 32_768, 1_000, 5, 64, 16_384, True, True, 8, 2, 2, 8e10
+    )
     runs = [Run(1_000_000, 2, repeat, seconds, steps, 0, load) for repeat in range(3)]
     four, sixteen, many = (each.seconds for each in predict(runs, [(4, 1_000_000), (16, 1_000_000), (1000, 1_000_000)]))
     assert four == pytest.approx(1 + 20 + 30 + 1)  # half the search, all of link and detect, and what lies outside stages

@@ -81,7 +81,7 @@ ONES = np.ones((3, 2), np.float32)
 CASES: dict[str, tuple[Callable[[Path], None], str]] = {
     "missing column": (table(id=["a"], embeding=[[1.0]]), "{a} has no column 'embedding'; did you mean 'embeding'? (set --embedding-column)"),
     "missing id column": (table(face=["a"], embedding=[[1.0]]), "{a} has no column 'id'; known: embedding, face (set --id-column)"),
-    "wrong type of id": (table(id=[1.5], embedding=[[1.0]]), "{a}: column 'id' is double; an id must be a string or an integer"),
+    "wrong type of id": (table(id=[1.5], embedding=[[1.0]]), "{a}: column 'id' is double; an id must be a string, an integer or binary: cast it to a string or an integer"),
     "wrong type of embedding": (table(id=["a"], embedding=["x"]), "{a}: column 'embedding' is string; an embedding must be a list of float16, float32 or float64"),
     "dimension between rows": (rows([1, 2], [1, 2, 3]), "1 of 2 rows cannot be used:\n  {a}, row 1: the embedding has dimension 3, but the first one has 2\n" + MEND),
     "dimension between files": (two_files((ONES,), (np.ones((1, 3), np.float32), pa.array(["z"]))), "embeddings have dimension 2 in {a} but 3 in {b}: cluster the output of one model at a time"),

@@ -144,7 +144,8 @@ def test_publishes_what_the_readme_promises(tmp_path: Path, blobs: Callable[...,
     assert (np.diff(sizes) <= 0).all()
     pointer = json.loads((tmp_path / "out" / "latest.json").read_text())
     assert set(pointer) == {
-        "run_id", "labels", "faces", "rejected", "clusters", "singletons", "edges", "parent_run_id", "next_id", "settings",
+        "run_id", "labels", "faces", "rejected", "clusters", "singletons", "edges", "parent_run_id", "next_id",
+        "sequence", "settings",
         "floor", "impostors_a_face", "seconds", "recall", "recall_interval", "quality", "created",
             "input_snapshot",
     }  # fmt: skip
@@ -437,5 +438,5 @@ def test_a_small_memory_limit_makes_more_shards(tmp_path: Path) -> None:
         1_000_000, 512, 200, 2000, 3, Workers(2, 2**34)
     )
     write_faces(tmp_path / "in" / "a.parquet", spread_out(100))
-    with pytest.raises(SettingsError, match="memory_limit is 1000: it must lie between 536870912"):
+    with pytest.raises(SettingsError, match="memory_limit is 1000 bytes: it must be at least 512MiB"):
         run(tmp_path / "in", tmp_path / "out", memory_limit=1000)

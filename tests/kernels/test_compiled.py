@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from faceflow.kernels import compiled
+from faceflow import caches
 from tests.conftest import ROOT
 
 SCRIPT = """
@@ -36,7 +36,7 @@ def copy(to: Path) -> Path:
 
 
 def run(package: Path, **env: str | None) -> list[str]:
-    plain = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "NUMBA_CACHE_DIR", compiled.FOLDER)}
+    plain = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "NUMBA_CACHE_DIR", caches.FOLDER)}
     plain |= {"PYTHONPATH": str(package), "PYTHONDONTWRITEBYTECODE": "1"} | {k: v for k, v in env.items() if v is not None}
     plain = {k: v for k, v in plain.items() if k not in env or env[k] is not None}
     done = subprocess.run([sys.executable, "-c", SCRIPT], env=plain, capture_output=True, text=True, check=False, cwd="/")
@@ -82,5 +82,5 @@ def test_without_a_home_a_folder_of_the_user_s_own_in_the_temporary_one_serves(r
 
 
 def test_a_folder_of_the_user_s_choice(room: Path) -> None:
-    found = run(copy(room / "a"), **{compiled.FOLDER: str(room / "mine")})
+    found = run(copy(room / "a"), **{caches.FOLDER: str(room / "mine")})
     assert found[2] == str(room / "mine" / Path(found[2]).name)
