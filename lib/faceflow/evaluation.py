@@ -35,9 +35,8 @@ def evaluate(
     Raises InputError for missing columns, repeated ids, a null label, or ids that only one side has (how many, and a few).
     """
     store = Store.at(labels, storage_options)
-    if layout.LATEST in store.names(""):
-        pointer = layout.read_latest(store)
-        assert pointer is not None
+    # An OUTPUT may be named like a file, and a file has nothing in it.
+    if layout.LATEST in store.names("") and (pointer := layout.read_latest(store)) is not None:
         labels = store.address(pointer["labels"])
     ours = _without_unusable(read_labels(labels, "id", "cluster", storage_options))
     real = read_identities(truth, id_column, label_column, storage_options)

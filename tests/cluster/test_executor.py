@@ -13,9 +13,10 @@ import numpy as np
 import psutil
 import pytest
 
-from faceflow.cluster.executor import Executor
+from faceflow.cluster.executor import Executor, Resources
 from faceflow.cluster.retries import FIRST_DELAY, MACHINE_RETRIES, MEMORY_RETRIES, RETRIES, Attempts, Cause
 from faceflow.errors import InputError, RunError
+from faceflow.stages.base import open_executor
 from tests.conftest import ROOT
 
 
@@ -130,3 +131,33 @@ def test_a_worker_that_ray_ends_for_its_memory_is_tried_in_smaller_steps() -> No
     assert small in (1, 2, 4)  # the monitor may end either worker
     assert large in (4, 8, 16), done.stderr
     assert "search: it ran out of memory: Ray ended its worker" in done.stderr
+
+
+def threads_here() -> int:
+    """In the worker: threads that compiled loops may use."""
+    import numba
+
+    return int(numba.get_num_threads())
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_compiled_loops_have_the_threads_that_were_asked_for() -> None:
+    """Else each of as many tasks as there are CPUs would start as many threads."""
+    with open_executor(None, None, progress=False) as executor:
+        asked = executor.call(threads_here, label="all", resources=Resources(cpus=2))
+        assert executor.map(threads_here, [()] * 6, "one") == [1] * 6
+        assert executor.call(threads_here, label="all", resources=Resources(cpus=2)) == asked == 2
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_ray_gets_one_function_for_all_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each function that Ray is given is sent to every worker."""
+    import ray
+
+    made = []
+    remote = ray.remote
+    monkeypatch.setattr(ray, "remote", lambda *a, **k: made.append(a) or remote(*a, **k))
+    with Executor() as executor:
+        executor.map(threads_here, [()] * 8, "one")
+        executor.map(threads_here, [()] * 8, "again")
+    assert len(made) == 1

@@ -186,3 +186,55 @@ def test_diff_by_words_without_a_run_before(tmp_path: Path, capsys: pytest.Captu
     (tmp_path / "labels" / "run=a").mkdir(parents=True)
     (tmp_path / "latest.json").write_text(json.dumps({"run_id": "a", "labels": "labels/run=a", "parent_run_id": None}))
     assert "has no previous run: name a run" in refused(capsys, "diff", str(tmp_path), "previous", "latest")
+
+
+def test_diff_by_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for run_id, clusters in (("a", [0, 0, 1]), ("b", [0, 1, 1])):
+        (tmp_path / "labels" / f"run={run_id}").mkdir(parents=True)
+        ids = pa.array(["x", "y", "z"], pa.string())
+        pq.write_table(pa.table({"id": ids, "cluster": clusters}), tmp_path / "labels" / f"run={run_id}" / "part-0.parquet")
+    (tmp_path / "latest.json").write_text(json.dumps({"run_id": "b", "labels": "labels/run=b", "parent_run_id": "a"}))
+    assert main(["diff", str(tmp_path), "previous", "latest", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["faces"], found["moved"]) == (3, 1)
+    assert "diffs/a..b/" in found["moves_file"]
+    moves = pq.read_table(found["moves_file"])
+    assert moves.to_pylist() == [{"id": "y", "from": 0, "to": 1}]
+    assert moves["id"].type == pa.string()
+
+
+def test_an_output_that_is_named_like_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out.parquet"
+    for run_id in ("old", "new"):
+        (out / "labels" / f"run={run_id}").mkdir(parents=True)
+        table = pa.table({"id": [1, 2], "cluster": [0, int(run_id == "old")]})
+        pq.write_table(table, out / "labels" / f"run={run_id}" / "part-0.parquet")
+    (out / "latest.json").write_text(json.dumps({"run_id": "new", "labels": "labels/run=new"}))
+    pq.write_table(pa.table({"id": [1, 2], "label": ["p", "p"]}), tmp_path / "truth.parquet")
+    assert main(["evaluate", str(out), str(tmp_path / "truth.parquet"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["clusters"] == 1
+
+
+def test_lines_of_a_constraints_file_are_those_of_an_editor(tmp_path: Path) -> None:
+    from faceflow.stages.decisions import read
+
+    path = tmp_path / "c.csv"
+    path.write_text('id_a,id_b,kind\n\n"two\nlines",b,MUST\n\nc,d,Cannot\ne,f,never\n')
+    with pytest.raises(InputError, match="line 7: kind is 'never'; it must be 'must' or 'cannot'"):
+        read(str(path), None)
+    path.write_text('id_a,id_b,kind\n\n"two\nlines",b,MUST\nc,d,Cannot\n')
+    found = read(str(path), None)
+    assert (len(found.must), len(found.cannot)) == (1, 1)
+
+
+def test_the_engine_s_own_versions_matter() -> None:
+    """A native run goes on whatever infomap is installed; what compiled its kernels is recorded."""
+    from faceflow import ClusterConfig
+    from faceflow.pipeline import STAGES
+    from faceflow.stages import detect
+
+    packages = {stage.name: stage.packages for stage in STAGES}
+    assert all("numba" in packages[name] for name in ("quantize", "search", "link", "detect"))
+    assert "infomap" not in packages["detect"]
+    assert detect._package(ClusterConfig("a", "b")) == {}
+    assert list(detect._package(ClusterConfig("a", "b", engine="infomap"))) == ["version of infomap"]

@@ -104,3 +104,52 @@ def test_the_nearest_stays_and_the_other_goes_where_it_is_drawn() -> None:
     after, moved, stayed = separate(modules, photos, np.zeros(5, bool), lambda mask: edges)
     assert after.tolist() == [0, 0, 1, 1, 1]
     assert (moved, stayed) == (1, 0)
+
+
+def separate_plainly(
+    modules: np.ndarray, photos: np.ndarray, fixed: np.ndarray, edges: list[tuple[int, int, float]]
+) -> tuple[list[int], int, int]:
+    """`separate` by its description, with dictionaries and sets."""
+    now = modules.tolist()
+    held = {(m, p) for m, p in zip(now, photos.tolist(), strict=True) if p}
+    groups: dict[tuple[int, int], list[int]] = {}
+    for row, (m, p) in enumerate(zip(modules.tolist(), photos.tolist(), strict=True)):
+        if p:
+            groups.setdefault((m, p), []).append(row)
+    fresh, moved, stayed = max(now) + 1, 0, 0
+    for (module, photo), rows in sorted((g, rows) for g, rows in groups.items() if len(rows) > 1):
+        pull: dict[int, dict[int, float]] = {row: {} for row in rows}
+        for a, b, w in edges:
+            for end, other in ((a, b), (b, a)):
+                if end in pull:
+                    m = int(modules[other])
+                    pull[end][m] = pull[end].get(m, 0.0) + w
+        rows.sort(key=lambda row: (not fixed[row], -pull[row].get(module, 0.0), row))
+        for row in rows[1:]:
+            if fixed[row]:
+                stayed += 1
+                continue
+            open_ = sorted((-w, m) for m, w in pull[row].items() if m != module and (m, photo) not in held)
+            now[row] = open_[0][1] if open_ else fresh
+            fresh += not open_
+            held.add((now[row], photo))
+            moved += 1
+    return now, moved, stayed
+
+
+@settings(max_examples=200)
+@given(st.integers(2, 60), st.integers(1, 12), st.integers(1, 20), st.integers(0, 10_000))
+def test_faces_of_one_photo_are_separated_as_described(n: int, clusters: int, photos: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    modules, taken = rng.integers(0, clusters, n), rng.integers(0, photos, n).astype(np.uint64) * np.uint64(2**40 + 7)
+    fixed = rng.random(n) < 0.15
+    sources, targets = rng.integers(0, n, (2, 3 * n))
+    weights = rng.integers(1, 9, 3 * n) / 8  # sums are exact
+
+    def edges(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        kept = mask[sources] | mask[targets]
+        return sources[kept], targets[kept], weights[kept]
+
+    found, moved, stayed = separate(modules, taken, fixed, edges)
+    links = list(zip(sources.tolist(), targets.tolist(), weights.tolist(), strict=True))
+    assert (found.tolist(), moved, stayed) == separate_plainly(modules, taken, fixed, links)

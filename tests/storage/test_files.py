@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import multiprocessing
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -223,3 +224,18 @@ def test_links_to_files_are_what_they_lead_to(tmp_path: Path) -> None:
     after = states(str(tmp_path / "in"))
     assert before["b.parquet"] == after["b.parquet"]
     assert before["a.parquet"] != after["a.parquet"]
+
+
+def test_what_killed_writers_left_is_removed(store: Store) -> None:
+    store.write_bytes("kept", b"x")
+    if store.is_local:
+        left = Path(store.root) / "deep" / ".tmp-half-1a2b"
+        left.parent.mkdir()
+        left.write_bytes(b"half")
+    else:
+        bucket, _, key = store.address("deep/half")[len("s3://") :].partition("/")
+        store.fs.call_s3("create_multipart_upload", Bucket=bucket, Key=key)
+    assert store.remove_leftovers(time.time() - 3_600) == 0  # it may be at work
+    assert store.remove_leftovers(time.time() + 3_600) == 1
+    assert store.remove_leftovers(time.time() + 3_600) == 0
+    assert store.read_bytes("kept") == b"x"
