@@ -99,13 +99,48 @@ def test_heartbeats_go_on_while_the_driver_computes(tmp_path: Path, monkeypatch:
     lease.release()
 
 
-def test_workers_get_a_plain_store(tmp_path: Path) -> None:
-    run = Store.at(str(tmp_path))
+def test_a_task_of_a_stale_holder_writes_nothing_more(run: Store) -> None:
+    first = claim(run, "r")
+    sent = pickle.loads(pickle.dumps(FencedStore.of(run, first).child("vectors")))
+    sent.write_bytes("part-0", b"first")
+    first.release()
+    second = claim(run, "r")
+    for write in (
+        lambda: sent.write_bytes("part-1", b"stale"),
+        lambda: sent.child("part").write_json("x.json", {}),
+        lambda: sent.delete("part-0"),
+        lambda: sent.share(run, "progress.json", "copy"),
+    ):
+        with pytest.raises(RunError, match="run r was taken over by another process: this task writes nothing more"):
+            write()
+    assert not run.exists("vectors/part-1")
+    assert not run.exists("vectors/part/x.json")
+    assert not run.exists("vectors/copy")
+    assert run.read_bytes("vectors/part-0") == b"first"
+    now = pickle.loads(pickle.dumps(FencedStore.of(run, second)))
+    now.write_bytes("vectors/part-1", b"second")
+    second.release()
+
+
+def test_a_heartbeat_whose_answer_was_lost_is_the_holder_s_own(run: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The put arrives, its answer does not, and the holder asks again with the version that it knows."""
     lease = claim(run, "r")
-    sent = pickle.loads(pickle.dumps(FencedStore.of(run, lease).child("x")))
-    assert type(sent) is Store
-    assert sent == run.child("x")
     lease.release()
+    known = lease._version
+    lease.write(stage="search")
+    lease._version = known
+    lease.write(stage="link")  # finds its own
+    lease.write(stage="detect")
+    state = run.read_json("progress.json")
+    assert state is not None
+    assert (state["stage"], state["token"]) == ("detect", lease.token)
+    # Not, where another has come between the look and the next write.
+    other = claim(run, "r")
+    lease._version = known
+    with pytest.raises(RunError):
+        lease.write(stage="publish")
+    other.write(stage="ingest")
+    other.release()
 
 
 def test_a_store_without_conditional_writes_is_refused(s3: S3) -> None:

@@ -17,7 +17,7 @@ import pytest
 
 from faceflow import lease
 from faceflow.config import ClusterConfig
-from faceflow.errors import RunError
+from faceflow.errors import RunError, SettingsError
 from faceflow.runs import choose_run
 from faceflow.storage import layout
 
@@ -34,7 +34,7 @@ def speak(run: Path, seconds_ago: float = 0.0, **state: object) -> None:
 
 def choose(tmp_path: Path, **settings: object) -> str:
     config = ClusterConfig(str(tmp_path / "in"), str(tmp_path / "out"), **settings)  # type: ignore[arg-type]
-    run_id, taken = choose_run(config, *layout.stores(config.output), None, None)
+    run_id, taken = choose_run(config, *layout.stores(config.output), None)
     taken.release()
     return run_id
 
@@ -118,3 +118,30 @@ def test_of_processes_that_take_a_run_at_once_one_gets_it(tmp_path: Path, unfini
         process.communicate("\n", timeout=30)
     assert said.count(unfinished.name) == 1
     assert sum("is already running" in each for each in said) == 3
+
+
+def test_a_run_is_begun_again_after_an_interrupted_removal(tmp_path: Path, unfinished: Path) -> None:
+    """Whatever is left of it goes, and its record last, so that it shows up as a run until then."""
+    for name in ("sample", "vectors"):
+        (unfinished / name).mkdir()
+        (unfinished / name / "part-00000.arrow").write_bytes(b"old")
+    (unfinished / "run.json").unlink()
+    assert choose(tmp_path, run_id=unfinished.name, restart=True) == unfinished.name
+    assert sorted(path.name for path in unfinished.iterdir()) == [".progress.json.lock", "progress.json", "run.json"]
+
+
+def test_a_run_that_was_published_meanwhile_is_not_begun_again(tmp_path: Path, unfinished: Path) -> None:
+    labels = tmp_path / "out" / "labels" / f"run={unfinished.name}"
+    labels.mkdir(parents=True)
+    (tmp_path / "out" / "latest.json").write_text(json.dumps({"run_id": unfinished.name, "labels": "x"}))
+    with pytest.raises(SettingsError, match="is published: it cannot be begun again"):
+        choose(tmp_path, run_id=unfinished.name, restart=True)
+    assert labels.exists()
+
+
+@pytest.mark.parametrize("state", ["refused", "superseded", "begun"])
+def test_a_run_that_goes_on_says_so(tmp_path: Path, unfinished: Path, state: str) -> None:
+    record = json.loads((unfinished / "run.json").read_text())
+    (unfinished / "run.json").write_text(json.dumps(record | {"state": state}))
+    choose(tmp_path, run_id=unfinished.name)
+    assert json.loads((unfinished / "run.json").read_text())["state"] == "begun"

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from faceflow.pipeline import run_clustering as run_clustering
     from faceflow.pipeline import run_nightly as run_nightly
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 __all__ = ["ClusterConfig", "RunResult", "map_equation", "run_clustering", "run_nightly"]
 
 _HOMES = {

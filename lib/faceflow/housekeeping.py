@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from faceflow.errors import InputError, SettingsError
 from faceflow.storage import layout
+from faceflow.storage.files import Store
+
+log = logging.getLogger("faceflow")
 
 AT_WORK_HOURS = 24
 """An unfinished run that was begun or continued, or said something, within this time may be at work, and is never removed."""
@@ -74,11 +78,12 @@ def clean(
     out, runs = layout.stores(output, work_dir, options)
     now = datetime.datetime.now(datetime.UTC)
     safe = now - datetime.timedelta(hours=AT_WORK_HOURS)
-    old = [run for run in list_runs(output, work_dir, options) if not run.current][keep:]
+    every = list_runs(output, work_dir, options)
+    old = [run for run in every if not run.current][keep:]
     removed = [run for run in old if run.state != "begun" or run.updated < safe]
     if not dry_run:
-        for store in dict.fromkeys((out, runs)):
-            store.remove_leftovers(safe.timestamp())
+        _remove_leftovers([out.child(folder) for folder in layout.OUTPUT_FOLDERS], safe)
+        _remove_leftovers([runs.child(run.run_id) for run in every], safe)
     for run in removed if not dry_run else []:
         for folder in (*layout.PUBLISHED, layout.compare_folder):
             out.delete(folder(run.run_id))
@@ -87,3 +92,13 @@ def clean(
                 runs.delete(f"{run.run_id}/{name}")
         runs.delete(run.run_id)
     return removed
+
+
+def _remove_leftovers(stores: Sequence[Store], before: datetime.datetime) -> None:
+    """Remove what killed writers left behind. Where that is not allowed, the runs can be removed all the same."""
+    for store in stores:
+        try:
+            store.remove_leftovers(before.timestamp())
+        except OSError as error:
+            log.warning("what killed writers left below %s stays: %s", store.root, error)
+            return

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import functools
+import json
 import logging
 import os
 import socket
@@ -45,8 +46,8 @@ class Lease:
     """
 
     def __init__(self, run: Store, run_id: str, token: int, state: Mapping[str, Any], version: str) -> None:
-        self.run_id, self.token = run_id, token
-        self._run, self._state, self._version = run, dict(state), version
+        self.run_id, self.token, self.run = run_id, token, run
+        self._state, self._version = dict(state), version
         self._renewed, self._lost = _now(), ""
         self._lock, self._ended = threading.RLock(), threading.Event()
         self._thread = threading.Thread(target=self._beat, name=f"lease {run_id}", daemon=True)
@@ -81,15 +82,16 @@ class Lease:
         if self._lost:
             raise RunError(self._lost)
         state = self._state | {"token": self.token, "updated": _timestamp()}
+        sent = _now()  # others count from here, whenever the answer comes
         try:
-            self._version = self._run.replace_json(layout.PROGRESS, state, self._version)
+            self._version = self.run.replace_json(layout.PROGRESS, state, self._version)
         except PublishError:
             with contextlib.suppress(OSError):
-                other = self._run.read_json(layout.PROGRESS) or {}
-                if other.get("token") == self.token and other.get("holder") == self._state["holder"]:
-                    # Our own heartbeat, of which the store lost the answer.
-                    self._version = self._run.version(layout.PROGRESS) or ""
-                    self._renewed = _now()
+                data, version = self.run.read_versioned(layout.PROGRESS)
+                other = json.loads(data or b"{}")
+                if version and other.get("token") == self.token and other.get("holder") == self._state["holder"]:
+                    # Our own heartbeat, of which the store lost the answer; when it was sent is not known any more.
+                    self._version = version
                     return
                 holder = f"process {other['pid']} on {other['host']}" if "pid" in other else "another process"
                 self._lost = (
@@ -98,7 +100,7 @@ class Lease:
                 )
             self._lost = self._lost or f"run {self.run_id} was taken over by another process: this one writes nothing more"
             raise RunError(self._lost) from None
-        self._renewed = _now()
+        self._renewed = sent
 
     def _beat(self) -> None:
         while not self._ended.wait(HEARTBEAT):
@@ -111,8 +113,7 @@ class Lease:
 
 @dataclass(frozen=True)
 class FencedStore(Store):
-    """A store that writes only while its lease holds. Sent to a worker it is a plain store: the driver checks the lease before
-    it sends a task."""
+    """A store that writes only while its lease holds. Sent to a worker it becomes a `TaskStore`."""
 
     lease: Lease | None = None
 
@@ -124,7 +125,8 @@ class FencedStore(Store):
         return super().__repr__()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Store, (self.root, self.options)
+        assert self.lease is not None
+        return TaskStore, (self.root, self.options, self.lease.run, self.lease.token)
 
     def child(self, relative: str) -> Store:
         return FencedStore(self.address(relative), self.options, self.lease)
@@ -143,6 +145,41 @@ class FencedStore(Store):
     def replace_json(self, relative: str, value: Any, expected: str | None) -> str:
         self._check()
         return super().replace_json(relative, value, expected)
+
+    def delete(self, relative: str) -> None:
+        self._check()
+        super().delete(relative)
+
+    def share(self, source: Store, relative: str, target: str) -> int:
+        self._check()
+        return super().share(source, relative, target)
+
+
+@dataclass(frozen=True)
+class TaskStore(Store):
+    """A store of a task, which writes nothing once the lease under which it was sent is somebody else's: what a task of a stale
+    holder finishes must not be taken for the new holder's. run: the run's directory; token: the fencing token."""
+
+    run: Store | None = None
+    token: int = 0
+
+    def child(self, relative: str) -> Store:
+        return TaskStore(self.address(relative), self.options, self.run, self.token)
+
+    def __repr__(self) -> str:
+        return super().__repr__()
+
+    def _check(self) -> None:
+        assert self.run is not None
+        state = self.run.read_json(layout.PROGRESS) or {}
+        if state.get("token") != self.token:
+            raise RunError(f"run {state.get('run_id', '')} was taken over by another process: this task writes nothing more")
+
+    @contextlib.contextmanager
+    def open_write(self, relative: str, durable: bool = False) -> Iterator[BinaryIO]:
+        with super().open_write(relative, durable) as file:
+            yield file
+            self._check()  # before the file appears
 
     def delete(self, relative: str) -> None:
         self._check()

@@ -151,7 +151,7 @@ def _run(
             return _result(past.run_id, output, past.done, executor, {"total": round(time.perf_counter() - begun, 3)})
     if past is not None and past.run_id == config.run_id:
         raise SettingsError(f"run {config.run_id} is published: a night needs another --run-id")
-    run_id, lease = choose_run(config, output, runs, parent.get("run_id"), night)
+    run_id, lease = choose_run(config, output, runs, night)
     try:
         if parent and parent["run_id"] != run_id:
             settle(runs, parent["run_id"])

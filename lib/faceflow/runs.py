@@ -46,9 +46,7 @@ def record(config: ClusterConfig, state: str, night: dict[str, Any] | None) -> d
     return found | ({"night": night} if night is not None else {})
 
 
-def choose_run(
-    config: ClusterConfig, output: Store, runs: Store, published: str | None, night: dict[str, Any] | None
-) -> tuple[str, Lease]:
+def choose_run(config: ClusterConfig, output: Store, runs: Store, night: dict[str, Any] | None) -> tuple[str, Lease]:
     """The run to work on, and its lease: the named one, the newest unfinished one of this OUTPUT with these settings (a
     night's: also of the same input, after the same run, as last night's failure must not stand in tonight's way), or a new one.
 
@@ -74,31 +72,35 @@ def choose_run(
         log.info("run %s is unfinished and has the same settings: continuing it", run_id)
     taken = lease.claim(runs.child(run_id), run_id)
     try:
-        _begin(config, FencedStore.of(output, taken), FencedStore.of(runs, taken), run_id, published, night)
+        _begin(config, FencedStore.of(output, taken), FencedStore.of(runs, taken), run_id, night)
     except BaseException:
         taken.release()
         raise
     return run_id, taken
 
 
-def _begin(
-    config: ClusterConfig, output: Store, runs: Store, run_id: str, published: str | None, night: dict[str, Any] | None
-) -> None:
-    """Note that a run is begun, or continued; with `restart`, remove what it has done."""
-    if config.restart and runs.exists(f"{run_id}/{layout.RUN_RECORD}"):
-        if run_id == published:
+def _begin(config: ClusterConfig, output: Store, runs: Store, run_id: str, night: dict[str, Any] | None) -> None:
+    """Note that a run is begun, or continued; with `restart`, remove what it has done, its record last."""
+    named = f"{run_id}/{layout.RUN_RECORD}"
+    # The lease stays, and so does what guards it on a disk.
+    kept = (layout.RUN_RECORD, layout.PROGRESS, f".{layout.PROGRESS}.lock")
+    done = [name for name in runs.names(run_id) if name not in kept]
+    known = runs.read_json(named)
+    if config.restart and (done or known is not None):
+        # Read now: another process may have published the run while this one waited for its lease.
+        if run_id == (layout.read_latest(output) or {}).get("run_id"):
             raise SettingsError(f"run {run_id} is published: it cannot be begun again; choose another --run-id")
         log.info("run %s is begun again: what it had done is removed", run_id)
-        for name in runs.names(run_id):
-            if name != layout.PROGRESS:  # the lease
-                runs.delete(f"{run_id}/{name}")
+        for name in done:
+            runs.delete(f"{run_id}/{name}")
         for folder in (*layout.PUBLISHED, layout.events_folder):
             output.delete(folder(run_id))
-    known = runs.read_json(f"{run_id}/{layout.RUN_RECORD}")
+        runs.delete(named)
+        known = None
     if known is None:
-        runs.write_json(f"{run_id}/{layout.RUN_RECORD}", record(config, "begun", night))
+        runs.write_json(named, record(config, "begun", night))
     elif known["state"] != "published":
-        _note(runs, run_id, known, known["state"])
+        _note(runs, run_id, known, "begun")  # also one that was refused, or superseded: it is at work again
 
 
 def settle(runs: Store, run_id: str) -> None:
@@ -125,6 +127,8 @@ def give_up_superseded(output: Store, runs: Store, night: dict[str, Any]) -> Non
         if not layout.is_run_of(found, output, runs):
             continue
         if lease.is_silent(runs.child(name)) and lease.fence_off(runs.child(name), name, "superseded"):
+            if name == (layout.read_latest(output) or {}).get("run_id"):
+                continue  # it was published since this command looked
             log.info("run %s, which was not finished, is given up: its input, or the run in force, is another now", name)
             give_up(output, runs, name)
 

@@ -116,7 +116,7 @@ def test_clean_removes_what_killed_writers_left(tmp_path: Path) -> None:
     faces(tmp_path / "in-a", 1)
     run = run_clustering(config(tmp_path, "a"), progress=False, report=False)
     left = [tmp_path / "work" / run.run_id / "vectors" / ".tmp-part-00000.arrow-aa", tmp_path / "out-a" / "labels" / ".tmp-x"]
-    fresh = tmp_path / "out-a" / ".tmp-fresh"
+    fresh = tmp_path / "out-a" / "labels" / ".tmp-fresh"
     for path in (*left, fresh):
         path.write_bytes(b"half")
     import os

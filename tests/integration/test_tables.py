@@ -17,7 +17,7 @@ import pytest
 
 from faceflow import ClusterConfig, run_clustering, run_nightly
 from faceflow.cli import main
-from faceflow.errors import InputError, PublishError
+from faceflow.errors import InputError, PublishError, RunError
 from faceflow.evaluation import evaluate
 from faceflow.stages import publish
 from faceflow.storage import lakes
@@ -312,3 +312,71 @@ def test_a_task_that_stalled_before_its_commit_asks_latest_json(tmp_path: Path) 
         publish.commit_table(table, out, "a", 5)
     publish.commit_table(table, out, "b", 6)
     assert deltalake.DeltaTable(table.root).to_pyarrow_table()["id"].to_pylist() == ["b"]
+
+
+def test_a_commit_that_upkeep_has_pushed_out_of_sight_is_not_made_again(tmp_path: Path) -> None:
+    """A table is compacted and vacuumed every night; nothing else comes for weeks."""
+    table = Store.at(str(tmp_path / "labels"))
+    schema = batches(0)()[0].schema
+    fence = lakes.Fence("out", 10, lambda: True)
+    lakes.commit_labels(table, "first", schema, batches(1), fence)
+    for i in range(lakes.COMMITS_READ + 1):
+        deltalake.DeltaTable(table.root).alter.set_table_description(f"night {i}")
+    assert lakes.committed(table) is None
+    version = deltalake.DeltaTable(table.root).version()
+    assert lakes.commit_labels(table, "first", schema, batches(1), fence) == version
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "delta"),
+    [(pa.uint8(), 200, pa.int16()), (pa.uint16(), 2**15, pa.int32()), (pa.uint32(), 2**31, pa.int64()),
+     (pa.uint64(), 7, pa.int64()), (pa.int32(), 5, pa.int32()), (pa.string(), "x", pa.string())],
+    ids=str,
+)  # fmt: skip
+def test_ids_of_types_that_delta_lacks(tmp_path: Path, kind: pa.DataType, value: Any, delta: pa.DataType) -> None:
+    labels = lakes.as_delta(pa.table({"id": pa.array([value], kind), "cluster": [0]}))
+    assert labels["id"].type == delta
+    lakes.commit_labels(Store.at(str(tmp_path)), "r", labels.schema, labels.to_batches, lakes.Fence("o", 1, lambda: True))
+    assert deltalake.DeltaTable(tmp_path).to_pyarrow_table()["id"].to_pylist() == [value]
+
+
+def test_ids_that_no_delta_type_holds(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="do not fit into int64"):
+        lakes.as_delta(pa.table({"id": pa.array([2**63], pa.uint64()), "cluster": [0]}))
+    raw = pa.array([b"1" * 16], pa.binary(16))
+    for ids in (raw, pa.ExtensionArray.from_storage(pa.uuid(), raw)):
+        labels = lakes.as_delta(pa.table({"id": ids, "cluster": [0]}))
+        assert labels["id"].to_pylist() == [b"1" * 16]
+
+
+@pytest.mark.parametrize("pattern", ["*/*.parquet", "**/*.parquet", "[abc]/x*/*", "?"])
+def test_a_glob_over_plain_folders_and_a_table(tmp_path: Path, pattern: str) -> None:
+    for name in ("a", "c"):
+        (tmp_path / name / "x").mkdir(parents=True)
+        pq.write_table(faces(numbers(0, 5)), tmp_path / name / "x.parquet")
+        pq.write_table(faces(numbers(0, 5)), tmp_path / name / "x" / "y.parquet")
+    deltalake.write_deltalake(tmp_path / "b", faces(numbers(0, 8)))
+    deltalake.write_deltalake(tmp_path / "b", faces(numbers(8, 4)), mode="overwrite")
+    (tmp_path / "b" / "x").mkdir()
+    next((tmp_path / "b").glob("*.parquet")).rename(tmp_path / "b" / "x" / "part.parquet")
+    with pytest.raises(InputError, match=r"/b is a Delta table"):
+        list_faces(str(tmp_path / pattern), None)
+
+
+def test_hidden_folders_under_a_glob(tmp_path: Path) -> None:
+    for name in ("day=1", "_temporary/0", ".staging"):
+        (tmp_path / name).mkdir(parents=True)
+        pq.write_table(faces(numbers(0, 5)), tmp_path / name / "p.parquet")
+    assert len(list_faces(str(tmp_path / "**" / "*.parquet"), None).files) == 1
+    assert len(list_faces(str(tmp_path / "_temporary" / "*" / "*.parquet"), None).files) == 1  # named by the user
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_ids_of_extension_types_that_say_nothing_about_ids(tmp_path: Path) -> None:
+    ids = pa.ExtensionArray.from_storage(pa.json_(pa.string()), pa.array([f'"{i}"' for i in range(40)]))
+    pq.write_table(faces(ids), tmp_path / "in.parquet")
+    run = run_clustering(ClusterConfig(str(tmp_path / "in.parquet"), str(tmp_path / "out"), min_similarity=0.5),
+                         progress=False, report=False)  # fmt: skip
+    labels = pq.read_table(run.labels, partitioning=None)
+    assert labels["id"].type == pa.string()
+    assert labels["id"].to_pylist() == [f'"{i}"' for i in range(40)]

@@ -136,7 +136,8 @@ def test_list_parquet_folder_glob_and_file(tmp_path: Path) -> None:
     touch(tmp_path, "b/day=2/x.parquet", "a.parquet", "b/day=1/y.parquet", "_SUCCESS", ".x.crc", "b/_tmp/z.parquet")
     names = [f.path[len(str(tmp_path)) + 1 :] for f in list_parquet(str(tmp_path), None)[1]]
     assert names == ["a.parquet", "b/day=1/y.parquet", "b/day=2/x.parquet"]
-    assert len(list_parquet(str(tmp_path / "b/*/*.parquet"), None)[1]) == 3
+    assert len(list_parquet(str(tmp_path / "b/*/*.parquet"), None)[1]) == 2  # but for what is hidden
+    assert len(list_parquet(str(tmp_path / "b/_tmp/*.parquet"), None)[1]) == 1  # unless it is named
     assert len(list_parquet(str(tmp_path / "a.parquet"), None)[1]) == 1
 
 
@@ -239,3 +240,17 @@ def test_what_killed_writers_left_is_removed(store: Store) -> None:
     assert store.remove_leftovers(time.time() + 3_600) == 1
     assert store.remove_leftovers(time.time() + 3_600) == 0
     assert store.read_bytes("kept") == b"x"
+
+
+def test_a_lock_that_a_suspended_process_holds_is_not_waited_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fcntl
+
+    store = Store.at(str(tmp_path))
+    version = store.replace_json("latest.json", {"n": 1}, None)
+    monkeypatch.setattr("faceflow.storage.files.LOCK_SECONDS", 0.2)
+    with open(tmp_path / ".latest.json.lock", "w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(OSError, match=r"another process has held the lock .*latest\.json\.lock .* it may be suspended"):
+            store.replace_json("latest.json", {"n": 2}, version)
+    store.replace_json("latest.json", {"n": 2}, version)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".tmp-")] == []

@@ -90,8 +90,7 @@ def run(context: Context, listing: Listing) -> Outcome:
     taken = intake.take_in(context, store, read, staging, counts["dim"], types)
     old = Side(past.run, tuple(counts["entries"]), tuple(counts["starts"]))
     new = Side(staging, taken.entries, taken.starts)
-    id_bytes = counts.get("id_bytes", 0) + taken.id_bytes
-    buckets = intake.buckets_for(old.entries[-1] + new.entries[-1], id_bytes)
+    buckets = intake.buckets_for(old.entries[-1] + new.entries[-1], counts.get("id_bytes", 0) + taken.id_bytes)
     executor.map(match_bucket, [(stores.run, old, new, carried, b, buckets) for b in range(buckets)], "match")
     starts = past.parts
     bounds = compact([starts.rows(p) for p in range(len(starts))], part_faces(starts.faces, taken.dim))
@@ -130,7 +129,8 @@ def run(context: Context, listing: Listing) -> Outcome:
         "files": len(files), "input_snapshot": snapshot,
         "added": sum(faces) - stayed - changed, "changed": changed, "removed": starts.faces - stayed - changed,
         "starts": list(after.starts), "entries": np.cumsum([0, *(part.entries for part in every)]).tolist(),
-        "sources": bounds, "id_type": columns.name_of(taken.ids.published), "id_bytes": id_bytes,
+        "sources": bounds, "id_type": columns.name_of(taken.ids.published),
+        "id_bytes": intake.id_bytes_of(merge_pieces([part.sizes for part in every])),
     }  # fmt: skip
     return Outcome(result, merge_pieces([sizes, *(part.sizes for part in every)]))
 

@@ -95,6 +95,7 @@ def _choose(context: Context, sample: Sample, near: float) -> tuple[impostors.Fl
     elif len(dropped):
         steps = range(-(-len(dropped) // BLOCK_FACES))
         plain = plain - np.sum(executor.map(count_pairs_of, [(sample, dropped, step) for step in steps], "floor"), axis=0)
+        plain = np.maximum(plain, 0)  # a product may round into another bin than before
     plain = np.rint(plain).astype(np.int64)
     first = impostors.choose_floors(plain, faces)
     crowds = np.concatenate(executor.map(count_neighbors, [(sample, weight, block, first.strong) for block in blocks], "floor"))

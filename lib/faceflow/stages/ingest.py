@@ -9,7 +9,7 @@ from faceflow.config import ClusterConfig
 from faceflow.errors import InputError
 from faceflow.stages import arrivals
 from faceflow.stages.base import Context, Outcome, Stage
-from faceflow.stages.intake import judge, take_in
+from faceflow.stages.intake import id_bytes_of, judge, take_in
 from faceflow.stages.pieces import read_footers
 from faceflow.storage import columns
 from faceflow.storage.inputs import Listing, contains, list_faces
@@ -53,7 +53,7 @@ def run(context: Context) -> Outcome:
     counts = {
         "faces": taken.starts[-1], "rejected": taken.bad.total, "dim": taken.dim, "files": len(files), "starts": taken.starts,
         "entries": taken.entries, "input_snapshot": snapshot, "id_type": columns.name_of(taken.ids.published),
-        "id_bytes": taken.id_bytes,
+        "id_bytes": id_bytes_of(taken.sizes),
     }  # fmt: skip
     return Outcome(counts, taken.sizes)
 

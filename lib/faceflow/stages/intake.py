@@ -58,6 +58,11 @@ class Taken:
     id_bytes: int
 
 
+def id_bytes_of(sizes: Mapping[str, int]) -> int:
+    """Bytes of the ids of all parts, from the bytes of their files."""
+    return sum(size for name, size in sizes.items() if name.startswith("ids/"))
+
+
 def buckets_for(ids: int, id_bytes: int) -> int:
     """Buckets to compare so many ids in, of so many bytes together."""
     return max(1, -(-ids // BUCKET_IDS), -(-id_bytes // BUCKET_BYTES))

@@ -162,7 +162,7 @@ def commit_table(table: Store, output: Store, run_id: str, sequence: int) -> int
             yield from labels_of(name).to_batches()
 
     def labels_of(name: str) -> pa.Table:
-        return pq.read_table(pa.BufferReader(output.read_bytes(f"{folder}/{name}")))
+        return lakes.as_delta(pq.read_table(pa.BufferReader(output.read_bytes(f"{folder}/{name}"))))
 
     def is_current() -> bool:
         return (layout.read_latest(output) or {}).get("run_id") == run_id

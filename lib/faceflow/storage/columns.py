@@ -45,8 +45,8 @@ def id_storage(kind: pa.DataType) -> pa.DataType | None:
 
 def published(kind: pa.DataType) -> pa.DataType:
     """The type that labels give ids which came as this one: the same, but for dictionaries and run ends, which have no use for
-    unique values."""
-    return kind if isinstance(kind, pa.BaseExtensionType) else plain(kind)
+    unique values, and extension types that say nothing about an id (JSON, opaque): these give their storage."""
+    return kind if kind == pa.uuid() else plain(kind)
 
 
 def embedding_storage(kind: pa.DataType) -> pa.DataType | None:

@@ -10,6 +10,7 @@ import json
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,9 @@ from faceflow.errors import FaceflowError, PublishError, RunError, SettingsError
 from faceflow.storage.options import check_options
 
 _TEMPORARY = ".tmp-"
+
+LOCK_SECONDS = 30.0
+"""How long a lock is waited for, which is held for milliseconds."""
 
 _moved = [0, 0]
 
@@ -248,17 +252,40 @@ class Store:
                     if not _is_precondition_failure(error):
                         raise
                     # A put whose answer was lost on the way is sent again, and then finds itself there.
-                    found = self.fs.call_s3("get_object", Bucket=bucket, Key=key)
-                    if self.fs.cat_file(self.address(relative)) != data:
+                    found, version = self.read_versioned(relative)
+                    if found != data or version is None:
                         raise lost from None
-                    return str(found["ETag"])
+                    return version
             path = self.address(relative)
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            with _exclusive(path):
-                if self.version(relative) != expected:
-                    raise lost
-                Store.write_bytes(self, relative, data, durable=True)
+            folder, name = os.path.split(path)
+            os.makedirs(folder, exist_ok=True)
+            temporary = os.path.join(folder, f"{_TEMPORARY}{name}-{secrets.token_hex(6)}")
+            try:
+                # Written and flushed before the lock, which is held for a look and a rename: a process may be suspended there.
+                with open(temporary, "xb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                with _exclusive(path):
+                    if self.version(relative) != expected:
+                        raise lost
+                    os.replace(temporary, path)
+            finally:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(temporary)
+            _sync_folder(folder)
             return hashlib.sha256(data).hexdigest()
+
+    def read_versioned(self, relative: str) -> tuple[bytes | None, str | None]:
+        """(content, version) of a file, which belong together; None where there is no file."""
+        while True:
+            version = self.version(relative)
+            try:
+                data = self.read_bytes(relative) if version is not None else None
+            except FileNotFoundError:
+                data = None
+            if self.version(relative) == version and (data is None) == (version is None):
+                return data, version
 
     def version(self, relative: str) -> str | None:
         """What `replace_json` compares: the ETag on S3, a hash of the content on a disk; None where there is no file."""
@@ -327,11 +354,16 @@ class Store:
                             removed += 1
                 return removed
             bucket, _, prefix = self.root[len("s3://") :].partition("/")
-            listed = self.fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=f"{prefix}/" if prefix else "")
-            old = [u for u in listed.get("Uploads") or [] if u["Initiated"].timestamp() < older_than]
-            for upload in old:
-                self.fs.call_s3("abort_multipart_upload", Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
-            return len(old)
+            removed, more = 0, dict[str, str]()
+            while True:
+                listed = self.fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=f"{prefix}/", **more)
+                for upload in listed.get("Uploads") or []:
+                    if upload["Initiated"].timestamp() < older_than:
+                        self.fs.call_s3("abort_multipart_upload", Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+                        removed += 1
+                if not listed.get("IsTruncated"):
+                    return removed
+                more = {"KeyMarker": listed["NextKeyMarker"], "UploadIdMarker": listed["NextUploadIdMarker"]}
 
     def check_writable(self) -> None:
         """Write and remove a small file. Raises SettingsError with the cause."""
@@ -439,9 +471,21 @@ def _sync_folder(folder: str) -> None:
 def _exclusive(path: str) -> Iterator[None]:
     import fcntl
 
-    # A kernel lock ends with its process, so a killed run never leaves the output locked.
-    with open(os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    # A kernel lock ends with its process, so a killed run never leaves the output locked; a suspended one may.
+    name = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.lock")
+    deadline = time.monotonic() + LOCK_SECONDS
+    with open(name, "w") as lock:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise OSError(
+                        f"another process has held the lock {name} for {LOCK_SECONDS:.0f} s: it may be suspended; end it "
+                        "(`fuser` names it)"
+                    ) from None
+                time.sleep(0.01)
         yield
 
 

@@ -8,7 +8,7 @@ import re
 import socket
 import stat
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -83,21 +83,19 @@ def list_parquet(address: str, options: Mapping[str, Any] | None) -> tuple[Store
             fs.invalidate_cache()
         if glob.has_magic(root) and not fs.exists(root):
             chosen: dict[str, Mapping[str, Any]] = {}
-            last = root.rsplit("/", 1)[-1]
+            fixed = root[: re.search(r"[*?\[]", root).start()].rpartition("/")[0]  # type: ignore[union-attr]
+            hidden = any(part[:1] in ("_", ".") for part in root[len(fixed) :].split("/") if part)
             for path, info in fs.glob(root, detail=True).items():
                 full = prefix + path if prefix and not path.startswith(prefix) else path
                 entry = _followed(full, info) if store.is_local else info
-                name = full.rstrip("/").rsplit("/", 1)[-1]
-                if last[:1] not in "._" and _is_marker(name):
+                if not hidden and any(_is_marker(part) for part in full[len(fixed) :].strip("/").split("/")):
                     continue
                 if entry["type"] == "directory":
                     chosen |= _files_below(store, full.rstrip("/"))
                 elif entry["type"] == "file":
                     chosen[full] = entry
-            fixed = root[: re.search(r"[*?\[]", root).start()].rpartition("/")[0]  # type: ignore[union-attr]
-            below = sorted({path.rpartition("/")[0] for path in chosen})
-            for folder in dict.fromkeys([*below[:1], *below[-1:], fixed]):
-                _refuse_inside_table(store, folder)
+            _refuse_inside_table(store, fixed)
+            _refuse_tables(store, _folders_between(fixed, chosen))
         elif fs.isfile(root):
             _refuse_inside_table(store, root.rpartition("/")[0])
             chosen = {root: _followed(root, fs.info(root)) if store.is_local else fs.info(root)}
@@ -149,6 +147,26 @@ def _files_below(store: Store, folder: str) -> dict[str, Mapping[str, Any]]:
             )
         chosen[full] = entry
     return chosen
+
+
+def _folders_between(top: str, paths: Iterable[str]) -> list[str]:
+    """Every folder below `top` that one of these files is in, at any depth."""
+    found: set[str] = set()
+    for path in paths:
+        folder = path.rpartition("/")[0]
+        while len(folder) > len(top) and folder not in found:
+            found.add(folder)
+            folder = folder.rpartition("/")[0]
+    return sorted(found)
+
+
+def _refuse_tables(store: Store, folders: Sequence[str]) -> None:
+    """Raise InputError where one of these folders is a Delta or Iceberg table."""
+    with ThreadPoolExecutor(FOOTERS_AT_ONCE) as pool:
+        kinds = pool.map(lambda folder: lakes.table_kind(Store(folder, store.options)), folders)
+        for folder, kind in zip(folders, kinds, strict=True):
+            if kind is not None:
+                raise InputError(_name_the_table(folder, kind.capitalize()))
 
 
 def _refuse_inside_table(store: Store, folder: str) -> None:

@@ -202,6 +202,26 @@ def _version(store: Store) -> int:
     return int(DeltaTable(store.root, storage_options=_object_store(store)).version())
 
 
+_SIGNED = {pa.uint8(): pa.int16(), pa.uint16(): pa.int32(), pa.uint32(): pa.int64(), pa.uint64(): pa.int64()}
+
+
+def as_delta(labels: pa.Table) -> pa.Table:
+    """Labels with ids of a type that Delta has: unsigned integers as signed ones, UUIDs and fixed-size values as binary.
+
+    Raises RunError for an id above 2**63 - 1.
+    """
+    ids = labels["id"]
+    if isinstance(ids.type, pa.BaseExtensionType):
+        ids = pa.chunked_array([chunk.storage for chunk in ids.chunks], ids.type.storage_type)
+    kind = pa.binary() if pa.types.is_fixed_size_binary(ids.type) else _SIGNED.get(ids.type, ids.type)
+    try:
+        return labels.set_column(0, "id", ids.cast(kind))
+    except pa.ArrowInvalid:
+        raise RunError(
+            f"the labels are published, but a Delta table cannot hold some ids: they do not fit into {kind}"
+        ) from None
+
+
 def check_can_commit() -> None:
     """Raise SettingsError where labels cannot be put into a Delta table, as what that takes is not installed."""
     if importlib.util.find_spec("deltalake") is None:
@@ -265,7 +285,9 @@ def commit_labels(
             if table is not None and committed(store) == run_id:
                 return table.version()
             newest = table.transaction_version(fence.application) if table is not None else None
-            if (newest is not None and newest >= fence.sequence) or not fence.is_current():
+            if table is not None and newest == fence.sequence:
+                return table.version()  # upkeep of the table has pushed the commit out of what `committed` reads
+            if (newest is not None and newest > fence.sequence) or not fence.is_current():
                 raise PublishError(
                     f"a later run was published while run {run_id} was stalled: the Delta table {one_line(store.root)} "
                     "stays as it is"

@@ -14,6 +14,9 @@ LATEST = "latest.json"
 STAGES = ("ingest", "quantize", "search", "link", "detect", "publish")
 """The stages of a run, in their order."""
 
+OUTPUT_FOLDERS = ("labels", "rejected", "events", "moves", "quality", "reports", "compare", "diffs")
+"""What lies in an OUTPUT beside its runs."""
+
 RUNS = "_runs"
 """Run directories of an OUTPUT, unless a work directory is named."""
 
