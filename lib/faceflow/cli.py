@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 import signal
 import sys
 import threading
@@ -30,6 +31,8 @@ class _Parser(argparse.ArgumentParser):
             message += did_you_mean(
                 unknown.split()[0].split("=")[0], [f for f in self._option_string_actions if f.startswith("--")]
             )
+        if choice := re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message):
+            message += did_you_mean(choice[1], [name.strip(" '") for name in choice[2].split(",")])
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 

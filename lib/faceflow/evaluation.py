@@ -49,7 +49,7 @@ def evaluate(
     if partial and real.num_rows == 0:
         raise InputError(f"{truth} names no face: there is nothing to score")
     for rows, here, there, advice in (
-        (missing, truth, labels, ""),
+        (missing, truth, labels, ""),  # whatever part of the faces TRUTH names, it names no others
         (extra, labels, truth, ": use --partial to score only the faces that TRUTH names"),
     ):
         if rows.num_rows and not (partial and advice):

@@ -23,7 +23,7 @@ from faceflow.stages import decisions, detect, ingest, link, publish, quantize, 
 from faceflow.stages.base import Context, Past, Stage, open_executor
 from faceflow.storage import lakes, layout, manifests
 from faceflow.storage.files import Store
-from faceflow.storage.inputs import Listing
+from faceflow.storage.inputs import Listing, contains
 from faceflow.storage.layout import RunStores
 from faceflow.storage.manifests import Manifest
 
@@ -134,7 +134,18 @@ def _run(
     if config.constraints is not None:
         decisions.read(config.constraints, config.storage_options)  # a contradiction is said now, not after the search
     if config.labels_table is not None:
-        lakes.check_can_commit()
+        for name, place in (("INPUT", config.input), ("OUTPUT", config.output), ("work_dir", config.work_dir)):
+            if place is not None and (
+                contains(place, config.labels_table, config.storage_options)
+                or contains(config.labels_table, place, config.storage_options)
+            ):
+                raise SettingsError(
+                    f"labels_table {config.labels_table} and {name} {place} overlap, and a commit replaces what is there: name "
+                    "another table"
+                )
+        lakes.check_labels_table(Store.at(config.labels_table, config.storage_options))
+    with contextlib.suppress(OSError):  # what cannot be read there, the next check says
+        layout.read_latest(output)  # refused before anything is written
     for store in (output, runs):
         store.check_writable()
         store.check_conditional_writes()

@@ -380,3 +380,22 @@ def test_ids_of_extension_types_that_say_nothing_about_ids(tmp_path: Path) -> No
     labels = pq.read_table(run.labels, partitioning=None)
     assert labels["id"].type == pa.string()
     assert labels["id"].to_pylist() == [f'"{i}"' for i in range(40)]
+
+
+@pytest.mark.parametrize("where", ["input", "foreign", "inside input", "above output"])
+def test_a_labels_table_never_replaces_anything_but_labels(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], where: str
+) -> None:
+    source, foreign = tmp_path / "lake" / "faces", tmp_path / "foreign"
+    for table in (source, foreign):
+        deltalake.write_deltalake(table, faces(numbers(0, 40)))
+    named = {"input": source, "foreign": foreign, "inside input": source / "labels", "above output": tmp_path / "deep"}[where]
+    out = tmp_path / "deep" / "out"
+    assert main(["cluster", str(source), str(out), "--labels-table", str(named), "--quiet"]) == 2
+    told = capsys.readouterr().err
+    assert "name another table" in told
+    assert "embedding" in told if where == "foreign" else "overlap" in told
+    assert not out.exists()
+    for table in (source, foreign):
+        made = deltalake.DeltaTable(table)
+        assert (made.version(), pa.schema(made.schema()).names) == (0, ["id", "embedding"])

@@ -238,3 +238,16 @@ def test_the_engine_s_own_versions_matter() -> None:
     assert "infomap" not in packages["detect"]
     assert detect._package(ClusterConfig("a", "b")) == {}
     assert list(detect._package(ClusterConfig("a", "b", engine="infomap"))) == ["version of infomap"]
+
+
+def test_options_are_checked_whatever_the_paths(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["cluster", str(tmp_path / "in"), str(tmp_path / "out"), "--storage-options", '{"endpiont_url": "http://x"}']
+    assert "did you mean 'endpoint_url'?" in refused(capsys, *arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["diffs", "a", "b", "c"])
+    assert caught.value.code == 2
+    assert "did you mean 'diff'?" in capsys.readouterr().err

@@ -19,7 +19,7 @@ import fsspec
 import pyarrow as pa
 
 from faceflow.errors import FaceflowError, PublishError, RunError, SettingsError
-from faceflow.storage.options import check_options
+from faceflow.storage.options import check_options, endpoint_of
 
 _TEMPORARY = ".tmp-"
 
@@ -67,6 +67,7 @@ class Store:
 
     @classmethod
     def at(cls, address: str, options: Mapping[str, Any] | None = None) -> Store:
+        check_options(options or {})
         if "://" not in address:
             return cls(os.path.abspath(os.path.expanduser(address)))
         scheme = address.split("://", 1)[0]
@@ -74,7 +75,7 @@ class Store:
             return cls(os.path.abspath(address.split("://", 1)[1]))
         if scheme not in ("s3", "s3a"):
             raise SettingsError(f"{address}: only local paths and s3:// addresses are supported")
-        check_options(options or {})
+        endpoint_of(options or {})
         frozen = tuple(sorted((k, json.dumps(v, sort_keys=True)) for k, v in (options or {}).items()))
         return cls("s3://" + address.split("://", 1)[1].rstrip("/"), frozen)
 

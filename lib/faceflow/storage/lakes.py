@@ -202,6 +202,31 @@ def _version(store: Store) -> int:
     return int(DeltaTable(store.root, storage_options=_object_store(store)).version())
 
 
+LABEL_COLUMNS = ["id", "cluster"]
+"""What a table of labels begins with."""
+
+
+def check_labels_table(store: Store) -> None:
+    """Raise SettingsError where a Delta table holds something else than labels: a commit would replace it. One that cannot be
+    read is none of this check's business."""
+    check_can_commit()
+    from deltalake import DeltaTable
+    from deltalake.exceptions import DeltaError
+
+    options = _object_store(store)
+    try:
+        if not DeltaTable.is_deltatable(store.root, storage_options=options):
+            return
+        names = pa.schema(DeltaTable(store.root, storage_options=options).schema()).names
+    except (DeltaError, OSError):
+        return
+    if names[: len(LABEL_COLUMNS)] != LABEL_COLUMNS:
+        raise SettingsError(
+            f"labels_table {one_line(store.root)} is a table of {', '.join(names[:5])}, not of labels: its content would be "
+            "replaced; name another table"
+        )
+
+
 _SIGNED = {pa.uint8(): pa.int16(), pa.uint16(): pa.int32(), pa.uint32(): pa.int64(), pa.uint64(): pa.int64()}
 
 

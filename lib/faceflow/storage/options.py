@@ -45,4 +45,3 @@ def check_options(options: Mapping[str, Any]) -> None:
         if value is not None and (not isinstance(value, kind) or (kind is int and isinstance(value, bool))):
             wanted = {str: "a text", bool: "true or false", int: "a whole number", dict: "an object"}[kind]
             raise SettingsError(f"storage_options: {name} must be {wanted}")
-    endpoint_of(options)
