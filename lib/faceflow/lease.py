@@ -112,32 +112,18 @@ class Lease:
 
 
 @dataclass(frozen=True)
-class FencedStore(Store):
-    """A store that writes only while its lease holds. Sent to a worker it becomes a `TaskStore`."""
-
-    lease: Lease | None = None
-
-    @classmethod
-    def of(cls, store: Store, lease: Lease) -> FencedStore:
-        return cls(store.root, store.options, lease)
+class _CheckedStore(Store):
+    """A store that looks before each write whether its writer may still write."""
 
     def __repr__(self) -> str:
         return super().__repr__()
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        assert self.lease is not None
-        return TaskStore, (self.root, self.options, self.lease.run, self.lease.token)
-
-    def child(self, relative: str) -> Store:
-        return FencedStore(self.address(relative), self.options, self.lease)
-
     def _check(self) -> None:
-        if self.lease is not None:
-            self.lease.check()
+        """Raise RunError where the lease is somebody else's."""
+        raise NotImplementedError
 
     @contextlib.contextmanager
     def open_write(self, relative: str, durable: bool = False) -> Iterator[BinaryIO]:
-        self._check()
         with super().open_write(relative, durable) as file:
             yield file
             self._check()  # before the file appears
@@ -155,8 +141,36 @@ class FencedStore(Store):
         return super().share(source, relative, target)
 
 
-@dataclass(frozen=True)
-class TaskStore(Store):
+@dataclass(frozen=True, repr=False)
+class FencedStore(_CheckedStore):
+    """A store that writes only while its lease holds. Sent to a worker it becomes a `TaskStore`."""
+
+    lease: Lease | None = None
+
+    @classmethod
+    def of(cls, store: Store, lease: Lease) -> FencedStore:
+        return cls(store.root, store.options, lease)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        assert self.lease is not None
+        return TaskStore, (self.root, self.options, self.lease.run, self.lease.token)
+
+    def child(self, relative: str) -> Store:
+        return FencedStore(self.address(relative), self.options, self.lease)
+
+    def _check(self) -> None:
+        if self.lease is not None:
+            self.lease.check()
+
+    @contextlib.contextmanager
+    def open_write(self, relative: str, durable: bool = False) -> Iterator[BinaryIO]:
+        self._check()  # known without a request, and nothing is begun
+        with super().open_write(relative, durable) as file:
+            yield file
+
+
+@dataclass(frozen=True, repr=False)
+class TaskStore(_CheckedStore):
     """A store of a task, which writes nothing once the lease under which it was sent is somebody else's: what a task of a stale
     holder finishes must not be taken for the new holder's. run: the run's directory; token: the fencing token."""
 
@@ -166,28 +180,11 @@ class TaskStore(Store):
     def child(self, relative: str) -> Store:
         return TaskStore(self.address(relative), self.options, self.run, self.token)
 
-    def __repr__(self) -> str:
-        return super().__repr__()
-
     def _check(self) -> None:
         assert self.run is not None
         state = self.run.read_json(layout.PROGRESS) or {}
         if state.get("token") != self.token:
             raise RunError(f"run {state.get('run_id', '')} was taken over by another process: this task writes nothing more")
-
-    @contextlib.contextmanager
-    def open_write(self, relative: str, durable: bool = False) -> Iterator[BinaryIO]:
-        with super().open_write(relative, durable) as file:
-            yield file
-            self._check()  # before the file appears
-
-    def delete(self, relative: str) -> None:
-        self._check()
-        super().delete(relative)
-
-    def share(self, source: Store, relative: str, target: str) -> int:
-        self._check()
-        return super().share(source, relative, target)
 
 
 def claim(run: Store, run_id: str) -> Lease:
