@@ -14,7 +14,7 @@ from faceflow.advance import advance
 from faceflow.cluster.executor import Executor, peak_memory
 from faceflow.config import ClusterConfig, digest
 from faceflow.errors import FaceflowError, InputError, PublishError, QualityError, RunError, SettingsError
-from faceflow.lease import FencedStore, Lease
+from faceflow.lease import FencedStore
 from faceflow.logs import bind, told
 from faceflow.progress import Watcher
 from faceflow.report import write_report
@@ -110,7 +110,6 @@ class _Job:
     begun: float
     parent: dict[str, Any]
     parent_version: str | None
-    lease: Lease
     watcher: Watcher
     listing: Listing
     past: Past | None = None
@@ -174,7 +173,7 @@ def _run(
         stores = RunStores.of(output, runs, run_id)
         watcher = Watcher(lease)
         executor.watch, executor.guard = watcher.step, lease.check
-        job = _Job(config, runs, stores, executor, begun, parent, parent_version, lease, watcher, listing, past, night)
+        job = _Job(config, runs, stores, executor, begun, parent, parent_version, watcher, listing, past, night)
         return _carry_out(job, report)
     finally:
         executor.watch = executor.guard = None

@@ -83,10 +83,17 @@ def settle(context: Context) -> tuple[dict[str, Any], dict[str, int]]:
 
 def write_near(run: Store, part: int, table: NeighborTable, near: float) -> None:
     """Write the rows of one part that have near-identical neighbors, and these."""
-    ends = copies.near_prefix(table.offsets, table.values, near)
-    here = np.flatnonzero(ends)
-    places = np.concatenate([np.empty(0, np.int64), *(np.arange(table.offsets[i], table.offsets[i] + ends[i]) for i in here)])
-    _write_lists(run, layout.near(part), table.first_row + here, ends[here], table.rows[places])
+    counts, targets = _near_targets(table, near)
+    here = np.flatnonzero(counts)
+    _write_lists(run, layout.near(part), table.first_row + here, counts[here], targets)
+
+
+def _near_targets(table: NeighborTable, near: float) -> tuple[np.ndarray, np.ndarray]:
+    """(how many near-identical neighbors each row has int64[n], these int32[...], row after row, the nearest first)."""
+    counts = copies.near_prefix(table.offsets, table.values, near)
+    starts = table.offsets[:-1]
+    places = [np.arange(starts[i], starts[i] + counts[i]) for i in np.flatnonzero(counts).tolist()]
+    return counts, table.rows[np.concatenate([np.empty(0, np.int64), *places])]
 
 
 def _write_lists(run: Store, name: str, rows: np.ndarray, counts: np.ndarray, targets: np.ndarray) -> None:
@@ -189,9 +196,6 @@ def join_wider(run: Store, parts: Parts, k: int, near: float) -> int:
     table = NeighborTable(0, offsets, targets[other], values[other])
     columns = [pa.array(rows), table.to_batch().column(0)]
     run.write_arrow(layout.WIDER, WIDER_SCHEMA, [pa.record_batch(columns, schema=WIDER_SCHEMA)])
-    ends = copies.near_prefix(table.offsets, table.values, near)
-    places = np.concatenate(
-        [np.empty(0, np.int64), *(np.arange(table.offsets[i], table.offsets[i] + n) for i, n in enumerate(ends))]
-    )
-    joined = copies.lead(rows.astype(np.int64), np.concatenate([[0], np.cumsum(ends)]), table.rows[places], parts.faces)
+    counts, near_rows = _near_targets(table, near)
+    joined = copies.lead(rows.astype(np.int64), np.concatenate([[0], np.cumsum(counts)]), near_rows, parts.faces)
     return _write_groups(run, layout.GROUPS, joined[read_groups(run, parts.faces, layout.GROUPS_AT_FIRST)])

@@ -14,6 +14,7 @@ from urllib.parse import unquote
 import pyarrow as pa
 
 from faceflow.errors import InputError, PublishError, RunError, SettingsError, one_line
+from faceflow.storage import columns
 from faceflow.storage.files import FileInfo, Store, explain
 
 INSTALL = "it takes the lakes extra: pip install 'faceflow[lakes]'"
@@ -235,9 +236,8 @@ def as_delta(labels: pa.Table) -> pa.Table:
 
     Raises RunError for an id above 2**63 - 1.
     """
-    ids = labels["id"]
-    if isinstance(ids.type, pa.BaseExtensionType):
-        ids = pa.chunked_array([chunk.storage for chunk in ids.chunks], ids.type.storage_type)
+    given = labels["id"]
+    ids = pa.chunked_array([columns.unwrapped(chunk) for chunk in given.chunks], columns.plain(given.type))
     kind = pa.binary() if pa.types.is_fixed_size_binary(ids.type) else _SIGNED.get(ids.type, ids.type)
     try:
         return labels.set_column(0, "id", ids.cast(kind))
