@@ -6,6 +6,6 @@ from pathlib import Path
 # Found beside this file, so that a job submitted with this repository as its working directory needs no installation.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
 
-from faceflow.cli import main
+from faceflow.cli.main import main
 
 sys.exit(main(["evaluate", *sys.argv[1:]]))

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from faceflow import ClusterConfig
-from faceflow.cli import build_parser, main
+from faceflow.cli.main import main
+from faceflow.cli.parser import build_parser
 from faceflow.config import SETTINGS, load_config
 from faceflow.errors import SettingsError
 

@@ -14,7 +14,7 @@ import ray
 import ray.autoscaler
 import yaml
 
-from faceflow.cli import build_parser
+from faceflow.cli.parser import build_parser
 from faceflow.config import load_config
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -5,21 +5,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from faceflow.api import run_clustering as run_clustering
+    from faceflow.api import run_nightly as run_nightly
     from faceflow.config import ClusterConfig as ClusterConfig
-    from faceflow.kernels.mapequation import map_equation as map_equation
-    from faceflow.pipeline import RunResult as RunResult
-    from faceflow.pipeline import run_clustering as run_clustering
-    from faceflow.pipeline import run_nightly as run_nightly
+    from faceflow.kernels.mapequation.engine import map_equation as map_equation
+    from faceflow.runs.pipeline import RunResult as RunResult
 
 __version__ = "0.3.0"
 __all__ = ["ClusterConfig", "RunResult", "map_equation", "run_clustering", "run_nightly"]
 
 _HOMES = {
     "ClusterConfig": "faceflow.config",
-    "RunResult": "faceflow.pipeline",
-    "map_equation": "faceflow.kernels.mapequation",
-    "run_clustering": "faceflow.pipeline",
-    "run_nightly": "faceflow.pipeline",
+    "RunResult": "faceflow.runs.pipeline",
+    "map_equation": "faceflow.kernels.mapequation.engine",
+    "run_clustering": "faceflow.api",
+    "run_nightly": "faceflow.api",
 }
 
 
@@ -30,3 +30,7 @@ def __getattr__(name: str) -> Any:
 
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'faceflow' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

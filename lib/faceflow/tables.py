@@ -37,7 +37,7 @@ HOMES_SCHEMA = pa.schema([pa.field("home", pa.int32(), nullable=False)])
 CANDIDATES_SCHEMA = pa.schema(
     [pa.field("row", pa.int32(), nullable=False), pa.field("keys", pa.large_list(pa.uint64()), nullable=False)]
 )
-"""The candidate neighbors one shard found for rows of one part (row: within the part), as the keys of `kernels.topk`."""
+"""The candidate neighbors one shard found for rows of one part (row: within the part), as the keys of `kernels.knn.topk`."""
 
 IDS_CHECKED_SCHEMA = pa.schema([pa.field("row", pa.int64(), nullable=False)])
 """Input rows, counted over all files; `idcheck/ids-*` has the id before it."""
@@ -45,7 +45,8 @@ IDS_CHECKED_SCHEMA = pa.schema([pa.field("row", pa.int64(), nullable=False)])
 REJECTED_SCHEMA = pa.schema(
     [("position", pa.int32()), ("verdict", pa.uint8()), ("file", pa.string()), ("row", pa.int64()), ("reason", pa.string())]
 )
-"""Rows of one part that cannot be used: position among the part's input rows, verdict of `stages.checking`, and the place."""
+"""Rows of one part that cannot be used: position among the part's input rows, verdict of `stages.ingest.row_checks`, and the
+place."""
 
 ORIGINS_SCHEMA = pa.schema([("file", pa.int32()), ("row", pa.int64()), ("hash", pa.uint64()), ("photo", pa.uint64())])
 """Where each entry of `ids/` came from: which of the run's input files, in sorted order, the row in it, a hash of the embedding

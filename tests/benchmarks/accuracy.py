@@ -24,10 +24,12 @@ import numpy as np
 import pyarrow.parquet as pq
 from pyarrow.dataset import dataset
 
-from faceflow.kernels import edges, mapequation, metrics
-from faceflow.kernels.graphs import compress
+from faceflow.kernels.clusters import scores as metrics
+from faceflow.kernels.graph import edge_recipes
+from faceflow.kernels.graph.csr import compress
+from faceflow.kernels.mapequation import engine as mapequation
 from faceflow.storage import layout
-from faceflow.storage.files import Store
+from faceflow.storage.object_store import Store
 from faceflow.tables import NeighborTable
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,7 +80,7 @@ def tables(output: Path, run_id: str) -> NeighborTable:
 
 def plain(table: NeighborTable, neighbors: int, floor: float, identities: np.ndarray) -> float:
     """F of threshold Infomap."""
-    found = edges.threshold(table, neighbors, floor)
+    found = edge_recipes.threshold(table, neighbors, floor)
     return f_of(mapequation.detect([(found.offsets, found.rows, found.values)], threads=2).modules, identities)
 
 
@@ -102,11 +104,11 @@ def sweep(table: NeighborTable, identities: np.ndarray, lowest: float, highest: 
 
 def recipes(table: NeighborTable, identities: np.ndarray, floors: dict[str, Any]) -> dict[str, float]:
     above = table.values >= np.float32(floors["floor"])
-    block = edges.kept((table.offsets, table.rows, table.values), above)
+    block = edge_recipes.kept((table.offsets, table.rows, table.values), above)
     *block, order = compress([block], 2)
     out = {}
     for name in ("shared", "nep", "facemap", "tpdi"):
-        found = getattr(edges, name)(tuple(block))
+        found = getattr(edge_recipes, name)(tuple(block))
         modules = np.empty(len(order), np.int64)
         modules[order] = mapequation.detect([found], threads=2).modules
         out[name] = round(f_of(modules, identities), 4)
@@ -155,7 +157,7 @@ def growth(faces: int, look: str, folder: Path) -> list[dict[str, Any]]:
 
 
 def synthesize_to(folder: str, faces: int, look: str) -> None:
-    from faceflow.synthesis import synthesize
+    from faceflow.tools.datasets.synthesize import synthesize
 
     synthesize(folder, faces, look=look)
 

@@ -27,11 +27,13 @@ import numpy as np
 import psutil
 from pyarrow.dataset import dataset
 
-from faceflow.kernels import infomap_engine, mapequation, metrics
-from faceflow.kernels.flow import directed_flow
-from faceflow.kernels.graphs import build_graph
+from faceflow.kernels.clusters import scores as metrics
+from faceflow.kernels.graph.csr import build_graph
+from faceflow.kernels.mapequation import engine as mapequation
+from faceflow.kernels.mapequation import infomap_package
+from faceflow.kernels.mapequation.flow import directed_flow
 from faceflow.storage import layout
-from faceflow.storage.files import Store
+from faceflow.storage.object_store import Store
 from faceflow.tables import EdgeList
 from tests.benchmarks.search import PeakMemory
 
@@ -58,7 +60,7 @@ def one(engine: str, folder: str, threads: int, out: str) -> None:
         partition = mapequation.detect([(e.offsets, e.rows, e.values) for e in parts], threads=threads)
         modules, figures["codelength"] = partition.modules, partition.codelength
     elif engine == "infomap":
-        partition = infomap_engine.detect(parts, faces, seed=0)
+        partition = infomap_package.detect(parts, faces, seed=0)
         modules, figures["codelength"] = partition.modules, partition.codelength
     else:
         modules = networkit_modules(parts, faces, threads)
@@ -105,7 +107,7 @@ def main() -> None:
 
 def make_run(temporary: Path, faces: int, neighbors: int) -> str:
     from faceflow import ClusterConfig, run_clustering
-    from faceflow.synthesis import synthesize
+    from faceflow.tools.datasets.synthesize import synthesize
 
     synthesize(str(temporary / "in"), faces)
     config = ClusterConfig(
@@ -150,7 +152,7 @@ def compare(a: argparse.Namespace, folder: str, temporary: Path) -> dict[str, An
             scores = metrics.score(np.unique(modules, return_inverse=True)[1], np.unique(labels, return_inverse=True)[1])
             figures |= {"pairwise_f": round(scores.pairwise_f, 4), "bcubed_f": round(scores.bcubed_f, 4)}
         if a.verify and engine == "native":
-            figures["codelength_by_package"] = infomap_engine.score(read_edges(folder)[0], modules)
+            figures["codelength_by_package"] = infomap_package.score(read_edges(folder)[0], modules)
             assert abs(figures["codelength_by_package"] - checked) < 1e-7
         figures["peak_bytes_an_edge"] = round(figures["peak_bytes_over_start"] / max(1, len(graph.targets)), 1)
         line[engine] = figures

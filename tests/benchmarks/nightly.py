@@ -24,8 +24,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from faceflow.evaluation import evaluate
-from faceflow.synthesis import synthesize
+from faceflow.tools.datasets.synthesize import synthesize
+from faceflow.tools.evaluate import evaluate
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAIN = ("--min-similarity", "0.58", "--edges", "threshold", "--neighbors", "50")

@@ -30,17 +30,18 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from faceflow import ClusterConfig, pipeline
+from faceflow import ClusterConfig
 from faceflow.cluster.executor import Executor
-from faceflow.lease import claim
-from faceflow.progress import Watcher
+from faceflow.runs import pipeline
+from faceflow.runs.lease import claim
+from faceflow.runs.status import Watcher
+from faceflow.stages.artifacts.faces import read_vectors
 from faceflow.stages.base import Context
-from faceflow.stages.reading import read_vectors
 from faceflow.storage import layout
-from faceflow.storage.files import Store
 from faceflow.storage.layout import RunStores
-from faceflow.synthesis import synthesize
+from faceflow.storage.object_store import Store
 from faceflow.tables import NeighborTable
+from faceflow.tools.datasets.synthesize import synthesize
 
 CHECKED = 1_000
 

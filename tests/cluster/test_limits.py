@@ -96,7 +96,7 @@ def test_commands_that_compute_nothing_load_no_kernels(tmp_path: Path, arguments
     (run / "run.json").write_text(json.dumps(record))
     script = (
         "import sys; sys.modules['numba'] = sys.modules['ray'] = None\n"
-        "from faceflow.cli import main\n"
+        "from faceflow.cli.main import main\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
     command = [sys.executable, "-c", script, *(str(tmp_path) if a == "OUT" else a for a in arguments)]
@@ -106,14 +106,15 @@ def test_commands_that_compute_nothing_load_no_kernels(tmp_path: Path, arguments
 
 
 def test_what_ray_prints_goes_to_stderr(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from faceflow import cli, logs
+    from faceflow import logs
+    from faceflow.cli.main import main
 
     def command(arguments: object) -> None:
         print("\x1b[33m(raylet)\x1b[0m the memory runs short")
         logs.say("the result")
 
-    monkeypatch.setitem(cli.COMMANDS, "runs", command)
-    assert cli.main(["runs", "anywhere"]) == 0
+    monkeypatch.setitem(main.COMMANDS, "runs", command)
+    assert main.main(["runs", "anywhere"]) == 0
     told = capsys.readouterr()
     assert told.out == "the result\n"
     assert "(raylet)" in told.err

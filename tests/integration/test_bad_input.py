@@ -13,12 +13,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from faceflow import ClusterConfig, housekeeping, run_clustering
-from faceflow.cli import main
+from faceflow import ClusterConfig, run_clustering
+from faceflow.cli.main import main
 from faceflow.errors import FingerprintError, InputError, PublishError
-from faceflow.evaluation import evaluate
+from faceflow.runs import housekeeping
+from faceflow.stages.ingest import reading
 from faceflow.storage import layout
-from faceflow.storage.files import Store
+from faceflow.storage.object_store import Store
+from faceflow.tools.evaluate import evaluate
 from tests.conftest import write_faces
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -59,9 +61,8 @@ def read(folder: Path) -> pa.Table:
 def test_bad_rows_are_set_aside_and_the_others_are_clustered_as_if_they_were_not_there(
     tmp_path: Path, blobs: Blobs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], buckets: int
 ) -> None:
-    from faceflow.stages import intake
 
-    monkeypatch.setattr(intake, "BUCKET_IDS", -(-209 // buckets))
+    monkeypatch.setattr(reading, "BUCKET_IDS", -(-209 // buckets))
     x, identities = blobs()
     reasons = dirty(tmp_path / "in" / "x", x)
     arguments = ["cluster", str(tmp_path / "in"), str(tmp_path / "out"), "--min-similarity", "0.5", "--quiet", "--json"]
@@ -118,9 +119,8 @@ def test_no_good_row(tmp_path: Path) -> None:
 
 
 def test_a_part_without_any_good_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blobs: Blobs) -> None:
-    from faceflow.stages import intake
 
-    monkeypatch.setattr(intake, "part_faces", lambda faces, dim: 50)
+    monkeypatch.setattr(reading, "part_faces", lambda faces, dim: 50)
     x = blobs()[0]
     x[50:100] = 0
     pq.write_table(pa.table({"id": np.arange(200), "embedding": x.tolist()}), tmp_path / "in.parquet", row_group_size=50)
@@ -206,7 +206,7 @@ def test_restart_throws_away_and_begins_again(tmp_path: Path, blobs: Blobs) -> N
 
 
 def test_the_loser_of_a_race_names_the_winner(tmp_path: Path, blobs: Blobs, monkeypatch: pytest.MonkeyPatch) -> None:
-    from faceflow import pipeline
+    from faceflow.runs import pipeline
 
     pq.write_table(pa.table({"id": np.arange(200), "embedding": blobs()[0].tolist()}), tmp_path / "in.parquet")
     real = pipeline._publish
@@ -259,12 +259,11 @@ def test_a_full_disk_stops_the_run_and_room_lets_it_continue(
 
 
 def test_restart_leaves_nothing_of_the_labels_before(tmp_path: Path, blobs: Blobs, monkeypatch: pytest.MonkeyPatch) -> None:
-    from faceflow.stages import intake
 
     x, _ = blobs()
     write_faces(tmp_path / "in" / "a.parquet", x)
     with monkeypatch.context() as patch:
-        patch.setattr(intake, "part_faces", lambda faces, dim: 50)
+        patch.setattr(reading, "part_faces", lambda faces, dim: 50)
         run_clustering(ClusterConfig(str(tmp_path / "in"), str(tmp_path / "out"), run_id="x"), progress=False, report=False)
     run_clustering(ClusterConfig(str(tmp_path / "in"), str(tmp_path / "out"), run_id="y"), progress=False, report=False)
     write_faces(tmp_path / "in" / "a.parquet", x[:60])

@@ -27,8 +27,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from faceflow.pipeline import STAGES
-from faceflow.synthesis import synthesize
+from faceflow.runs.pipeline import STAGES
+from faceflow.tools.datasets.synthesize import synthesize
 from tests.conftest import ROOT
 from tests.integration.clusters import TwoMachines, clean_environment
 

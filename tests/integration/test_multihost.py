@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from faceflow.storage.files import Store
-from faceflow.synthesis import synthesize
+from faceflow.storage.object_store import Store
+from faceflow.tools.datasets.synthesize import synthesize
 from tests.conftest import ROOT, S3, serve_s3
 from tests.integration.clusters import clean_environment
 from tests.integration.hosts import Hosts, hosts

@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from faceflow.cli import main
+from faceflow.cli.main import main
 from faceflow.cluster.usage import Step
-from faceflow.lease import claim
-from faceflow.progress import Watcher, status
+from faceflow.runs.lease import claim
+from faceflow.runs.status import Watcher, status
 from faceflow.storage import layout
-from faceflow.storage.files import Store
-from faceflow.synthesis import synthesize
+from faceflow.storage.object_store import Store
+from faceflow.tools.datasets.synthesize import synthesize
 from tests.conftest import ROOT, write_faces
 from tests.integration.clusters import clean_environment
 
@@ -39,7 +39,7 @@ import sys
 
 import ray
 
-from faceflow.cli import main
+from faceflow.cli.main import main
 
 ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
 code = main(sys.argv[1:])
@@ -89,7 +89,7 @@ def scraped(address: str) -> dict[tuple[str, str, str], float]:
 
 
 def test_each_log_line_is_an_object(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "faceflow.cli", "cluster", faces(tmp_path), str(tmp_path / "out"), "--run-id", "told"]
+    command = [sys.executable, "-m", "faceflow", "cluster", faces(tmp_path), str(tmp_path / "out"), "--run-id", "told"]
     for again in (False, True):
         done = subprocess.run(
             [*command, "--log-format", "json", "--json"], env=clean_environment(), capture_output=True, text=True, timeout=200,

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from faceflow.cli import main
+from faceflow.cli.main import main
 from tests.conftest import ROOT, write_faces
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -150,7 +150,7 @@ def test_files_that_may_not_be_read_or_written(tmp_path: Path) -> None:
     write_faces(tmp_path / "in" / "a.parquet", ONES).chmod(0o600)
     (tmp_path / "out").mkdir(mode=0o755)
     script = (
-        "import os; from faceflow.storage import files, inputs; from faceflow.stages.pieces import read_footers\n"
+        "import os; from faceflow.storage import files, inputs; from faceflow.stages.ingest.parquet_input import read_footers\n"
         "files.Store.at('/').fs; os.chdir('/'); os.setuid(65534)\n"
         f"store, found = inputs.list_parquet({str(tmp_path / 'in')!r}, None)\n"
         "try: read_footers(store, [f.path for f in found], 'id', 'embedding')\n"

@@ -17,16 +17,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from faceflow import ClusterConfig, RunResult, run_clustering
-from faceflow.cli import main
+from faceflow.cli.main import main
 from faceflow.errors import FingerprintError, InputError, PublishError, QualityError, SettingsError
-from faceflow.evaluation import evaluate
-from faceflow.progress import Watcher
-from faceflow.stages import quantize
-from faceflow.stages import search as search_stage
+from faceflow.runs.status import Watcher
+from faceflow.stages.quantize import stage as quantize
+from faceflow.stages.search import stage as search_stage
 from faceflow.storage import layout
-from faceflow.storage.files import Store
-from faceflow.synthesis import synthesize
+from faceflow.storage.object_store import Store
 from faceflow.tables import NeighborTable
+from faceflow.tools.datasets.synthesize import synthesize
+from faceflow.tools.evaluate import evaluate
 from tests.conftest import S3, write_faces
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -162,7 +162,7 @@ def test_publishes_what_the_readme_promises(tmp_path: Path, blobs: Callable[...,
 def test_continues_after_an_interruption(
     tmp_path: Path, blobs: Callable[..., tuple[np.ndarray, np.ndarray]], monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
-    from faceflow import pipeline
+    from faceflow.runs import pipeline
 
     write_faces(tmp_path / "in" / "a.parquet", blobs()[0])
     whole = run(tmp_path / "in", tmp_path / "whole", index="cells", cells=8)
@@ -212,7 +212,7 @@ def test_refuses_a_run_made_from_something_else(tmp_path: Path, blobs: Callable[
 def test_the_second_of_two_racing_runs_is_refused(
     tmp_path: Path, blobs: Callable[..., tuple[np.ndarray, np.ndarray]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from faceflow import pipeline
+    from faceflow.runs import pipeline
 
     write_faces(tmp_path / "in" / "a.parquet", blobs()[0])
     advance = pipeline.advance
@@ -375,8 +375,8 @@ def test_tables_do_not_depend_on_workers_shards_or_kills(
 
 def train_into_shards(shards: int, *arguments: object) -> None:
     """In a worker: the real training, with another number of shards."""
-    from faceflow.kernels import plans
-    from faceflow.stages.quantize import train
+    from faceflow.kernels.ivf import plan as plans
+    from faceflow.stages.quantize.stage import train
 
     real = plans.shard_count
     plans.shard_count = lambda *a: shards
@@ -388,7 +388,7 @@ def train_into_shards(shards: int, *arguments: object) -> None:
 
 def killed_thrice(flag: str, *arguments: object) -> None:
     """In a worker: dies by SIGKILL three times, then does the real work: in four steps, as its memory may be the reason."""
-    from faceflow.stages.search import search_cells_shard
+    from faceflow.stages.search.stage import search_cells_shard
 
     for i in range(3):
         try:
@@ -402,7 +402,7 @@ def killed_thrice(flag: str, *arguments: object) -> None:
 
 def until_search(source: Path, output: Path, **settings: object) -> None:
     """A run that stops after the search stage."""
-    from faceflow import pipeline
+    from faceflow.runs import pipeline
 
     class EnoughError(Exception):
         pass
@@ -432,7 +432,7 @@ def test_no_floor_keeps_the_plain_nearest(tmp_path: Path) -> None:
 
 
 def test_a_small_memory_limit_makes_more_shards(tmp_path: Path) -> None:
-    from faceflow.kernels.plans import Workers, shard_count
+    from faceflow.kernels.ivf.plan import Workers, shard_count
 
     assert shard_count(1_000_000, 512, 200, 2000, 3, Workers(2, 2**29)) > shard_count(
         1_000_000, 512, 200, 2000, 3, Workers(2, 2**34)

@@ -13,8 +13,8 @@ import pytest
 import s3fs
 
 from faceflow import ClusterConfig, run_clustering
-from faceflow.cli import main
-from faceflow.storage.files import Store
+from faceflow.cli.main import main
+from faceflow.storage.object_store import Store
 from tests.conftest import S3, free_port, write_faces
 from tests.s3_faults import KINDS, FaultyS3
 

@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 import s3fs
 
-from faceflow.cli import main
-from faceflow.storage.files import Store
+from faceflow.cli.main import main
+from faceflow.storage.object_store import Store
 from tests.conftest import ROOT, S3, write_faces
 
 Blobs = Callable[..., tuple[np.ndarray, np.ndarray]]

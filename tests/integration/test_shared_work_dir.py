@@ -10,10 +10,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from faceflow import ClusterConfig, housekeeping, run_clustering, run_nightly
-from faceflow.cli import main
+from faceflow import ClusterConfig, run_clustering, run_nightly
+from faceflow.cli.main import main
 from faceflow.errors import InputError, SettingsError
-from faceflow.progress import status
+from faceflow.runs import housekeeping
+from faceflow.runs.status import status
 from faceflow.storage import layout
 from tests.conftest import write_faces
 

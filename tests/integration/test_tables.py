@@ -16,13 +16,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from faceflow import ClusterConfig, run_clustering, run_nightly
-from faceflow.cli import main
+from faceflow.cli.main import main
 from faceflow.errors import InputError, PublishError, RunError
-from faceflow.evaluation import evaluate
-from faceflow.stages import publish
-from faceflow.storage import lakes
-from faceflow.storage.files import Store
+from faceflow.stages.publish import stage as publish
+from faceflow.storage import table_formats
 from faceflow.storage.inputs import list_faces
+from faceflow.storage.object_store import Store
+from faceflow.tools.evaluate import evaluate
 from tests.conftest import S3
 
 deltalake = pytest.importorskip("deltalake", reason="the lakes extra is not installed")
@@ -256,39 +256,41 @@ def test_a_stalled_run_does_not_replace_later_labels(tmp_path: Path) -> None:
     """A driver stops between publication and its commit; the next run publishes and commits; the first one goes on."""
     table = Store.at(str(tmp_path / "labels"))
     schema = batches(0)()[0].schema
-    lakes.commit_labels(table, "first", schema, batches(1), lakes.Fence("out", 10, lambda: True))
-    lakes.commit_labels(table, "second", schema, batches(2), lakes.Fence("out", 20, lambda: True))
-    for stalled in (lakes.Fence("out", 15, lambda: True), lakes.Fence("out", 30, lambda: False)):
+    table_formats.commit_labels(table, "first", schema, batches(1), table_formats.Fence("out", 10, lambda: True))
+    table_formats.commit_labels(table, "second", schema, batches(2), table_formats.Fence("out", 20, lambda: True))
+    for stalled in (table_formats.Fence("out", 15, lambda: True), table_formats.Fence("out", 30, lambda: False)):
         with pytest.raises(PublishError, match="a later run was published while run stalled was stalled"):
-            lakes.commit_labels(table, "stalled", schema, batches(9), stalled)
+            table_formats.commit_labels(table, "stalled", schema, batches(9), stalled)
     made = deltalake.DeltaTable(table.root)
     assert (made.version(), made.to_pyarrow_table()["cluster"].to_pylist()) == (1, [2])
     # Another OUTPUT counts for itself.
-    lakes.commit_labels(table, "other", schema, batches(3), lakes.Fence("elsewhere", 5, lambda: True))
-    assert lakes.committed(table) == "other"
+    table_formats.commit_labels(table, "other", schema, batches(3), table_formats.Fence("elsewhere", 5, lambda: True))
+    assert table_formats.committed(table) == "other"
 
 
 def test_a_commit_that_comes_between_is_seen(tmp_path: Path) -> None:
     """The stalled run has looked at the table and at latest.json already, and is writing its labels."""
     table = Store.at(str(tmp_path / "labels"))
     schema = batches(0)()[0].schema
-    lakes.commit_labels(table, "first", schema, batches(1), lakes.Fence("out", 10, lambda: True))
+    table_formats.commit_labels(table, "first", schema, batches(1), table_formats.Fence("out", 10, lambda: True))
     later = []
 
     def while_writing() -> list[pa.RecordBatch]:
         if not later:
-            later.append(lakes.commit_labels(table, "later", schema, batches(2), lakes.Fence("out", 30, lambda: True)))
+            later.append(
+                table_formats.commit_labels(table, "later", schema, batches(2), table_formats.Fence("out", 30, lambda: True))
+            )
         return batches(9)()
 
     with pytest.raises(PublishError):
-        lakes.commit_labels(table, "stalled", schema, while_writing, lakes.Fence("out", 20, lambda: True))
+        table_formats.commit_labels(table, "stalled", schema, while_writing, table_formats.Fence("out", 20, lambda: True))
     assert deltalake.DeltaTable(table.root).to_pyarrow_table()["cluster"].to_pylist() == [2]
 
 
 def test_upkeep_that_comes_between_does_not_stop_a_commit(tmp_path: Path) -> None:
     table = Store.at(str(tmp_path / "labels"))
     schema = batches(0)()[0].schema
-    lakes.commit_labels(table, "first", schema, batches(1), lakes.Fence("out", 10, lambda: True))
+    table_formats.commit_labels(table, "first", schema, batches(1), table_formats.Fence("out", 10, lambda: True))
     done = []
 
     def while_writing() -> list[pa.RecordBatch]:
@@ -296,7 +298,7 @@ def test_upkeep_that_comes_between_does_not_stop_a_commit(tmp_path: Path) -> Non
             done.append(deltalake.DeltaTable(table.root).alter.set_table_properties({"delta.appendOnly": "false"}))
         return batches(5)()
 
-    lakes.commit_labels(table, "second", schema, while_writing, lakes.Fence("out", 20, lambda: True))
+    table_formats.commit_labels(table, "second", schema, while_writing, table_formats.Fence("out", 20, lambda: True))
     assert deltalake.DeltaTable(table.root).to_pyarrow_table()["cluster"].to_pylist() == [5]
 
 
@@ -318,13 +320,13 @@ def test_a_commit_that_upkeep_has_pushed_out_of_sight_is_not_made_again(tmp_path
     """A table is compacted and vacuumed every night; nothing else comes for weeks."""
     table = Store.at(str(tmp_path / "labels"))
     schema = batches(0)()[0].schema
-    fence = lakes.Fence("out", 10, lambda: True)
-    lakes.commit_labels(table, "first", schema, batches(1), fence)
-    for i in range(lakes.COMMITS_READ + 1):
+    fence = table_formats.Fence("out", 10, lambda: True)
+    table_formats.commit_labels(table, "first", schema, batches(1), fence)
+    for i in range(table_formats.COMMITS_READ + 1):
         deltalake.DeltaTable(table.root).alter.set_table_description(f"night {i}")
-    assert lakes.committed(table) is None
+    assert table_formats.committed(table) is None
     version = deltalake.DeltaTable(table.root).version()
-    assert lakes.commit_labels(table, "first", schema, batches(1), fence) == version
+    assert table_formats.commit_labels(table, "first", schema, batches(1), fence) == version
 
 
 @pytest.mark.parametrize(
@@ -334,18 +336,20 @@ def test_a_commit_that_upkeep_has_pushed_out_of_sight_is_not_made_again(tmp_path
     ids=str,
 )  # fmt: skip
 def test_ids_of_types_that_delta_lacks(tmp_path: Path, kind: pa.DataType, value: Any, delta: pa.DataType) -> None:
-    labels = lakes.as_delta(pa.table({"id": pa.array([value], kind), "cluster": [0]}))
+    labels = table_formats.as_delta(pa.table({"id": pa.array([value], kind), "cluster": [0]}))
     assert labels["id"].type == delta
-    lakes.commit_labels(Store.at(str(tmp_path)), "r", labels.schema, labels.to_batches, lakes.Fence("o", 1, lambda: True))
+    table_formats.commit_labels(
+        Store.at(str(tmp_path)), "r", labels.schema, labels.to_batches, table_formats.Fence("o", 1, lambda: True)
+    )
     assert deltalake.DeltaTable(tmp_path).to_pyarrow_table()["id"].to_pylist() == [value]
 
 
 def test_ids_that_no_delta_type_holds(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="do not fit into int64"):
-        lakes.as_delta(pa.table({"id": pa.array([2**63], pa.uint64()), "cluster": [0]}))
+        table_formats.as_delta(pa.table({"id": pa.array([2**63], pa.uint64()), "cluster": [0]}))
     raw = pa.array([b"1" * 16], pa.binary(16))
     for ids in (raw, pa.ExtensionArray.from_storage(pa.uuid(), raw)):
-        labels = lakes.as_delta(pa.table({"id": ids, "cluster": [0]}))
+        labels = table_formats.as_delta(pa.table({"id": ids, "cluster": [0]}))
         assert labels["id"].to_pylist() == [b"1" * 16]
 
 

@@ -15,9 +15,9 @@ import pytest
 import scipy.sparse
 
 from faceflow import map_equation
-from faceflow.cli import main
+from faceflow.cli.main import main
 from faceflow.errors import InputError
-from faceflow.storage.options import S3_OPTIONS
+from faceflow.storage.s3_options import S3_OPTIONS
 from tests.conftest import write_faces
 
 OPTIONS = [
@@ -60,7 +60,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 def test_every_command_is_here() -> None:
-    from faceflow.commands import COMMANDS as KNOWN
+    from faceflow.cli.commands import COMMANDS as KNOWN
 
     assert set(COMMANDS) == set(KNOWN)
 
@@ -216,7 +216,7 @@ def test_an_output_that_is_named_like_a_file(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_lines_of_a_constraints_file_are_those_of_an_editor(tmp_path: Path) -> None:
-    from faceflow.stages.decisions import read
+    from faceflow.stages.detect.constraints import read
 
     path = tmp_path / "c.csv"
     path.write_text('id_a,id_b,kind\n\n"two\nlines",b,MUST\n\nc,d,Cannot\ne,f,never\n')
@@ -230,8 +230,8 @@ def test_lines_of_a_constraints_file_are_those_of_an_editor(tmp_path: Path) -> N
 def test_the_engine_s_own_versions_matter() -> None:
     """A native run goes on whatever infomap is installed; what compiled its kernels is recorded."""
     from faceflow import ClusterConfig
-    from faceflow.pipeline import STAGES
-    from faceflow.stages import detect
+    from faceflow.runs.pipeline import STAGES
+    from faceflow.stages.detect import stage as detect
 
     packages = {stage.name: stage.packages for stage in STAGES}
     assert all("numba" in packages[name] for name in ("quantize", "search", "link", "detect"))

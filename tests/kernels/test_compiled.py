@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from faceflow import caches
+from faceflow import kernel_cache
 from tests.conftest import ROOT
 
 SCRIPT = """
@@ -36,7 +36,7 @@ def copy(to: Path) -> Path:
 
 
 def run(package: Path, **env: str | None) -> list[str]:
-    plain = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "NUMBA_CACHE_DIR", caches.FOLDER)}
+    plain = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "NUMBA_CACHE_DIR", kernel_cache.FOLDER)}
     plain |= {"PYTHONPATH": str(package), "PYTHONDONTWRITEBYTECODE": "1"} | {k: v for k, v in env.items() if v is not None}
     plain = {k: v for k, v in plain.items() if k not in env or env[k] is not None}
     done = subprocess.run([sys.executable, "-c", SCRIPT], env=plain, capture_output=True, text=True, check=False, cwd="/")
@@ -49,7 +49,7 @@ def test_an_upgrade_in_place_compiles_what_others_have_inlined(room: Path) -> No
     smaller now is written to past its end."""
     package, env = copy(room / "a"), {"XDG_CACHE_HOME": str(room / "cache")}
     before = run(package, **env)
-    topk = package / "faceflow" / "kernels" / "topk.py"
+    topk = package / "faceflow" / "kernels" / "knn" / "topk.py"
     text = topk.read_text()
     assert text.count("return k + k // 2 + 1") == 1
     topk.write_text(text.replace("return k + k // 2 + 1", "return 6 * k"))
@@ -82,5 +82,5 @@ def test_without_a_home_a_folder_of_the_user_s_own_in_the_temporary_one_serves(r
 
 
 def test_a_folder_of_the_user_s_choice(room: Path) -> None:
-    found = run(copy(room / "a"), **{caches.FOLDER: str(room / "mine")})
+    found = run(copy(room / "a"), **{kernel_cache.FOLDER: str(room / "mine")})
     assert found[2] == str(room / "mine" / Path(found[2]).name)

@@ -10,8 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as sk
 
-from faceflow.kernels import edges, identity, incremental, infomap_engine, metrics, synthetic, vectors
+from faceflow.kernels.clusters import naming
+from faceflow.kernels.clusters import scores as metrics
+from faceflow.kernels.graph import edge_recipes
+from faceflow.kernels.knn import incremental_search, vectors
+from faceflow.kernels.mapequation import infomap_package
 from faceflow.tables import EdgeList, NeighborTable
+from faceflow.tools.datasets import synthetic_faces
 
 
 def test_normalize_rows() -> None:
@@ -28,21 +33,21 @@ def test_threshold_recipe() -> None:
     table = NeighborTable(
         10, np.array([0, 3, 3, 5]), np.array([11, 12, 9, 10, 11], np.int32), np.array([0.9, 0.6, 0.5, 0.7, -0.1], np.float32)
     )
-    got = edges.threshold(table, 2, 0.6)
+    got = edge_recipes.threshold(table, 2, 0.6)
     assert got.offsets.tolist() == [0, 2, 2, 3]
     assert [(int(a), int(b), round(float(w), 3)) for a, b, w in zip(got.sources(), got.rows, got.values, strict=True)] == [
         (10, 11, 0.9),
         (10, 12, 0.6),
         (12, 10, 0.7),
     ]
-    assert len(edges.threshold(table, 9, None).rows) == 4  # a negative cosine never becomes an edge
+    assert len(edge_recipes.threshold(table, 9, None).rows) == 4  # a negative cosine never becomes an edge
 
 
 @settings(deadline=None)
 @given(st.lists(st.integers(0, 12), min_size=1, max_size=60))
 def test_canonical_order(modules: list[int]) -> None:
     m = np.array(modules)
-    lookup, sizes = identity.canonical_order(m)
+    lookup, sizes = naming.canonical_order(m)
     clusters = lookup[m]
     assert sorted(set(clusters)) == list(range(len(sizes)))
     np.testing.assert_array_equal(np.bincount(clusters), sizes)
@@ -96,29 +101,29 @@ def table_of(links: list[tuple[int, int, float]], n: int) -> EdgeList:
 
 def test_infomap_engine_two_cliques_and_rows_alone() -> None:
     cliques = [(a, b, 1.0) for group in (range(4), range(5, 9)) for a in group for b in group if a != b]
-    found = infomap_engine.detect([table_of([*cliques, (0, 5, 0.1)], 11)], 11, seed=0)
+    found = infomap_package.detect([table_of([*cliques, (0, 5, 0.1)], 11)], 11, seed=0)
     m = found.modules
     assert len(set(m[:4])) == len(set(m[5:9])) == 1
     assert m[0] != m[5]
     assert len({m[4], m[9], m[10], m[0], m[5]}) == 5
-    again = infomap_engine.detect([table_of([*cliques, (0, 5, 0.1)], 11)], 11, seed=0)
+    again = infomap_package.detect([table_of([*cliques, (0, 5, 0.1)], 11)], 11, seed=0)
     np.testing.assert_array_equal(m, again.modules)
 
 
 def test_infomap_engine_without_edges() -> None:
-    found = infomap_engine.detect([table_of([], 3)], 3, seed=0)
+    found = infomap_package.detect([table_of([], 3)], 3, seed=0)
     assert len(set(found.modules)) == 3
     assert found.codelength == 0
 
 
 def test_synthetic_faces_are_seeded_and_cluster() -> None:
     rng = np.random.default_rng(0)
-    sizes = synthetic.draw_sizes(5000, 20, rng)
+    sizes = synthetic_faces.draw_sizes(5000, 20, rng)
     assert sizes.sum() == 5000
     assert sizes.min() >= 1
     assert sizes.mean() == pytest.approx(20, rel=0.2)
-    world = synthetic.make_world(sizes, 64, 1)
-    a, b = synthetic.make_faces(world, 0, 3000), synthetic.make_faces(world, 0, 3000)
+    world = synthetic_faces.make_world(sizes, 64, 1)
+    a, b = synthetic_faces.make_faces(world, 0, 3000), synthetic_faces.make_faces(world, 0, 3000)
     np.testing.assert_array_equal(a, b)
     np.testing.assert_allclose(np.linalg.norm(a, axis=1), 1, atol=1e-5)
     s = a @ a.T
@@ -129,7 +134,7 @@ def test_synthetic_faces_are_seeded_and_cluster() -> None:
 
 
 def test_sizes_like_a_distribution() -> None:
-    sizes = synthetic.sizes_like(np.array([1, 10]), np.array([3, 1]), 10_000, np.random.default_rng(0))
+    sizes = synthetic_faces.sizes_like(np.array([1, 10]), np.array([3, 1]), 10_000, np.random.default_rng(0))
     assert sizes.sum() == 10_000
     assert (sizes[:-1] == 1).mean() == pytest.approx(0.75, abs=0.03)
 
@@ -140,6 +145,6 @@ def test_rows_that_lead_to_a_marked_one() -> None:
     rows = rng.integers(0, 100, offsets[-1]).astype(np.int32)
     marked = rng.random(100) < 0.2
     expected = [bool(marked[rows[a:b]].any()) for a, b in itertools.pairwise(offsets)]
-    assert incremental.leads_to(offsets, rows, marked).tolist() == expected
+    assert incremental_search.leads_to(offsets, rows, marked).tolist() == expected
     assert any(expected)
     assert not all(expected)

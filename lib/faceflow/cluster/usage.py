@@ -12,7 +12,7 @@ from typing import Any
 class Step:
     """One set of like pieces at work, or done. begun: Unix time, seconds; seconds: wall time so far; rows: of all pieces (0:
     they are not counted in rows); cpus: of the cluster; busy_seconds: of all its tasks, as their workers measured;
-    longest_seconds: of the longest; read_bytes, written_bytes: what its tasks read and wrote (`storage.files.moved`);
+    longest_seconds: of the longest; read_bytes, written_bytes: what its tasks read and wrote (`storage.object_store.moved`);
     peak_bytes: largest resident memory of a worker; retries: by cause."""
 
     label: str

@@ -16,7 +16,7 @@ import numba
 import numpy as np
 from numba.core import caching
 
-from faceflow import caches
+from faceflow import kernel_cache
 
 
 @functools.lru_cache(maxsize=1)
@@ -31,7 +31,7 @@ def versions() -> tuple[str, ...]:
 
 def folder() -> str:
     """Where the compiled kernels lie."""
-    return caches.kernel_folder(versions())
+    return kernel_cache.kernel_folder(versions())
 
 
 class KernelLocator(caching._CacheLocator):
@@ -44,7 +44,7 @@ class KernelLocator(caching._CacheLocator):
         return folder()
 
     def get_source_stamp(self) -> str:
-        return caches.key(versions())
+        return kernel_cache.key(versions())
 
     def get_disambiguator(self) -> str:
         return f"{self._module}-{self._line}"

@@ -11,11 +11,11 @@ from typing import Any
 from faceflow import __version__
 from faceflow.cluster.executor import Executor
 from faceflow.config import ClusterConfig
-from faceflow.kernels.flow import use_threads
-from faceflow.storage.files import Store, moved
+from faceflow.kernels.mapequation.flow import use_threads
 from faceflow.storage.inputs import Listing
 from faceflow.storage.layout import RunStores
 from faceflow.storage.manifests import Manifest
+from faceflow.storage.object_store import Store, moved
 from faceflow.tables import Parts
 
 

@@ -18,9 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from faceflow.errors import InputError, SettingsError, one_line
-from faceflow.storage import lakes
-from faceflow.storage.files import FileInfo, Store, explain
-from faceflow.storage.options import endpoint_of
+from faceflow.storage import table_formats
+from faceflow.storage.object_store import FileInfo, Store, explain
+from faceflow.storage.s3_options import endpoint_of
 
 FOOTERS_AT_ONCE = 8
 
@@ -44,11 +44,11 @@ def list_faces(address: str, options: Mapping[str, Any] | None, snapshot: int | 
     if not store.is_local:
         check_endpoint(address, options)
     try:
-        kind = lakes.table_kind(store)
+        kind = table_formats.table_kind(store)
     except OSError:
         kind = None  # whatever is wrong, a plain listing says best
     if kind is not None:
-        found = lakes.open_snapshot(store, kind, snapshot)
+        found = table_formats.open_snapshot(store, kind, snapshot)
         return Listing(store, found.files, {"format": kind, "snapshot": found.version})
     if snapshot is not None:
         raise SettingsError(f"snapshot is {snapshot}, but {address} is neither a Delta nor an Iceberg table")
@@ -163,7 +163,7 @@ def _folders_between(top: str, paths: Iterable[str]) -> list[str]:
 def _refuse_tables(store: Store, folders: Sequence[str]) -> None:
     """Raise InputError where one of these folders is a Delta or Iceberg table."""
     with ThreadPoolExecutor(FOOTERS_AT_ONCE) as pool:
-        kinds = pool.map(lambda folder: lakes.table_kind(Store(folder, store.options)), folders)
+        kinds = pool.map(lambda folder: table_formats.table_kind(Store(folder, store.options)), folders)
         for folder, kind in zip(folders, kinds, strict=True):
             if kind is not None:
                 raise InputError(_name_the_table(folder, kind.capitalize()))
@@ -173,7 +173,7 @@ def _refuse_inside_table(store: Store, folder: str) -> None:
     """Raise InputError where a folder, or one above it, is a Delta or Iceberg table."""
     while folder.strip("/") not in ("", "s3:"):
         try:
-            kind = lakes.table_kind(Store(folder, store.options))
+            kind = table_formats.table_kind(Store(folder, store.options))
         except OSError:
             return  # a folder above, which these credentials may not list
         if kind is not None:

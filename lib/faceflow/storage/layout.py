@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from faceflow.errors import InputError, RunError
-from faceflow.storage.files import Store
+from faceflow.storage.object_store import Store
 
 LATEST = "latest.json"
 

@@ -10,7 +10,7 @@ from typing import Any
 from faceflow.config import digest
 from faceflow.errors import FingerprintError
 from faceflow.storage import layout
-from faceflow.storage.files import Store
+from faceflow.storage.object_store import Store
 
 
 @dataclass(frozen=True)

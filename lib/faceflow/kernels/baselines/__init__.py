@@ -1,0 +1,1 @@
+"""Published clustering methods to compare with, each on the same neighbor table."""

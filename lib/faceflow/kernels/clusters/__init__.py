@@ -1,0 +1,1 @@
+"""What follows from modules: stable ids, singletons, constraints, quality, stability, scores."""

@@ -1,0 +1,1 @@
+"""Edge recipes, compressed sparse rows, shared neighbors, near-identical faces."""

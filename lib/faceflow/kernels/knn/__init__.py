@@ -1,0 +1,1 @@
+"""Exact products, top-k lists, searches over tiles, on CPU and GPU."""

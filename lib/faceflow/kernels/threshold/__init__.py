@@ -1,0 +1,1 @@
+"""The similarity threshold from a sample of pairs, without labels."""

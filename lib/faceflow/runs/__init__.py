@@ -1,0 +1,1 @@
+"""Runs of an OUTPUT: order of stages, registry, lease, status, housekeeping. No algorithms."""

@@ -1,0 +1,118 @@
+"""Reading the parts that ingest and quantize wrote, as arrays: shared by the stages that follow."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from faceflow.storage import columns, layout
+from faceflow.storage.object_store import Store
+from faceflow.tables import QUANTIZER_METADATA, Parts
+
+
+def matrix(column: pa.Array, dim: int) -> np.ndarray:
+    """A fixed-size-list column as an array [n, dim] that shares its memory."""
+    return column.flatten().to_numpy().reshape(-1, dim)
+
+
+def read_vectors(run: Store, part: int, dim: int) -> np.ndarray:
+    """float32[n, dim] of one part; on a disk a memory map, of which only what is used is read."""
+    return matrix(run.read_batch(layout.part("vectors", part)).column(0), dim)
+
+
+def read_ids(run: Store, part: int) -> pa.Array:
+    """Ids of all input rows of one part, quarantined ones (`read_rejected`) included, in their storage type."""
+    ids = run.read_batch(layout.part("ids", part)).column(0)
+    stored = columns.id_storage(ids.type)
+    return ids if stored is None else columns.cast(ids, stored)
+
+
+def read_rejected(run: Store, part: int) -> pa.RecordBatch:
+    """The rows of one part that were set aside: `tables.REJECTED_SCHEMA`."""
+    return run.read_batch(layout.part("rejected", part))
+
+
+def good_entries(rejected: pa.RecordBatch, entries: int) -> np.ndarray:
+    """bool[entries]: which entries of a part's ids are faces, as they were not set aside."""
+    good = np.ones(entries, bool)
+    good[rejected.column("position").to_numpy()] = False
+    return good
+
+
+def label_table(ids: pa.Array, kind: pa.DataType, good: np.ndarray, clusters: np.ndarray) -> pa.Table:
+    """`id` (of this type), `cluster` of one part's input rows: clusters int64[...] of the good ones, null for the others."""
+    every = np.zeros(len(ids), np.int64)
+    every[good] = clusters
+    return pa.table([columns.as_published(ids, kind), pa.array(every, mask=~good)], names=["id", "cluster"])
+
+
+def id_type(counts: Mapping[str, Any], run: Store) -> pa.DataType:
+    """The type in which a run publishes its ids, from the counts of its ingest manifest and its directory."""
+    if "id_type" in counts:
+        return columns.type_of(counts["id_type"])
+    return run.read_batch(layout.part("ids", 0)).column(0).type
+
+
+def read_column(run: Store, kind: str, parts: Iterable[int], column: int = 0) -> np.ndarray:
+    """One column of these parts' files (`past`, `modules`, `state`), one after the other."""
+    return np.concatenate([run.read_batch(layout.part(kind, part)).column(column).to_numpy() for part in parts])
+
+
+def rows_of(run: Store, kind: str, parts: Parts, rows: np.ndarray, column: int = 0) -> np.ndarray:
+    """One column of these rows int64[n], in any order, part by part."""
+    found = np.empty(len(rows), np.int64)
+    for part in range(len(parts)):
+        here = np.flatnonzero((rows >= parts.starts[part]) & (rows < parts.starts[part + 1]))
+        if len(here):
+            found[here] = run.read_batch(layout.part(kind, part)).column(column).to_numpy()[rows[here] - parts.starts[part]]
+    return found
+
+
+def ids_of(run: Store, parts: Parts, rows: np.ndarray) -> list[str]:
+    """The ids of these rows int64[n], ascending, as text."""
+    found: list[str] = []
+    cuts = np.searchsorted(rows, parts.starts)
+    for part in np.flatnonzero(np.diff(cuts)).tolist():
+        ids = read_ids(run, part)
+        entries = np.flatnonzero(good_entries(read_rejected(run, part), len(ids)))
+        here = entries[rows[cuts[part] : cuts[part + 1]] - parts.starts[part]]
+        found += map(columns.shown, ids.take(pa.array(here)).to_pylist())
+    return found
+
+
+def read_followers(run: Store, name: str = layout.GROUPS) -> tuple[np.ndarray, np.ndarray]:
+    """(faces that count as one with another int32[f], ascending; whom each follows int32[f])."""
+    batch = run.read_batch(name)
+    return batch.column(0).to_numpy(), batch.column(1).to_numpy()
+
+
+def leaders_of(rows: np.ndarray, followers: np.ndarray, leaders: np.ndarray) -> np.ndarray:
+    """int32[n]: whom these rows follow, or themselves, from `read_followers`."""
+    at = np.searchsorted(followers, rows).clip(max=max(0, len(followers) - 1))
+    return np.where(followers[at] == rows, leaders[at], rows) if len(followers) else rows
+
+
+def read_groups(run: Store, faces: int, name: str = layout.GROUPS) -> np.ndarray:
+    """int32[faces]: the face that each one counts as one with (`kernels.graph.near_identical`), itself where the run has no
+    groups."""
+    leader = np.arange(faces, dtype=np.int32)
+    if run.exists(name):
+        followers, leaders = read_followers(run, name)
+        leader[followers] = leaders
+    return leader
+
+
+def read_quantizer(run: Store, dim: int) -> tuple[np.ndarray, np.ndarray]:
+    """(centroids float32[cells, dim], first cell of each shard and the end int64[shards + 1])."""
+    batch = run.read_batch(layout.CENTROIDS)
+    record = json.loads(batch.schema.metadata[QUANTIZER_METADATA])
+    return matrix(batch.column(0), dim), np.array(record["shard_starts"])
+
+
+def rows_tonight(run: Store) -> np.ndarray:
+    """Of a night's run: tonight's row of each face of last night, int32[...], -1 for those that are gone."""
+    return np.asarray(run.read_batch(layout.ROWS_TONIGHT).column(0).to_numpy())

@@ -1,0 +1,1 @@
+"""Stage 5: graph -> modules; then capped modules, singletons and constraints."""

@@ -1,0 +1,97 @@
+"""Faces that stand alone and clearly belong to somebody are given to them (`kernels.clusters.singletons`); strangers stay
+alone."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from faceflow.kernels.clusters import singletons
+from faceflow.kernels.mapequation.flow import use_threads
+from faceflow.stages.artifacts.faces import read_vectors
+from faceflow.storage.object_store import Store
+from faceflow.tables import Parts
+
+FEWEST_FACES = 5
+"""Of a module that may adopt: the mean of fewer says little."""
+
+MOST_MEMBERS = 32
+"""Faces of a module that its mean is taken from; more change it little, and would have to be read."""
+
+TRIED_FIRST = 4_096
+"""Where more faces stand alone, as many of them are tried first; if hardly any is adopted, they are strangers, and it ends
+there."""
+
+HARDLY_ANY = 0.01
+
+BLOCK_FACES = 1_024
+"""Compared with all modules at once. Blocks are cut by data and multiplied by one thread each, so that the result does not
+depend on the number of threads."""
+
+
+def adopt(
+    run: Store, parts: Parts, dim: int, modules: np.ndarray, seed: int, threads: int
+) -> tuple[np.ndarray, dict[str, int]]:
+    """(modules int64[N] with faces adopted, counts: `alone`, `adopted`)."""
+    sizes = np.bincount(modules)
+    heads = np.flatnonzero(sizes >= FEWEST_FACES)
+    alone = np.flatnonzero(sizes[modules] == 1)
+    counts = {"alone": len(alone), "adopted": 0}
+    if len(heads) < singletons.SPACINGS + 2 or len(alone) == 0:
+        return modules, counts
+    use_threads(threads)
+    people = _means(run, parts, dim, modules, heads, len(sizes))
+    nearest, p = np.empty(len(alone), np.int64), np.ones(len(alone))
+    left = np.ones(len(alone), bool)
+    if len(alone) > 2 * TRIED_FIRST:
+        tried = np.sort(np.random.default_rng([seed, 9]).choice(len(alone), TRIED_FIRST, replace=False))
+        nearest[tried], p[tried] = _compare(run, parts, dim, alone[tried], people, threads)
+        if singletons.accepted(p[tried]).mean() < HARDLY_ANY:
+            return modules, counts
+        left[tried] = False
+    nearest[left], p[left] = _compare(run, parts, dim, alone[left], people, threads)
+    taken = singletons.accepted(p)
+    modules = modules.copy()
+    modules[alone[taken]] = heads[nearest[taken]]
+    return modules, counts | {"adopted": int(taken.sum())}
+
+
+def _means(run: Store, parts: Parts, dim: int, modules: np.ndarray, heads: np.ndarray, count: int) -> np.ndarray:
+    """Unit mean float32[h, d] of each of these modules; parts are read until all have members enough."""
+    number = np.full(count, -1)
+    number[heads] = np.arange(len(heads))
+    wanted = np.minimum(np.bincount(modules, minlength=count)[heads], MOST_MEMBERS)
+    sums, seen = np.zeros((len(heads), dim)), np.zeros(len(heads), np.int64)
+    for part in range(len(parts)):
+        owner = number[modules[parts.starts[part] : parts.starts[part + 1]]]
+        if (seen[owner[owner >= 0]] < wanted[owner[owner >= 0]]).any():
+            singletons.add_members(sums, seen, read_vectors(run, part, dim), owner, MOST_MEMBERS)
+    return (sums / np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), 1e-12)).astype(np.float32)
+
+
+def _compare(
+    run: Store, parts: Parts, dim: int, rows: np.ndarray, people: np.ndarray, threads: int
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """`adoption.margins` of these rows int64[n], ascending."""
+
+    def blocks() -> Iterator[np.ndarray]:
+        cuts = np.searchsorted(rows, parts.starts)
+        for part in np.flatnonzero(np.diff(cuts)).tolist():
+            here = rows[cuts[part] : cuts[part + 1]] - parts.starts[part]
+            vectors = read_vectors(run, part, dim)
+            for begin in range(0, len(here), BLOCK_FACES):
+                yield vectors[here[begin : begin + BLOCK_FACES]]
+
+    found: list[tuple[np.ndarray, np.ndarray]] = []
+    with threadpool_limits(limits=1), ThreadPoolExecutor(threads) as pool:
+        waiting: deque[Future[tuple[np.ndarray, np.ndarray]]] = deque()
+        for block in blocks():  # a few at a time: each holds its vectors
+            waiting.append(pool.submit(singletons.margins, block, people))
+            if len(waiting) > 2 * threads:
+                found.append(waiting.popleft().result())
+        found += [each.result() for each in waiting]
+    return tuple(np.concatenate(columns) for columns in zip(*found, strict=True))  # type: ignore[return-value]

@@ -1,0 +1,1 @@
+"""Stage 1: Parquet -> checked, unit-length vectors and ids, in parts."""

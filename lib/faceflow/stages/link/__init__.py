@@ -1,0 +1,1 @@
+"""Stage 4: neighbor table -> pruned, weighted graph."""

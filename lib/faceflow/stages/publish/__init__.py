@@ -1,0 +1,1 @@
+"""Stage 6: modules -> cluster ids, label files, events and quality."""

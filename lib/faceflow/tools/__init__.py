@@ -1,0 +1,1 @@
+"""What reads finished runs or makes inputs: evaluate, diff, compare, plan, report, data sets."""

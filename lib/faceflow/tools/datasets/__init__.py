@@ -1,0 +1,1 @@
+"""Synthetic faces, and conversion of other files into the input schema."""

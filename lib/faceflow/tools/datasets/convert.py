@@ -1,0 +1,135 @@
+"""Turns the files that face-clustering papers publish into Parquet: raw float32 features with text labels, or NumPy arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+
+from faceflow.errors import InputError, SettingsError
+from faceflow.kernels.graph.shared_neighbors import Block
+from faceflow.tools.datasets.synthesize import empty_folder, write_files
+
+
+def import_faces(
+    features: str,
+    output: str,
+    *,
+    labels: str | None = None,
+    dim: int | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+) -> dict[str, int]:
+    """Write features as Parquet files (id int64: the row, embedding float32[dim], label int32 where given) below `output`.
+
+    features: a local `.bin` of float32 rows of `dim` (MS1M, DeepFashion, YTF), or a `.npy` array [n, dim] (IJB-B); labels: a
+    `.meta` text file with one integer a line, or a `.npy` vector. Only a chunk of the features is in memory at a time.
+    Returns {"faces", "identities", "files"}; identities 0 without labels. Raises InputError where sizes do not fit,
+    SettingsError for a missing --dim or a folder that is not empty.
+    """
+    rows = _features(features, dim)
+    told = _labels(labels, len(rows)) if labels is not None else None
+    store = empty_folder(output, storage_options)
+
+    def block(begin: int, end: int) -> tuple[np.ndarray, np.ndarray | None]:
+        return np.ascontiguousarray(rows[begin:end], np.float32), told[begin:end] if told is not None else None
+
+    files = write_files(store, len(rows), rows.shape[1], block)
+    return {"faces": len(rows), "identities": len(np.unique(told)) if told is not None else 0, "files": files}
+
+
+def import_neighbors(path: str) -> Block:
+    """A published neighbor table (`faiss_k_80.npz`) as a block: each face's neighbors by falling cosine, without itself.
+
+    path: a local .npz whose array `data` is float[n, 2, k]: row numbers of the k nearest, and their distances 1 - cosine.
+    Repeated and negative (absent) neighbors are left out. Raises InputError for anything else, naming the face.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            if "data" not in archive:
+                raise InputError(f"{path} has no array 'data', only {', '.join(archive.files) or 'nothing'}")
+            found = archive["data"]
+    except (OSError, ValueError, EOFError, AttributeError, TypeError, BadZipFile) as error:
+        raise InputError(f"cannot read {path} as a NumPy archive: {error}") from None
+    if found.ndim != 3 or found.shape[1] != 2 or found.dtype.kind != "f":
+        raise InputError(f"{path}: data is {found.dtype}{list(found.shape)}: a neighbor table is floats [faces, 2, k]")
+    n, k = found.shape[0], found.shape[2]
+    if found.dtype.itemsize < 8 and n > 2 ** (11 if found.dtype.itemsize == 2 else 24):
+        raise InputError(f"{path}: {found.dtype} cannot number {n:,} faces")
+    numbers, cosines = found[:, 0, :], 1 - found[:, 1, :].astype(np.float32)
+    bad = ~((numbers >= -1) & (numbers < n) & (numbers == np.floor(numbers)) & (cosines >= -1.01) & (cosines <= 1.01))
+    if bad.any():
+        face, rank = np.argwhere(bad)[0]
+        raise InputError(
+            f"{path}: neighbor {rank} of face {face} is {numbers[face, rank]} at distance {found[face, 1, rank]}: rows are "
+            f"0 to {n - 1} and distances 0 to 2"
+        )
+    rows = numbers.astype(np.int32)
+    order = np.lexsort((rows, -cosines), axis=1)
+    rows, cosines = np.take_along_axis(rows, order, 1), np.clip(np.take_along_axis(cosines, order, 1), -1, 1)
+    by_row = np.argsort(rows, axis=1, kind="stable")
+    ordered = np.take_along_axis(rows, by_row, 1)
+    again = np.zeros(rows.shape, bool)
+    np.put_along_axis(again, by_row[:, 1:], ordered[:, 1:] == ordered[:, :-1], 1)
+    kept = (rows >= 0) & (rows != np.arange(n)[:, None]) & ~again
+    offsets = np.concatenate([[0], np.cumsum(kept.sum(axis=1))]) if k else np.zeros(n + 1, np.int64)
+    return offsets.astype(np.int64), rows[kept], cosines[kept]
+
+
+def _load(path: str) -> np.ndarray:
+    try:
+        found = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"cannot read {path} as a NumPy array: {error}") from None
+    if not isinstance(found, np.ndarray):
+        raise InputError(f"{path} is an archive of several arrays: give one .npy array")
+    return found
+
+
+def _features(path: str, dim: int | None) -> np.ndarray:
+    if path.endswith(".npy"):
+        found = _load(path)
+        if found.ndim != 2 or found.dtype.kind != "f" or 0 in found.shape:
+            raise InputError(f"{path} is an array {found.dtype}{list(found.shape)}: features are floats [faces, dim]")
+        if dim not in (None, found.shape[1]):
+            raise InputError(f"{path} has features of dimension {found.shape[1]}, not {dim} as --dim says")
+        return found
+    if not path.endswith(".bin"):
+        raise InputError(f"{path}: features are a .bin file of float32, or a .npy array")
+    if dim is None or dim < 1:
+        raise SettingsError(f"--dim is missing: {path} does not say of what dimension its features are")
+    try:
+        size = Path(path).stat().st_size
+        if size == 0 or size % (4 * dim):
+            raise InputError(
+                f"{path} has {size:,} bytes: not a multiple of {4 * dim:,}, the bytes of one face of dimension {dim}"
+            )
+        return np.memmap(path, np.float32, "r").reshape(-1, dim)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _labels(path: str, faces: int) -> np.ndarray:
+    if path.endswith(".npy"):
+        found = _load(path)
+        if found.ndim != 1 or found.dtype.kind not in "iu":
+            raise InputError(f"{path} is an array {found.dtype}{list(found.shape)}: labels are integers [faces]")
+    else:
+        lines: list[int] = []
+        try:
+            with open(path, encoding="ascii") as file:
+                for number, line in enumerate(file, 1):
+                    try:
+                        lines.append(int(line))
+                    except ValueError:
+                        raise InputError(f"{path}, line {number}: {line.strip()[:40]!r} is no integer") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or 'it is no text'}") from None
+        found = np.array(lines, np.int64)
+    if len(found) != faces:
+        raise InputError(f"{path} has {len(found):,} labels, but there are {faces:,} faces")
+    if len(found) and not -(2**31) <= int(found.min()) <= int(found.max()) < 2**31:
+        raise InputError(f"{path}: labels must fit 32 bits")
+    return np.asarray(found, np.int32)

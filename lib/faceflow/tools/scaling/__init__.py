@@ -1,0 +1,1 @@
+"""Time against the number of faces and nodes, and the laws fitted to it."""

@@ -1,0 +1,396 @@
+"""Nights on a real Ray: what changed is found, tables equal those of a full run, ids stay, and a kill costs nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from faceflow import ClusterConfig, run_clustering, run_nightly
+from faceflow.cli.main import main
+from faceflow.errors import InputError, SettingsError
+from faceflow.kernels.knn import incremental_search
+from faceflow.stages.ingest import incremental as ingest_incremental
+from faceflow.stages.ingest import reading
+from faceflow.stages.quantize import stage as quantize
+from faceflow.stages.search import incremental as search_incremental
+from faceflow.storage.object_store import Store
+from faceflow.tools.evaluate import evaluate
+from tests.benchmarks.nightly import labels_of, replay
+from tests.conftest import S3, write_faces
+from tests.integration.lake import SETTINGS, Lake, manifest, night, table_of
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+
+# Every cell probed finds every pair, so that nights with cells must give exact tables too.
+CELLS = {"index": "cells", "cells": 5, "probes": 5}
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    ("seed", "plan", "constants"),
+    [
+        (0, {"index": "exact"}, {(ingest_incremental, "MOST_SMALL"): 2}),
+        (1, {"index": "exact"}, {(reading, "BUCKET_IDS"): 90}),
+        (
+            2,
+            CELLS,
+            {(ingest_incremental, "MOST_SMALL"): 100, (search_incremental, "FEWEST_TASKS"): 1, (reading, "BUCKET_IDS"): 90},
+        ),
+        (
+            3,
+            CELLS,
+            {
+                (search_incremental, "ACTIVE_FACES"): 20,
+                (search_incremental, "MOST_PARTS"): 2,
+                (search_incremental, "FEWEST_TASKS"): 1,
+            },
+        ),
+    ],
+)
+def test_tables_after_any_sequence_of_nights_are_those_of_a_full_run(
+    tmp_path: Path, seed: int, plan: dict[str, Any], constants: dict[Any, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for (module, name), value in constants.items():
+        monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(quantize, "MOST_ACTIVE", 1.0)
+    monkeypatch.setattr(quantize, "MOST_MOVED_IN_CELLS", 1.0)
+    lake = Lake(tmp_path / "in", seed)
+    for i in range(4):
+        lake.add(f"{i * 20:02d}.parquet", 80)
+    labels = labels_of(tmp_path / "out", night(tmp_path / "in", tmp_path / "out", **plan).run_id)
+    incremental_nights = 0
+    seen = set()
+    for step in range(7):
+        kinds = [lake.change() for _ in range(1 + step % 2)]
+        seen |= set(kinds)
+        result = night(tmp_path / "in", tmp_path / "out", **plan)
+        incremental_nights += manifest(tmp_path / "out", result.run_id, "quantize")["incremental"]
+        shutil.rmtree(tmp_path / "full", ignore_errors=True)
+        full = run_clustering(
+            ClusterConfig(str(tmp_path / "in"), str(tmp_path / "full"), index="exact", **SETTINGS), progress=False
+        )
+        ours, theirs = table_of(tmp_path / "out", result.run_id), table_of(tmp_path / "full", full.run_id)
+        assert ours.keys() == theirs.keys() == {k for faces in lake.files.values() for k in faces}
+        for face, neighbors in theirs.items():
+            mine = ours[face]
+            assert len(mine) == len(neighbors), (step, kinds, face)
+            np.testing.assert_allclose(sorted(mine.values()), sorted(neighbors.values()), atol=2e-6)
+            last = min(neighbors.values(), default=0)  # ties with the last of a full table aside
+            assert {n for n in neighbors if neighbors[n] > last + 2e-6} <= mine.keys()
+        # Every face is sampled, and the truth is carried from night to night.
+        recalls = [
+            manifest(folder, run_id, "search")["recall"]
+            for folder, run_id in ((tmp_path / "out", result.run_id), (tmp_path / "full", full.run_id))
+        ]
+        assert recalls[0]["estimate"] == recalls[1]["estimate"] == 1
+        assert (recalls[0]["faces"], recalls[0]["edges"]) == (recalls[1]["faces"], recalls[1]["edges"])
+        assert result.codelength <= full.codelength * 1.01
+        if result.run_id and labels_of(tmp_path / "out", result.run_id) != labels:
+            labels = replay(tmp_path / "out", labels, result.run_id)
+        assert labels == labels_of(tmp_path / "out", result.run_id)
+    assert len(seen) >= 4
+    assert incremental_nights >= 4
+
+
+def test_only_what_changed_is_read_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    lake = Lake(tmp_path / "in", 3)
+    for i in range(5):
+        lake.add(f"{i}.parquet", 100)
+    first = night(tmp_path / "in", tmp_path / "out")
+    lake.add("5.parquet", 20)
+    lake.files["1.parquet"] = dict(list(lake.files["1.parquet"].items())[10:]) | {"face-115": np.ones(16, np.float32)}
+    lake.write("1.parquet")
+    caplog.set_level("INFO", "faceflow")
+    second = night(tmp_path / "in", tmp_path / "out")
+    assert "files: 4 as they were, 1 new, 1 read again, 0 gone" in caplog.text
+    counts = manifest(tmp_path / "out", second.run_id, "ingest")
+    assert [counts[key] for key in ("faces", "added", "changed", "removed")] == [510, 20, 1, 10]
+    assert manifest(tmp_path / "out", second.run_id, "quantize")["incremental"]
+    pointer = json.loads((tmp_path / "out" / "latest.json").read_text())
+    assert pointer["parent_run_id"] == first.run_id
+    for part in ("vectors/part-00000.arrow",):  # one part only: rows left it, so it is not shared
+        assert not os.path.samefile(
+            tmp_path / "out" / "_runs" / first.run_id / part, tmp_path / "out" / "_runs" / second.run_id / part
+        )
+    caplog.clear()
+    third = night(tmp_path / "in", tmp_path / "out")
+    assert third.run_id == second.run_id
+    assert "nothing has changed" in caplog.text
+    os.utime(tmp_path / "in" / "3.parquet", (0, 0))  # another time, the same rows
+    fourth = night(tmp_path / "in", tmp_path / "out")
+    counts = manifest(tmp_path / "out", fourth.run_id, "ingest")
+    assert [counts[key] for key in ("added", "changed", "removed")] == [0, 0, 0]
+    assert os.path.samefile(
+        tmp_path / "out" / "_runs" / second.run_id / "vectors" / "part-00000.arrow",
+        tmp_path / "out" / "_runs" / fourth.run_id / "vectors" / "part-00000.arrow",
+    )
+    data = (tmp_path / "in" / "4.parquet").read_bytes()
+    stat = (tmp_path / "in" / "4.parquet").stat()
+    lake.files["4.parquet"] = {k: -v for k, v in lake.files["4.parquet"].items()}
+    lake.write("4.parquet")
+    assert len((tmp_path / "in" / "4.parquet").read_bytes()) == len(data)
+    os.utime(tmp_path / "in" / "4.parquet", ns=(stat.st_atime_ns, stat.st_mtime_ns))  # nobody can see it from outside
+    assert night(tmp_path / "in", tmp_path / "out").run_id == fourth.run_id
+    verified = night(tmp_path / "in", tmp_path / "out", verify_content=True)
+    assert manifest(tmp_path / "out", verified.run_id, "ingest")["changed"] == 100
+    # A file of the same size and time, but with fewer rows.
+    path = tmp_path / "in" / "0.parquet"
+    stat = path.stat()
+    lake.files["0.parquet"] = dict(list(lake.files["0.parquet"].items())[1:])
+    lake.write("0.parquet")
+    shorter = path.read_bytes()
+    footer = len(shorter) - 8 - int.from_bytes(shorter[-8:-4], "little")
+    path.write_bytes(shorter[:footer] + bytes(stat.st_size - len(shorter)) + shorter[footer:])
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert path.stat().st_size == stat.st_size
+    fewer = night(tmp_path / "in", tmp_path / "out")
+    assert [manifest(tmp_path / "out", fewer.run_id, "ingest")[key] for key in ("faces", "removed", "changed")] == [509, 1, 0]
+
+
+def test_nights_on_which_nothing_comes(tmp_path: Path) -> None:
+    lake = Lake(tmp_path / "in", 11)
+    for i in range(5):
+        lake.add(f"{i}.parquet", 100)
+    labels = labels_of(tmp_path / "out", night(tmp_path / "in", tmp_path / "out").run_id)
+    (tmp_path / "in" / "2.parquet").unlink()  # faces only go
+    second = night(tmp_path / "in", tmp_path / "out")
+    assert second.faces == 400
+    labels = replay(tmp_path / "out", labels, second.run_id)
+    write_faces(tmp_path / "in" / "9.parquet", np.ones((0, 16), np.float32), pa.array([], pa.string()))  # a file without a face
+    third = night(tmp_path / "in", tmp_path / "out")
+    assert third.run_id != second.run_id
+    assert labels_of(tmp_path / "out", third.run_id) == labels == labels_of(tmp_path / "out", second.run_id)
+    for path in (tmp_path / "in").iterdir():
+        path.unlink()
+    with pytest.raises(InputError, match="holds no Parquet file"):
+        night(tmp_path / "in", tmp_path / "out")
+    write_faces(tmp_path / "in" / "9.parquet", np.ones((0, 16), np.float32), pa.array([], pa.string()))
+    with pytest.raises(InputError, match=r"has no face left in its 1 Parquet file\(s\)"):
+        night(tmp_path / "in", tmp_path / "out")
+
+
+def test_ids_that_two_files_hold_are_refused_or_set_aside(tmp_path: Path) -> None:
+    lake = Lake(tmp_path / "in", 4)
+    lake.add("a.parquet", 100)
+    first = night(tmp_path / "in", tmp_path / "out")
+    lake.files["b.parquet"] = lake.faces(20) | {"face-7": np.ones(16, np.float32)}
+    lake.write("b.parquet")
+    with pytest.raises(InputError, match=r"1 of 121 rows cannot be used:\n  .*b\.parquet, row 20: the id occurred before"):
+        night(tmp_path / "in", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "latest.json").read_text())["run_id"] == first.run_id
+    aside = {"bad_rows": "quarantine", "max_bad_fraction": 0.5}
+    second = night(tmp_path / "in", tmp_path / "out", **aside)
+    assert (second.faces, second.rejected) == (120, 1)
+    lake.add("c.parquet", 5)
+    third = night(tmp_path / "in", tmp_path / "out", **aside)
+    assert (third.faces, third.rejected) == (125, 1)
+    lake.files["d.parquet"] = {"face-8": np.ones(16, np.float32)}  # nothing but a bad row: a small share of all the same
+    lake.write("d.parquet")
+    fourth = night(tmp_path / "in", tmp_path / "out", **aside | {"max_bad_fraction": 0.02})
+    assert (fourth.faces, fourth.rejected) == (125, 2)
+    lines = pq.read_table(
+        next((tmp_path / "out" / "rejected" / f"run={third.run_id}").glob("*")), partitioning=None
+    ).to_pylist()
+    assert [(line["id"], line["row"]) for line in lines] == [("face-7", 20)]
+
+
+def test_small_parts_of_many_nights_become_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ingest_incremental, "MOST_SMALL", 4)
+    lake = Lake(tmp_path / "in", 16, people=30)
+    lake.add("00.parquet", 600)
+    settings = {"index": "cells", "cells": 8, "bad_rows": "quarantine", "max_bad_fraction": 0.5}
+    run = night(tmp_path / "in", tmp_path / "out", **settings)
+    labels, parts, incremental_nights = labels_of(tmp_path / "out", run.run_id), [], 0
+    for i in range(1, 8):
+        lake.files[f"{i:02d}.parquet"] = lake.faces(6) | {f"bad-{i}": np.full(16, np.nan, np.float32)} | lake.faces(6)
+        lake.write(f"{i:02d}.parquet")
+        if i % 3 == 0:  # faces of an old part go, those of another are embedded anew
+            lake.files["00.parquet"].pop(f"face-{i}")
+            lake.files["01.parquet"]["face-600"] = next(iter(lake.faces(1).values()))
+            lake.write("00.parquet")
+            lake.write("01.parquet")
+        shutil.rmtree(tmp_path / "alone", ignore_errors=True)
+        shutil.copytree(tmp_path / "out", tmp_path / "alone")
+        run = night(tmp_path / "in", tmp_path / "out", **settings)
+        parts.append(len(manifest(tmp_path / "out", run.run_id, "ingest")["starts"]) - 1)
+        incremental_nights += manifest(tmp_path / "out", run.run_id, "quantize")["incremental"]
+        labels = replay(tmp_path / "out", labels, run.run_id)
+        every = labels_of(tmp_path / "out", run.run_id)
+        assert labels == {face: cluster for face, cluster in every.items() if cluster is not None}
+        assert every.keys() - labels.keys() == {f"bad-{j}" for j in range(1, i + 1)}
+    assert parts[:4] == [2, 3, 4, 2]
+    assert max(parts) <= 5
+    assert incremental_nights == 7
+    alone = night(tmp_path / "in", tmp_path / "alone", **settings, workers=1)
+    assert labels_of(tmp_path / "alone", alone.run_id) == every
+    full = run_clustering(
+        ClusterConfig(str(tmp_path / "in"), str(tmp_path / "full"), **(SETTINGS | settings | {"index": "exact"})),
+        progress=False,
+    )
+    ours, theirs = table_of(tmp_path / "out", run.run_id), table_of(tmp_path / "full", full.run_id)
+    pairs = [{(face, other) for face, others in table.items() for other in others} for table in (ours, theirs)]
+    assert len(pairs[0] & pairs[1]) >= 0.97 * len(pairs[1])
+    lines = pq.read_table(tmp_path / "out" / "rejected" / f"run={run.run_id}", partitioning=None).to_pylist()
+    assert sorted((line["id"], line["row"]) for line in lines) == [(f"bad-{i}", 6) for i in range(1, 8)]
+
+
+def test_ids_of_another_type_are_refused(tmp_path: Path) -> None:
+    lake = Lake(tmp_path / "in", 17)
+    lake.add("a.parquet", 50)
+    first = night(tmp_path / "in", tmp_path / "out")
+    (tmp_path / "in" / "a.parquet").unlink()
+    write_faces(tmp_path / "in" / "b.parquet", np.ones((3, 16), np.float32), pa.array([1, 2, 3]))
+    with pytest.raises(InputError, match=r"ids are string in the published run but int64 in .*b\.parquet: make them one type"):
+        night(tmp_path / "in", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "latest.json").read_text())["run_id"] == first.run_id
+
+
+def test_another_column_is_read_again(tmp_path: Path) -> None:
+    lake = Lake(tmp_path / "in", 13)
+    lake.add("a.parquet", 100)
+    table = pq.read_table(tmp_path / "in" / "a.parquet")
+    other = pa.array((-np.array(table["embedding"].to_pylist())[::-1]).tolist(), pa.list_(pa.float32()))
+    pq.write_table(table.append_column("other", other), tmp_path / "in" / "a.parquet")
+    night(tmp_path / "in", tmp_path / "out")
+    run = night(tmp_path / "in", tmp_path / "out", embedding_column="other")
+    assert manifest(tmp_path / "out", run.run_id, "ingest")["changed"] == 100
+    config = ClusterConfig(str(tmp_path / "in"), str(tmp_path / "full"), embedding_column="other", **SETTINGS)
+    full = run_clustering(config, progress=False, report=False)
+    assert table_of(tmp_path / "out", run.run_id) == table_of(tmp_path / "full", full.run_id)
+
+
+def test_other_settings_and_every_nth_night_do_everything(tmp_path: Path) -> None:
+    lake = Lake(tmp_path / "in", 5)
+    lake.add("a.parquet", 300)
+    run = night(tmp_path / "in", tmp_path / "out", full_every=3)
+    labels, full = labels_of(tmp_path / "out", run.run_id), []
+    for i in range(5):
+        lake.add(f"b{i}.parquet", 5)
+        run = night(tmp_path / "in", tmp_path / "out", full_every=3)
+        full.append(not manifest(tmp_path / "out", run.run_id, "quantize")["incremental"])
+        labels = replay(tmp_path / "out", labels, run.run_id)
+    assert full == [False, False, True, False, False]
+    lake.add("c.parquet", 5)
+    run = night(tmp_path / "in", tmp_path / "out", full_every=3, neighbors=7)
+    assert manifest(tmp_path / "out", run.run_id, "quantize")["because"] == "neighbors was 6, is 7"
+    assert replay(tmp_path / "out", labels, run.run_id) == labels_of(tmp_path / "out", run.run_id)
+    with pytest.raises(SettingsError, match="a night needs another --run-id"):
+        night(tmp_path / "in", tmp_path / "out", full_every=3, neighbors=7, run_id=run.run_id)
+
+
+def test_lfw_in_ten_nights(face_data: Path, tmp_path: Path) -> None:
+    table = pq.read_table(face_data / "lfw_mobilefacenet128.parquet")
+    order = np.random.default_rng(0).permutation(len(table))
+    (tmp_path / "in").mkdir()
+    settings = {
+        "min_similarity": "auto",
+        "neighbors": 200,
+        "edges": "auto",
+        "index": "cells",
+    }  # the floor, too, is found anew whenever the set has grown by half
+    labels: dict[str, int] = {}
+    for i, rows in enumerate(np.array_split(order, 10)):
+        pq.write_table(table.take(np.sort(rows)), tmp_path / "in" / f"{i}.parquet")
+        run_id = night(tmp_path / "in", tmp_path / "out", **settings).run_id
+        labels = replay(tmp_path / "out", labels, run_id) if labels else labels_of(tmp_path / "out", run_id)
+    assert labels == labels_of(tmp_path / "out", run_id)
+    ours = evaluate(str(tmp_path / "out"), str(tmp_path / "in"))
+    run_clustering(ClusterConfig(str(tmp_path / "in"), str(tmp_path / "full"), **settings), progress=False, report=False)
+    theirs = evaluate(str(tmp_path / "full"), str(tmp_path / "in"))
+    assert abs(ours.pairwise_f - theirs.pairwise_f) < 0.003
+    assert abs(ours.bcubed_f - theirs.bcubed_f) < 0.003
+
+
+def test_nights_on_s3(
+    s3: S3, tmp_path: Path, blobs: Callable[..., tuple[np.ndarray, np.ndarray]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import s3fs
+
+    monkeypatch.setattr(ingest_incremental, "MOST_SMALL", 2)
+
+    x, truth = blobs(identities=20, size=30)
+    fs = s3fs.S3FileSystem(**s3.options, use_listings_cache=False)
+    config = ClusterConfig("s3://faces/nights/in", "s3://faces/nights/out", storage_options=s3.options, index="cells", cells=8)
+    # Faces come, and then five of the first file go.
+    for i, rows in enumerate((range(500), range(500, 530), range(530, 560), range(560, 600), range(5, 500))):
+        path = write_faces(tmp_path / f"{i}.parquet", x[rows], pa.array([f"{r}" for r in rows]))
+        fs.put_file(str(path), f"faces/nights/in/{i % 4}.parquet")
+        result = run_nightly(config, progress=False, report=False)
+        assert result.faces == (rows.stop if i < 4 else 595)
+    run = Store.at(f"s3://faces/nights/out/_runs/{result.run_id}", s3.options)
+    assert (run.read_json("manifests/quantize.json") or {})["counts"]["incremental"]
+    assert len((run.read_json("manifests/ingest.json") or {})["counts"]["starts"]) - 1 <= 3
+    files = fs.glob(f"faces/nights/out/labels/run={result.run_id}/*.parquet")
+    found = pa.concat_tables([pq.read_table(fs.open(f)) for f in sorted(files)])
+    clusters = {(int(truth[int(i)]), c) for i, c in zip(found["id"].to_pylist(), found["cluster"].to_pylist(), strict=True)}
+    assert len(clusters) == 20
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lake = Lake(tmp_path / "in", 8)
+    lake.add("a.parquet", 100)
+    arguments = [str(tmp_path / "in"), str(tmp_path / "out"), "--quiet", "--json"]
+    assert main(["nightly", *arguments, "--full-every", "5"]) == 0
+    first = json.loads(capsys.readouterr().out.splitlines()[-1])
+    lake.add("b.parquet", 10)
+    assert main(["nightly", *arguments, "--full-every", "5"]) == 0
+    second = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert second["run_id"] != first["run_id"]
+    assert second["faces"] == 110
+    with pytest.raises(SystemExit):
+        main(["cluster", *arguments, "--full-every", "5"])
+    capsys.readouterr()
+    shutil.rmtree(tmp_path / "out" / "_runs" / second["run_id"])
+    lake.add("c.parquet", 10)
+    assert main(["nightly", *arguments, "--full-every", "5"]) == 0
+    third = json.loads(capsys.readouterr().out.splitlines()[-1])
+    after = labels_of(tmp_path / "out", third["run_id"])
+    before = labels_of(tmp_path / "out", second["run_id"])
+    assert not set(after.values()) & set(before.values())  # without a past, no id is used twice
+
+
+def test_diff_tells_what_the_nights_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lake = Lake(tmp_path / "in", 9)
+    for i in range(3):
+        lake.add(f"{i}.parquet", 100)
+    first = night(tmp_path / "in", tmp_path / "out").run_id
+    lake.add("3.parquet", 30)
+    lake.files["1.parquet"] = dict(list(lake.files["1.parquet"].items())[40:])
+    lake.write("1.parquet")
+    second = night(tmp_path / "in", tmp_path / "out").run_id
+    assert main(["diff", str(tmp_path / "out"), first, second, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["faces"], found["new"], found["gone"]) == (260, 30, 40)
+    theirs = tmp_path / "out" / "events" / f"run={second}" / "part-00000.parquet"
+    assert pq.read_table(found["events_file"], partitioning=None).equals(pq.read_table(theirs, partitioning=None))
+    moves = pq.read_table(found["moves_file"], partitioning=None).to_pylist()
+    files = (tmp_path / "out" / "moves" / f"run={second}").glob("*")
+    expected = [row for f in files for row in pq.read_table(f, partitioning=None).to_pylist()]
+    assert sorted(moves, key=lambda row: row["id"]) == sorted(expected, key=lambda row: row["id"])
+    assert main(["diff", str(tmp_path / "out"), first, first + "x"]) == 2
+    assert "has no labels of a run" in capsys.readouterr().err
+    assert main(["diff", str(tmp_path / "out"), second, second, "--to", str(tmp_path / "d")]) == 0
+    assert "every cluster is as it was" in capsys.readouterr().out
+
+
+def test_carried_tables_drop_what_is_gone() -> None:
+    offsets, rows = np.array([0, 2, 4, 5, 5]), np.array([1, 2, 0, 3, 1], np.int32)
+    values = np.array([0.9, 0.8, 0.9, 0.7, 0.6], np.float32)
+    now = np.array([0, 1, -1, 2], np.int32)  # row 2 is gone
+    found = incremental_search.carry_table(offsets, rows, values, np.array([0, 1, 3]), now, 2)
+    assert found[0].tolist() == [0, 0, 2, 2]  # row 0 lost one of its two neighbors, which may hide a third
+    assert found[1].tolist() == [0, 2]
+    assert found[3].tolist() == [2, 0, 0]
+    found = incremental_search.carry_table(offsets, rows, values, np.array([0, 1, 3]), now, 3)
+    assert found[1].tolist() == [1, 0, 2]
+    assert found[3].tolist() == [1, 0, 0]

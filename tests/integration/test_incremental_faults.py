@@ -1,0 +1,327 @@
+"""Nights that something comes in the way of: interruptions anywhere, a quantizer that does not fit, an input that changes."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from faceflow import ClusterConfig, run_clustering, run_nightly
+from faceflow.cluster.executor import Executor
+from faceflow.errors import PublishError, RunError, SettingsError
+from faceflow.runs import pipeline
+from faceflow.runs.housekeeping import list_runs
+from faceflow.storage import manifests
+from faceflow.storage.object_store import Store
+from tests.benchmarks.nightly import labels_of, replay
+from tests.integration.lake import SETTINGS, Lake, manifest, night, table_of
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+
+def test_a_night_with_too_low_a_recall_searches_in_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lake = Lake(tmp_path / "in", 14, people=60)
+    for i in range(3):
+        lake.add(f"{i}.parquet", 300)
+    settings = {"index": "cells", "cells": 12}
+    night(tmp_path / "in", tmp_path / "out", **settings)
+    lake.add("3.parquet", 30)
+    real, seen = pipeline._recall_holds, []
+
+    def low_once(config: Any, done: Any) -> bool:
+        seen.append(done["quantize"].counts["incremental"])
+        if len(seen) == 1:
+            done["search"].counts["recall"]["estimate"] = 0.5
+        return real(config, done)
+
+    monkeypatch.setattr(pipeline, "_recall_holds", low_once)
+    run = night(tmp_path / "in", tmp_path / "out", **settings)
+    assert seen == [True, False]
+    counts = manifest(tmp_path / "out", run.run_id, "quantize")
+    assert counts["because"] == "the measured recall was too low"
+    assert counts["trained_faces"] == 930
+    again = night(tmp_path / "in", tmp_path / "out", **settings)
+    assert again.run_id == run.run_id
+
+
+def test_a_quantizer_that_drifted_is_trained_anew_even_if_that_is_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lake = Lake(tmp_path / "in", 15, people=60)
+    for i in range(3):
+        lake.add(f"{i}.parquet", 400)
+    settings = {"index": "cells", "cells": 16}
+    night(tmp_path / "in", tmp_path / "out", **settings)
+    lake.centers = np.random.default_rng(99).standard_normal((3, 16))  # three people whom no cell was made for
+    lake.add("3.parquet", 80)
+    shutil.copytree(tmp_path / "out", tmp_path / "calm")
+    calm = night(tmp_path / "in", tmp_path / "calm", **settings)
+    counts = manifest(tmp_path / "calm", calm.run_id, "quantize")
+    assert not counts["incremental"]
+    assert "near their centroids" in counts["because"] or "uneven" in counts["because"]
+    real = manifests.finish
+
+    def stop(run: Store, found: Any) -> None:
+        if found.stage == "quantize":
+            raise OSError("the machine is gone")
+        real(run, found)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(manifests, "finish", stop)
+        with pytest.raises(Exception, match="the machine is gone"):
+            night(tmp_path / "in", tmp_path / "out", **settings)
+    run = night(tmp_path / "in", tmp_path / "out", **settings)
+    assert not manifest(tmp_path / "out", run.run_id, "quantize")["incremental"]
+    assert labels_of(tmp_path / "out", run.run_id) == labels_of(tmp_path / "calm", calm.run_id)
+
+
+@pytest.mark.parametrize("index", ["exact", "cells"])
+def test_a_night_that_is_interrupted_continues_or_gives_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, index: str
+) -> None:
+    settings = {"index": index} | ({"cells": 12} if index == "cells" else {})
+    lake = Lake(tmp_path / "in", 6, people=40)
+    for i in range(3):
+        lake.add(f"{i}.parquet", 400)
+    first = night(tmp_path / "in", tmp_path / "out", **settings)
+    shutil.copytree(tmp_path / "out", tmp_path / "calm")
+    lake.add("3.parquet", 30)
+    lake.files["1.parquet"] = dict(list(lake.files["1.parquet"].items())[20:])
+    lake.write("1.parquet")
+    calm = night(tmp_path / "in", tmp_path / "calm", **settings)
+    assert manifest(tmp_path / "calm", calm.run_id, "quantize")["incremental"]
+    real = pipeline.advance
+    for stage in pipeline.STAGES:
+
+        def stop(current: Any, context: Any, watcher: Any, until: str = stage.name) -> Any:
+            if current.name == until:
+                raise OSError("the machine is gone")
+            return real(current, context, watcher)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(pipeline, "advance", stop)
+            with pytest.raises(Exception, match="the machine is gone"):
+                night(tmp_path / "in", tmp_path / "out", **settings)
+        assert json.loads((tmp_path / "out" / "latest.json").read_text())["run_id"] == first.run_id
+    runs = {p.name for p in (tmp_path / "out" / "_runs").iterdir()}
+    assert len(runs) == 2  # one night, continued each time
+    shutil.copytree(tmp_path / "out", tmp_path / "late")
+    done = night(tmp_path / "in", tmp_path / "out", **settings)
+    assert done.run_id in runs
+    assert labels_of(tmp_path / "out", done.run_id) == labels_of(tmp_path / "calm", calm.run_id)
+    lake.add("4.parquet", 10)  # the next night: what the interrupted one left is of no use, and does not stand in the way
+    late = night(tmp_path / "in", tmp_path / "late", **settings)
+    assert late.run_id not in runs
+    assert late.faces == done.faces + 10
+
+
+def test_a_file_that_comes_or_goes_while_a_night_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lake = Lake(tmp_path / "in", 21)
+    for i in range(4):
+        lake.add(f"{i}.parquet", 60)
+    night(tmp_path / "in", tmp_path / "out")
+    lake.add("7.parquet", 20)
+    real = pipeline.choose_run
+
+    def late(*given: Any) -> str:  # the input has been listed
+        lake.add("25.parquet", 10)
+        return real(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "choose_run", late)
+        assert night(tmp_path / "in", tmp_path / "out").faces == 260
+    lake.add("8.parquet", 5)
+    last = night(tmp_path / "in", tmp_path / "out")
+    assert manifest(tmp_path / "out", last.run_id, "ingest")["added"] == 15
+    assert labels_of(tmp_path / "out", last.run_id).keys() == {face for faces in lake.files.values() for face in faces}
+
+
+def test_when_too_many_lost_neighbors_everything_is_searched_anew(tmp_path: Path) -> None:
+    lake = Lake(tmp_path / "in", 22)
+    for i in range(4):
+        lake.add(f"{i}.parquet", 100)
+    run = night(tmp_path / "in", tmp_path / "out", index="exact")
+    labels = labels_of(tmp_path / "out", run.run_id)
+    lake.files["2.parquet"] = dict(list(lake.files["2.parquet"].items())[:70])  # few go, but most were among the nearest of six
+    lake.write("2.parquet")
+    run = night(tmp_path / "in", tmp_path / "out", index="exact")
+    counts = manifest(tmp_path / "out", run.run_id, "quantize")
+    assert not counts["incremental"]
+    assert "of 370 faces are new, or lost neighbors out of full tables" in counts["because"]
+    full = run_clustering(
+        ClusterConfig(str(tmp_path / "in"), str(tmp_path / "full"), index="exact", **SETTINGS), progress=False, report=False
+    )
+    assert table_of(tmp_path / "out", run.run_id) == table_of(tmp_path / "full", full.run_id)
+    assert replay(tmp_path / "out", labels, run.run_id) == labels_of(tmp_path / "out", run.run_id)
+
+
+def test_a_table_of_labels_that_could_not_be_written_is_made_up_for(tmp_path: Path) -> None:
+    deltalake = pytest.importorskip("deltalake", reason="the lakes extra is not installed")
+    lake = Lake(tmp_path / "in", 23)
+    lake.add("0.parquet", 100)
+    table = tmp_path / "table"
+    table.write_text("in the way")
+    config = ClusterConfig(str(tmp_path / "in"), str(tmp_path / "out"), labels_table=str(table), **SETTINGS)
+    with pytest.raises(RunError, match="the same command tries again"):
+        run_nightly(config, progress=False)
+    run_id = json.loads((tmp_path / "out" / "latest.json").read_text())["run_id"]
+    record = tmp_path / "out" / "_runs" / run_id / "run.json"
+    assert json.loads(record.read_text())["state"] == "begun"
+    assert (tmp_path / "out" / "reports" / f"run={run_id}" / "report.html").exists()
+    table.unlink()
+    for _ in range(2):
+        assert run_nightly(config, progress=False, report=False).run_id == run_id
+        found = deltalake.DeltaTable(str(table))
+        assert found.version() == 0
+        assert found.to_pyarrow_table().num_rows == 100
+        assert json.loads(record.read_text())["state"] == "published"
+
+
+def test_nothing_is_left_lying_about_after_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lake = Lake(tmp_path / "in", 24, people=40)
+    lake.add("0.parquet", 500)
+    settings = {"index": "cells", "cells": 8}
+    night(tmp_path / "in", tmp_path / "out", **settings)
+    lake.add("1.parquet", 20)
+    real = manifests.finish
+
+    def stop(run: Store, found: Any) -> None:  # the work of the stage is done, its traces are not yet removed
+        real(run, found)
+        raise OSError("the machine is gone")
+
+    for _ in pipeline.STAGES:
+        with monkeypatch.context() as patch:
+            patch.setattr(manifests, "finish", stop)
+            with pytest.raises(RunError, match="the machine is gone"):
+                night(tmp_path / "in", tmp_path / "out", **settings)
+    run = night(tmp_path / "in", tmp_path / "out", **settings)
+    folder = tmp_path / "out" / "_runs" / run.run_id
+    assert manifest(tmp_path / "out", run.run_id, "quantize")["incremental"]
+    scratch = {name for stage in pipeline.STAGES for name in stage.scratch}
+    assert scratch & {"before", "arrivals", "candidates"} == {"before", "arrivals", "candidates"}
+    assert not scratch & {path.name for path in folder.iterdir()}
+    assert not [path for path in folder.rglob(".tmp-*")]
+
+
+def test_a_nights_search_runs_where_searches_shall_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lake = Lake(tmp_path / "in", 25, people=40)
+    lake.add("0.parquet", 500)
+    real, asked = Executor.map, {}
+
+    def anywhere(self: Executor, function: Any, pieces: Any, label: str, **more: Any) -> Any:
+        asked[label] = more.pop("resources", None), "smaller" in more
+        return real(self, function, pieces, label, **more)
+
+    monkeypatch.setattr(Executor, "map", anywhere)
+    for name in ("1.parquet", "2.parquet"):
+        settings = {"index": "cells", "cells": 8, "search_resource": "searchers"}
+        night(tmp_path / "in", tmp_path / "out", **settings)
+        resources, in_steps = asked["search"]
+        assert resources.custom == "searchers"
+        assert in_steps
+        lake.add(name, 20)
+    assert asked["probe"][0].custom == "searchers"
+
+
+def test_a_search_in_smaller_steps_finds_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lake = Lake(tmp_path / "in", 26, people=40)
+    lake.add("0.parquet", 500)
+    settings = {"index": "cells", "cells": 8}
+    night(tmp_path / "in", tmp_path / "out", **settings)
+    lake.add("1.parquet", 40)
+    shutil.copytree(tmp_path / "out", tmp_path / "whole")
+    whole = night(tmp_path / "in", tmp_path / "whole", **settings)
+    real = Executor.map
+
+    def smaller(self: Executor, function: Any, pieces: Any, label: str, **more: Any) -> Any:
+        if label == "search":
+            pieces = [more["smaller"](more["smaller"](piece)) for piece in pieces]
+        return real(self, function, pieces, label, **more)
+
+    monkeypatch.setattr(Executor, "map", smaller)
+    run = night(tmp_path / "in", tmp_path / "out", **settings)
+    assert table_of(tmp_path / "out", run.run_id) == table_of(tmp_path / "whole", whole.run_id)
+
+
+def test_what_a_night_wrote_that_never_came_into_force_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lake = Lake(tmp_path / "in", 27)
+    lake.add("0.parquet", 200)
+    first = night(tmp_path / "in", tmp_path / "out")
+    lake.add("1.parquet", 20)
+    real = pipeline._publish
+
+    def gone(*given: Any) -> None:
+        raise OSError("the machine is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "_publish", gone)
+        with pytest.raises(RunError):
+            night(tmp_path / "in", tmp_path / "out")
+
+    def runs_in(folder: str) -> set[str]:
+        return {path.name.removeprefix("run=") for path in (tmp_path / "out" / folder).iterdir()}
+
+    (stale,) = runs_in("events")
+    lake.add("2.parquet", 20)  # so that the night begins anew
+
+    def beaten(*given: Any) -> None:
+        monkeypatch.setattr(pipeline, "_publish", real)
+        night(tmp_path / "in", tmp_path / "out", run_id="winner")
+        real(*given)
+
+    monkeypatch.setattr(pipeline, "_publish", beaten)
+    with pytest.raises(PublishError, match=r"run winner published to .* while the night loser was at work.*another --run-id"):
+        night(tmp_path / "in", tmp_path / "out", run_id="loser")
+    assert runs_in("events") == runs_in("moves") == {"winner"}
+    assert runs_in("labels") == {first.run_id, "winner"}
+    states = {info.run_id: info.state for info in list_runs(str(tmp_path / "out"))}
+    assert states == {first.run_id: "published", stale: "superseded", "winner": "published", "loser": "superseded"}
+    lake.add("3.parquet", 10)
+    last = night(tmp_path / "in", tmp_path / "out")
+    assert last.faces == 250
+    before, after = labels_of(tmp_path / "out", "winner"), labels_of(tmp_path / "out", last.run_id)
+    assert replay(tmp_path / "out", before, last.run_id) == after
+
+
+def test_ids_that_were_given_are_never_given_again_even_after_a_run_that_numbers_anew(tmp_path: Path) -> None:
+    lake = Lake(tmp_path / "in", 28)
+    lake.add("0.parquet", 200)
+    night(tmp_path / "in", tmp_path / "out")
+    given = json.loads((tmp_path / "out" / "latest.json").read_text())["next_id"]
+    lake.files["0.parquet"] = dict(list(lake.files["0.parquet"].items())[:5])  # fewer people
+    lake.write("0.parquet")
+    config = ClusterConfig(str(tmp_path / "in"), str(tmp_path / "out"), **SETTINGS)
+    anew = labels_of(tmp_path / "out", run_clustering(config, progress=False, report=False).run_id)
+    assert json.loads((tmp_path / "out" / "latest.json").read_text())["next_id"] == given
+    lake.files["1.parquet"] = {f"new-{i}": row for i, row in enumerate(np.eye(16, dtype=np.float32) * -1)}
+    lake.write("1.parquet")
+    last = night(tmp_path / "in", tmp_path / "out")
+    fresh = set(labels_of(tmp_path / "out", last.run_id).values()) - set(anew.values())
+    assert len(fresh) > 5
+    assert min(fresh) >= given
+
+
+def test_decisions_that_tonight_does_not_name_are_said_to_be_dropped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    lake = Lake(tmp_path / "in", 29)
+    lake.add("0.parquet", 60)
+    (tmp_path / "decisions.csv").write_text("id_a,id_b,kind\nface-0,face-1,must\n")
+    night(tmp_path / "in", tmp_path / "out", constraints=str(tmp_path / "decisions.csv"))
+    assert "no longer hold" not in caplog.text
+    lake.add("1.parquet", 5)
+    night(tmp_path / "in", tmp_path / "out")
+    assert "tonight names none (--constraints): they no longer hold" in caplog.text
+
+
+def test_a_missing_extra_is_said_before_anything_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lake = Lake(tmp_path / "in", 30)
+    lake.add("0.parquet", 20)
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "deltalake" else real(name, *more))
+    with pytest.raises(SettingsError, match=r"--labels-table writes a Delta table, .* pip install 'faceflow\[lakes\]'"):
+        night(tmp_path / "in", tmp_path / "out", labels_table=str(tmp_path / "table"))
+    assert not (tmp_path / "out").exists()
