@@ -118,12 +118,12 @@ class FaultyS3:
     def _body(handler: BaseHTTPRequestHandler) -> bytes:
         if "chunked" not in handler.headers.get("Transfer-Encoding", ""):
             return handler.rfile.read(int(handler.headers.get("Content-Length") or 0))
-        found = b""
+        results = b""
         while size := int(handler.rfile.readline().split(b";")[0], 16):
-            found += handler.rfile.read(size)
+            results += handler.rfile.read(size)
             handler.rfile.readline()
         handler.rfile.readline()
-        return found
+        return results
 
     def _forward(self, handler: BaseHTTPRequestHandler, body: bytes) -> tuple[http.client.HTTPResponse, bytes]:
         connection = http.client.HTTPConnection(self._target, timeout=60)

@@ -18,7 +18,7 @@ def test_flags_win_over_toml_over_defaults(tmp_path: Path) -> None:
     assert (config.input, config.neighbors, config.min_similarity, config.seed) == ("a", 50, 0.6, 0)
 
 
-def test_no_floor() -> None:
+def test_no_threshold() -> None:
     assert load_config({"input": "a", "output": "b", "min_similarity": "none"}).min_similarity is None
 
 

@@ -85,7 +85,7 @@ def test_rayjob_has_kuberays_fields_and_kubernetes_pods() -> None:
     assert config.output.startswith("s3://")
     offered = [json.loads(shlex.split(group["rayStartParams"]["resources"])[0]) for group in groups]
     assert config.detect_resource in offered[0]
-    assert any(config.search_resource in each for each in offered[1:])
+    assert any(config.search_resource in item for item in offered[1:])
 
 
 def test_versions_of_ray_agree() -> None:

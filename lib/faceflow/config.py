@@ -41,7 +41,7 @@ class ClusterConfig:
     bad_rows: str = _setting(
         "fail",
         "rows that cannot be used (null, NaN, zero or repeated id, …). fail: refuse the input; quarantine: set them aside "
-        "under OUTPUT/rejected, without a cluster",
+        "under OUTPUT/quarantined, without a cluster",
         choices=("fail", "quarantine"),
     )
     max_bad_fraction: float = _setting(0.01, "share of rows that may be set aside; more are refused", metavar="X")
@@ -59,7 +59,7 @@ class ClusterConfig:
     edges: str = _setting(
         "auto",
         "how neighbors become weighted edges. threshold: the cosine; shared: cosine x overlap of the two faces' neighbors; "
-        "nep, facemap, tpdi: as published; auto: our own, which also keeps pairs below the floor that neighbors vouch for",
+        "nep, facemap, tpdi: as published; auto: our own, which also keeps pairs below the threshold that neighbors vouch for",
         choices=("auto", "threshold", "shared", "nep", "facemap", "tpdi"),
     )
     index: str = _setting(
@@ -96,7 +96,7 @@ class ClusterConfig:
     adopt: str = _setting(
         "auto",
         "faces that stand alone but are nearer to one person's mean than chance would have them: give them to that person. "
-        "auto: where floor, edges and method are the automatic ones",
+        "auto: where threshold, edges and method are the automatic ones",
         choices=("auto", "always", "never"),
     )
     engine: str = _setting(
@@ -195,9 +195,9 @@ class ClusterConfig:
         self._range("trials", 1, 1000)
         self._range("full_every", 1, 10_000)
         self._range("snapshot", 0, 2**63 - 1)
-        floor = self.min_similarity
-        if floor not in (None, "auto") and not (isinstance(floor, numbers.Real) and -1 <= floor <= 1):
-            raise SettingsError(f"min_similarity is {floor}: a cosine lies between -1 and 1; or 'auto', or 'none'")
+        threshold = self.min_similarity
+        if threshold not in (None, "auto") and not (isinstance(threshold, numbers.Real) and -1 <= threshold <= 1):
+            raise SettingsError(f"min_similarity is {threshold}: a cosine lies between -1 and 1; or 'auto', or 'none'")
         if self.clusters is not None and self.clusters < 1:
             raise SettingsError(f"clusters is {self.clusters}: it must be 1 or more")
         if self.method == "minibatch-kmeans" and self.clusters is None:

@@ -24,11 +24,11 @@ KEPT_DAYS = 30
 @functools.lru_cache(maxsize=1)
 def key(versions: tuple[str, ...]) -> str:
     """A hash of the source of every kernel, of the tables' constants, and of these versions."""
-    found = hashlib.sha256("\0".join(versions).encode())
+    results = hashlib.sha256("\0".join(versions).encode())
     package = Path(__file__).parent
     for path in (*sorted((package / "kernels").rglob("*.py")), package / "tables.py"):
-        found.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes() + b"\0")
-    return found.hexdigest()[:20]
+        results.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return results.hexdigest()[:20]
 
 
 @functools.lru_cache(maxsize=1)
@@ -40,12 +40,12 @@ def kernel_folder(versions: tuple[str, ...]) -> str:
     for make in makers:
         with contextlib.suppress(OSError, RuntimeError):
             base = make()
-            found = base / f"kernels-{key(versions)}"
-            found.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=found).close()
-            os.utime(found)
-            _remove_old(base, found)
-            return str(found)
+            results = base / f"kernels-{key(versions)}"
+            results.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=results).close()
+            os.utime(results)
+            _remove_old(base, results)
+            return str(results)
     return tempfile.mkdtemp(prefix="faceflow-kernels-")
 
 
@@ -61,8 +61,12 @@ def _users_folder() -> Path:
 def _private(path: Path) -> Path:
     """A folder that is this user's alone: compiled code that others could put there would be run."""
     path.mkdir(mode=0o700, exist_ok=True)
-    found = path.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_mode & 0o022 or (hasattr(os, "getuid") and found.st_uid != os.getuid()):
+    results = path.lstat()
+    if (
+        not stat.S_ISDIR(results.st_mode)
+        or results.st_mode & 0o022
+        or (hasattr(os, "getuid") and results.st_uid != os.getuid())
+    ):
         raise OSError(f"{path} is not this user's own")
     return path
 

@@ -21,9 +21,9 @@ def bind(**fields: Any) -> None:
     _bound.update(fields)
 
 
-def told(event: str, **fields: Any) -> Mapping[str, Any]:
+def event(name: str, **fields: Any) -> Mapping[str, Any]:
     """`extra` of a log call: what the line says, as an event's name and fields for the JSON format."""
-    return {"faceflow": {"event": event} | fields}
+    return {"faceflow": {"event": name} | fields}
 
 
 class JsonFormatter(logging.Formatter):
@@ -58,7 +58,7 @@ def say(text: str) -> None:
 def failed(message: str, exit_code: int) -> int:
     """Say on stderr why a command fails, as a log line where these are JSON; returns the exit code."""
     if any(isinstance(handler.formatter, JsonFormatter) for handler in logging.getLogger().handlers):
-        logging.getLogger("faceflow").error("%s", message, extra=told("failed", exit_code=exit_code))
+        logging.getLogger("faceflow").error("%s", message, extra=event("failed", exit_code=exit_code))
     else:
         print(message, file=sys.stderr)
     return exit_code

@@ -42,7 +42,7 @@ CANDIDATES_SCHEMA = pa.schema(
 IDS_CHECKED_SCHEMA = pa.schema([pa.field("row", pa.int64(), nullable=False)])
 """Input rows, counted over all files; `idcheck/ids-*` has the id before it."""
 
-REJECTED_SCHEMA = pa.schema(
+QUARANTINED_SCHEMA = pa.schema(
     [("position", pa.int32()), ("verdict", pa.uint8()), ("file", pa.string()), ("row", pa.int64()), ("reason", pa.string())]
 )
 """Rows of one part that cannot be used: position among the part's input rows, verdict of `stages.ingest.row_checks`, and the
@@ -176,12 +176,12 @@ class NeighborTable(_Ragged):
     @classmethod
     def joined(cls, batches: Sequence[pa.RecordBatch]) -> NeighborTable:
         """Of consecutive rows from 0, in several batches; a single one is not copied."""
-        found = [cls._arrays(batch) for batch in batches]
-        if len(found) == 1:
-            return cls(0, *found[0])
-        counts = [np.diff(offsets) for offsets, _, _ in found]
+        results = [cls._arrays(batch) for batch in batches]
+        if len(results) == 1:
+            return cls(0, *results[0])
+        counts = [np.diff(offsets) for offsets, _, _ in results]
         offsets = np.concatenate([[0], np.cumsum(np.concatenate(counts))])
-        return cls(0, offsets, *(np.concatenate([each[i] for each in found]) for i in (1, 2)))
+        return cls(0, offsets, *(np.concatenate([item[i] for item in results]) for i in (1, 2)))
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,13 @@
-"""Accuracy without tuning: the default settings against plain threshold Infomap at its best fixed floor, on the same faces.
+"""Accuracy without tuning: the default settings against plain threshold Infomap at its best fixed threshold, on the same faces.
 
     python -m tests.benchmarks.accuracy --data FOLDER                       # LFW (two embeddings) and CelebA, where they are
     python -m tests.benchmarks.accuracy --synthetic 100000 --look ms1m      # and dense sets
-    python -m tests.benchmarks.accuracy --growth 30000 --look ms1m          # N, 3N, 9N: what a floor tuned at N is worth later
+    python -m tests.benchmarks.accuracy --growth 30000 --look ms1m          # N, 3N, 9N: what a threshold tuned at N is worth
+    later
 
-F is the mean of pairwise and BCubed F. The best fixed floor is looked for in steps of .01 about the automatic one, once with
-the 80 and once with the 200 nearest neighbors, with the labels; the default knows no labels. (Above LARGE faces: every third,
-then all about the best of these.) One JSON line a set; `recipes` has F of every edge recipe at the automatic floor.
+F is the mean of pairwise and BCubed F. The best fixed threshold is looked for in steps of .01 about the automatic one, once
+with the 80 and once with the 200 nearest neighbors, with the labels; the default knows no labels. (Above LARGE faces: every
+third, then all about the best of these.) One JSON line a set; `recipes` has F of every edge recipe at the automatic threshold.
 """
 
 from __future__ import annotations
@@ -64,9 +65,9 @@ def clusters_of(output: Path) -> np.ndarray:
     return np.concatenate([pq.read_table(f, columns=["cluster"], partitioning=None)["cluster"].to_numpy() for f in files])
 
 
-def floors_of(output: Path, run_id: str) -> dict[str, Any]:
+def thresholds_of(output: Path, run_id: str) -> dict[str, Any]:
     counts = json.loads((output / "_runs" / run_id / "manifests" / "quantize.json").read_text())["counts"]
-    return {key: counts[key] for key in ("floor", "weak_floor", "valley", "impostors_a_face")}
+    return {key: counts[key] for key in ("threshold", "support_threshold", "valley", "impostors_per_face")}
 
 
 def tables(output: Path, run_id: str) -> NeighborTable:
@@ -78,39 +79,39 @@ def tables(output: Path, run_id: str) -> NeighborTable:
     return NeighborTable(0, offsets, np.concatenate([p.rows for p in parts]), np.concatenate([p.values for p in parts]))
 
 
-def plain(table: NeighborTable, neighbors: int, floor: float, identities: np.ndarray) -> float:
+def plain(table: NeighborTable, neighbors: int, threshold: float, identities: np.ndarray) -> float:
     """F of threshold Infomap."""
-    found = edge_recipes.threshold(table, neighbors, floor)
-    return f_of(mapequation.detect([(found.offsets, found.rows, found.values)], threads=2).modules, identities)
+    results = edge_recipes.threshold(table, neighbors, threshold)
+    return f_of(mapequation.detect([(results.offsets, results.rows, results.values)], threads=2).modules, identities)
 
 
 def sweep(table: NeighborTable, identities: np.ndarray, lowest: float, highest: float) -> dict[str, Any]:
-    """The best of all floors in steps of STEP; for a large set of every third one, and of all about the best of these."""
-    floors = [round(float(floor), 2) for floor in np.arange(lowest, min(highest, 0.995), STEP)]
+    """The best of all thresholds in steps of STEP; for a large set of every third one, and of all about the best of these."""
+    thresholds = [round(float(threshold), 2) for threshold in np.arange(lowest, min(highest, 0.995), STEP)]
     tried: list[tuple[float, int, float]] = []
     for k in PLAIN_NEIGHBORS:
-        coarse = range(1, len(floors), 3) if len(identities) > LARGE else range(len(floors))
-        seen = {i: plain(table, k, floors[i], identities) for i in coarse}
+        coarse = range(1, len(thresholds), 3) if len(identities) > LARGE else range(len(thresholds))
+        seen = {i: plain(table, k, thresholds[i], identities) for i in coarse}
         top = max(seen, key=lambda i: seen[i])
         seen |= {
-            i: plain(table, k, floors[i], identities)
-            for i in range(max(0, top - 2), min(len(floors), top + 3))
+            i: plain(table, k, thresholds[i], identities)
+            for i in range(max(0, top - 2), min(len(thresholds), top + 3))
             if i not in seen
         }
-        tried += [(f, k, floors[i]) for i, f in seen.items()]
+        tried += [(f, k, thresholds[i]) for i, f in seen.items()]
     best = max(tried)
-    return {"f": round(best[0], 4), "neighbors": best[1], "floor": best[2]}
+    return {"f": round(best[0], 4), "neighbors": best[1], "threshold": best[2]}
 
 
-def recipes(table: NeighborTable, identities: np.ndarray, floors: dict[str, Any]) -> dict[str, float]:
-    above = table.values >= np.float32(floors["floor"])
+def recipes(table: NeighborTable, identities: np.ndarray, thresholds: dict[str, Any]) -> dict[str, float]:
+    above = table.values >= np.float32(thresholds["threshold"])
     block = edge_recipes.kept((table.offsets, table.rows, table.values), above)
     *block, order = compress([block], 2)
     out = {}
     for name in ("shared", "nep", "facemap", "tpdi"):
-        found = getattr(edge_recipes, name)(tuple(block))
+        results = getattr(edge_recipes, name)(tuple(block))
         modules = np.empty(len(order), np.int64)
-        modules[order] = mapequation.detect([found], threads=2).modules
+        modules[order] = mapequation.detect([results], threads=2).modules
         out[name] = round(f_of(modules, identities), 4)
     return out
 
@@ -121,20 +122,20 @@ def compare(name: str, source: str, folder: Path) -> dict[str, Any]:
     run = job(source, folder / "default")
     seconds = time.perf_counter() - begun
     ours = f_of(clusters_of(folder / "default"), identities)
-    floors = floors_of(folder / "default", run["run_id"])
-    lowest = max(0.0, round(floors["floor"] - REACH, 2))
+    thresholds = thresholds_of(folder / "default", run["run_id"])
+    lowest = max(0.0, round(thresholds["threshold"] - REACH, 2))
     wide = job(source, folder / "wide", "--min-similarity", str(lowest), "--edges", "threshold", "--neighbors", "200",
                "--min-recall", "0")  # fmt: skip
     table = tables(folder / "wide", wide["run_id"])
-    best = sweep(table, identities, lowest, floors["floor"] + REACH)
+    best = sweep(table, identities, lowest, thresholds["threshold"] + REACH)
     line = {"set": name, "faces": len(identities), "default": round(ours, 4), "best_fixed": best}
     line["ahead"] = round(ours - best["f"], 4)
-    line |= floors | {"recipes": recipes(table, identities, floors), "seconds": round(seconds, 1)}
+    line |= thresholds | {"recipes": recipes(table, identities, thresholds), "seconds": round(seconds, 1)}
     return line
 
 
 def growth(faces: int, look: str, folder: Path) -> list[dict[str, Any]]:
-    """F of the defaults, and of plain threshold Infomap with the floor that is best at the smallest size."""
+    """F of the defaults, and of plain threshold Infomap with the threshold that is best at the smallest size."""
     lines: list[dict[str, Any]] = []
     tuned: dict[str, Any] = {}
     for times in (1, 3, 9):
@@ -143,15 +144,22 @@ def growth(faces: int, look: str, folder: Path) -> list[dict[str, Any]]:
         identities = identities_of(source)
         run = job(source, folder / f"default-{times}")
         ours = f_of(clusters_of(folder / f"default-{times}"), identities)
-        floors = floors_of(folder / f"default-{times}", run["run_id"])
-        lowest = tuned["floor"] if tuned else max(0.0, round(floors["floor"] - REACH, 2))
+        thresholds = thresholds_of(folder / f"default-{times}", run["run_id"])
+        lowest = tuned["threshold"] if tuned else max(0.0, round(thresholds["threshold"] - REACH, 2))
         wide = job(source, folder / f"wide-{times}", "--min-similarity", str(lowest), "--edges", "threshold", "--neighbors",
                    str(tuned.get("neighbors", 200)), "--min-recall", "0")  # fmt: skip
         table = tables(folder / f"wide-{times}", wide["run_id"])
-        tuned = tuned or sweep(table, identities, lowest, floors["floor"] + REACH)
-        theirs = plain(table, tuned["neighbors"], tuned["floor"], identities)
+        tuned = tuned or sweep(table, identities, lowest, thresholds["threshold"] + REACH)
+        theirs = plain(table, tuned["neighbors"], tuned["threshold"], identities)
         line = {"faces": faces * times, "default": round(ours, 4), "tuned_at_first": round(theirs, 4)}
-        lines.append(line | {"floor": floors["floor"], "tuned_floor": tuned["floor"], "tuned_neighbors": tuned["neighbors"]})
+        lines.append(
+            line
+            | {
+                "threshold": thresholds["threshold"],
+                "tuned_threshold": tuned["threshold"],
+                "tuned_neighbors": tuned["neighbors"],
+            }
+        )
         print(json.dumps(lines[-1]), flush=True)
     return lines
 

@@ -65,8 +65,8 @@ def replay(output: Path, labels: dict[str, int], run_id: str) -> dict[str, int]:
         assert first.get(event["cluster"], 0) == event["faces_before"], event
         if event["event"] not in ("merged", "split"):
             sizes[event["cluster"]] = event["faces_after"]
-    found = dict(zip(*np.unique(list(after.values()), return_counts=True), strict=True))
-    assert {c: n for c, n in sizes.items() if n} == found
+    results = dict(zip(*np.unique(list(after.values()), return_counts=True), strict=True))
+    assert {c: n for c, n in sizes.items() if n} == results
     return after
 
 
@@ -91,10 +91,10 @@ def split(faces: Path, into: Path, first: int, new: int, rng: np.random.Generato
     night[np.concatenate([np.flatnonzero(of_late)[:new], others[first : first + new - min(new, count)]])] = 1
     into.mkdir()
     added = []
-    for file, here in zip(files, np.split(night, np.cumsum([len(p) for p in parts])[:-1]), strict=True):
+    for file, selected in zip(files, np.split(night, np.cumsum([len(p) for p in parts])[:-1]), strict=True):
         table = pq.read_table(file)
-        pq.write_table(table.filter(pa.array(here == 0)), into / f"night-000-{file.name}")
-        added.append(table.filter(pa.array(here == 1)))
+        pq.write_table(table.filter(pa.array(selected == 0)), into / f"night-000-{file.name}")
+        added.append(table.filter(pa.array(selected == 1)))
         file.unlink()
     later = pa.concat_tables(added)
     return later.take(rng.permutation(len(later)))

@@ -81,9 +81,9 @@ def glove(folder: Path) -> None:
     pq.write_table(pa.table({"id": np.arange(len(x)), "embedding": column}), folder / "glove.parquet", row_group_size=100_000)
 
 
-def recall_of(truth: np.ndarray, true_s: np.ndarray, found: list[np.ndarray], floor: float) -> float:
-    real = [t[s >= floor] for t, s in zip(truth, true_s, strict=True)]
-    hits = sum(int(np.isin(t, f).sum()) for t, f in zip(real, found, strict=True))
+def recall_of(truth: np.ndarray, true_s: np.ndarray, results: list[np.ndarray], threshold: float) -> float:
+    real = [t[s >= threshold] for t, s in zip(truth, true_s, strict=True)]
+    hits = sum(int(np.isin(t, f).sum()) for t, f in zip(real, results, strict=True))
     return hits / max(1, sum(map(len, real)))
 
 
@@ -96,7 +96,7 @@ def drop_self(rows: np.ndarray, similarities: np.ndarray, queries: np.ndarray, k
 
 
 def time_baseline(
-    index: Any, knob: str | None, x: np.ndarray, queries: np.ndarray, k: int, floor: float, check: Any, wanted: float
+    index: Any, knob: str | None, x: np.ndarray, queries: np.ndarray, k: int, threshold: float, check: Any, wanted: float
 ) -> dict[str, Any]:
     """Raise the index's knob until its recall is `wanted`, then time its search."""
     values = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512] if knob else [0]
@@ -107,7 +107,7 @@ def time_baseline(
             setattr(target, knob, max(value, k + 1) if knob == "efSearch" else value)
         s, rows = index.search(x[checked], k + 1)
         rows, s = drop_self(rows, s, checked, k)
-        recall = recall_of(truth, true_s, [r[v >= floor] for r, v in zip(rows, s, strict=True)], floor)
+        recall = recall_of(truth, true_s, [r[v >= threshold] for r, v in zip(rows, s, strict=True)], threshold)
         if recall >= wanted or not knob:
             break
     begun = time.perf_counter()
@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--faces", type=int, default=100_000)
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--input", help="Parquet of faces, in place of synthetic ones")
-    parser.add_argument("--glove", action="store_true", help="400,000 x 50 word vectors, no floor, k = 20")
+    parser.add_argument("--glove", action="store_true", help="400,000 x 50 word vectors, no threshold, k = 20")
     parser.add_argument("--neighbors", type=int, default=50)
     parser.add_argument("--min-similarity", type=float, default=0.58)
     parser.add_argument("--min-recall", type=float, default=0.995)
@@ -130,7 +130,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--work", help="folder for data and run (default: temporary)")
     a = parser.parse_args()
-    k, floor = (20, None) if a.glove else (a.neighbors, a.min_similarity)
+    k, threshold = (20, None) if a.glove else (a.neighbors, a.min_similarity)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(a.work or temporary)
         source = Path(a.input) if a.input else folder / "in"
@@ -138,15 +138,15 @@ def main() -> None:
             glove(source)
         elif not a.input and not source.exists():
             synthesize(str(source), a.faces, dim=a.dim)
-        print(json.dumps(compare(a, source, folder / "out", k, floor)))
+        print(json.dumps(compare(a, source, folder / "out", k, threshold)))
 
 
-def compare(a: argparse.Namespace, source: Path, output: Path, k: int, floor: float | None) -> dict[str, Any]:
+def compare(a: argparse.Namespace, source: Path, output: Path, k: int, threshold: float | None) -> dict[str, Any]:
     config = ClusterConfig(
         str(source),
         str(output),
         neighbors=k,
-        min_similarity=floor,
+        min_similarity=threshold,
         edges="threshold",
         index="cells",
         workers=a.workers,
@@ -173,15 +173,15 @@ def compare(a: argparse.Namespace, source: Path, output: Path, k: int, floor: fl
     flat.add(x)
     true_s, truth = flat.search(x[checked], k + 1)
     truth, true_s = drop_self(truth, true_s, checked, k)
-    least = -2.0 if floor is None else floor
-    found = check_tables(run, parts, x, checked, k, floor)
-    recall = recall_of(truth, true_s, found, least)
+    least = -2.0 if threshold is None else threshold
+    results = check_tables(run, parts, x, checked, k, threshold)
+    recall = recall_of(truth, true_s, results, least)
     assert recall >= a.min_recall, f"edge recall {recall} is below {a.min_recall}: no time is worth printing"
 
     ours = round(done["quantize"].seconds + done["search"].seconds, 2)
     plan, search = done["quantize"].counts, done["search"].counts
     line: dict[str, Any] = {
-        "faces": len(x), "dim": dim, "k": k, "floor": floor, "workers": a.workers,
+        "faces": len(x), "dim": dim, "k": k, "threshold": threshold, "workers": a.workers,
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs", "faiss": faiss.__version__,
         "faceflow": {
             "seconds": ours, "quantize": done["quantize"].seconds, "search": done["search"].seconds,
@@ -213,9 +213,11 @@ def compare(a: argparse.Namespace, source: Path, output: Path, k: int, floor: fl
     return line
 
 
-def check_tables(run: Store, parts: Any, x: np.ndarray, checked: np.ndarray, k: int, floor: float | None) -> list[np.ndarray]:
-    """Neighbors found for the checked rows, after checking their order, floor and similarities against float64."""
-    found = []
+def check_tables(
+    run: Store, parts: Any, x: np.ndarray, checked: np.ndarray, k: int, threshold: float | None
+) -> list[np.ndarray]:
+    """Neighbors found for the checked rows, after checking their order, threshold and similarities against float64."""
+    results = []
     for part in range(len(parts)):
         table = NeighborTable.from_batch(run.read_batch(layout.part("neighbors", part)), parts.starts[part])
         for row in checked[(checked >= parts.starts[part]) & (checked < parts.starts[part + 1])]:
@@ -225,10 +227,10 @@ def check_tables(run: Store, parts: Any, x: np.ndarray, checked: np.ndarray, k: 
             assert row not in rows
             assert len(set(rows.tolist())) == len(rows)
             assert (np.diff(s) <= 0).all()
-            assert floor is None or (s >= np.float32(floor)).all()
+            assert threshold is None or (s >= np.float32(threshold)).all()
             np.testing.assert_allclose(s, x[rows].astype(np.float64) @ x[row].astype(np.float64), atol=1e-5)
-            found.append(rows)
-    return found
+            results.append(rows)
+    return results
 
 
 if __name__ == "__main__":

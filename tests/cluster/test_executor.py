@@ -1,4 +1,4 @@
-"""Pieces that fail on a real Ray: I/O errors, killed workers, memory; each in the way it fails in the field."""
+"""Tasks that fail on a real Ray: I/O errors, killed workers, memory; each in the way it fails in the field."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ def fails_until(flag: str, times: int, kind: str, value: int, steps: int = 1) ->
     return value, steps
 
 
-def twice(piece: tuple[object, ...]) -> tuple[object, ...]:
-    return (*piece[:-1], 2 * piece[-1])  # type: ignore[operator]
+def twice(task: tuple[object, ...]) -> tuple[object, ...]:
+    return (*task[:-1], 2 * task[-1])  # type: ignore[operator]
 
 
 @pytest.mark.usefixtures("ray_session")
 @pytest.mark.parametrize(("kind", "steps"), [("io", 1), ("kill", 2), ("memory", 4)])
-def test_a_piece_that_fails_is_tried_again(tmp_path: Path, kind: str, steps: int) -> None:
-    pieces = [(str(tmp_path / f"{i}"), 2 if i == 1 else 0, kind, i, 1) for i in range(6)]
+def test_a_task_that_fails_is_tried_again(tmp_path: Path, kind: str, steps: int) -> None:
+    tasks = [(str(tmp_path / f"{i}"), 2 if i == 1 else 0, kind, i, 1) for i in range(6)]
     with Executor() as executor:
-        found = executor.map(fails_until, pieces, "try", smaller=twice)
-    assert found == [(i, steps if i == 1 else 1) for i in range(6)]
+        results = executor.map(fails_until, tasks, "try", smaller=twice)
+    assert results == [(i, steps if i == 1 else 1) for i in range(6)]
 
 
 @pytest.mark.usefixtures("ray_session")
@@ -73,20 +73,20 @@ def test_waits_longer_each_time_and_gives_up() -> None:
         attempt.failed(Cause.IO, "503 SlowDown", 100.0)
 
 
-def test_a_dead_machine_is_not_the_piece_s_fault() -> None:
+def test_a_dead_machine_is_not_the_task_s_fault() -> None:
     attempt = Attempts((1, 1), "search", twice)
     for _ in range(MACHINE_RETRIES):
         attempt.failed(Cause.MACHINE, "the raylet died", 0.0)
-    assert attempt.piece == (1, 1)
+    assert attempt.task == (1, 1)
     assert not attempt.alone
     assert attempt.not_before > 10
 
 
 def test_memory_halves_the_steps_and_then_says_so() -> None:
-    attempt = Attempts((7, 1), "search", lambda piece: (piece[0], 2 * piece[1]))
+    attempt = Attempts((7, 1), "search", lambda task: (task[0], 2 * task[1]))
     for i in range(1, MEMORY_RETRIES + 1):
         attempt.failed(Cause.MEMORY, "killed", 0.0)
-        assert attempt.piece == (7, 2**i)
+        assert attempt.task == (7, 2**i)
         assert attempt.alone
     with pytest.raises(RunError, match="even in small steps it needs more memory than there is"):
         attempt.failed(Cause.MEMORY, "killed", 0.0)
@@ -109,7 +109,7 @@ def fill(gigabytes: float, steps: int) -> int:
 
 @pytest.mark.timeout(180)
 def test_a_worker_that_ray_ends_for_its_memory_is_tried_in_smaller_steps() -> None:
-    """A private Ray whose memory monitor has its limit 1.5 GB above what the machine uses now, and a piece of 4 GB."""
+    """A private Ray whose memory monitor has its limit 1.5 GB above what the machine uses now, and a task of 4 GB."""
     script = textwrap.dedent("""
         from faceflow.cluster.executor import Executor
         from tests.cluster.test_executor import fill, twice

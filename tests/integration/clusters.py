@@ -50,15 +50,15 @@ class TwoMachines:
         assert len(self._raylets()) == 2
 
     def _raylets(self) -> list[psutil.Process]:
-        found = []
+        results = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
                 line = " ".join(process.cmdline())
                 alive = process.status() != psutil.STATUS_ZOMBIE
                 port = self.address.split(":")[1]
                 if "raylet/raylet" in line.split(" --")[0] and f":{port} " in f"{line} " and alive:
-                    found.append(process)
-        return found
+                    results.append(process)
+        return results
 
     def second(self) -> psutil.Process:
         """The raylet that is not the head's. Raises psutil.NoSuchProcess where it is dead."""

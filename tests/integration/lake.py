@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from faceflow import ClusterConfig, run_nightly
 from faceflow.runs.pipeline import RunResult
-from faceflow.stages.artifacts.faces import good_entries, read_ids, read_rejected
+from faceflow.stages.artifacts.faces import good_entries, read_ids, read_quarantined
 from faceflow.storage import layout
 from faceflow.storage.object_store import Store
 from faceflow.tables import NeighborTable
@@ -85,18 +85,18 @@ def table_of(output: Path, run_id: str) -> dict[str, dict[str, float]]:
     ids: list[str] = []
     for p in parts:
         every = read_ids(run, p)
-        ids += every.filter(pa.array(good_entries(read_rejected(run, p), len(every)))).to_pylist()
-    found: dict[str, dict[str, float]] = {}
+        ids += every.filter(pa.array(good_entries(read_quarantined(run, p), len(every)))).to_pylist()
+    results: dict[str, dict[str, float]] = {}
     for p in parts:
         table = NeighborTable.from_batch(run.read_batch(layout.part("neighbors", p)), counts["starts"][p])
         for i in range(len(table)):
-            here = slice(table.offsets[i], table.offsets[i + 1])
-            assert (np.diff(table.values[here]) <= 0).all()
-            pairs = zip(table.rows[here].tolist(), table.values[here].tolist(), strict=True)
-            found[ids[counts["starts"][p] + i]] = {ids[row]: value for row, value in pairs}
-    return found
+            selected = slice(table.offsets[i], table.offsets[i + 1])
+            assert (np.diff(table.values[selected]) <= 0).all()
+            pairs = zip(table.rows[selected].tolist(), table.values[selected].tolist(), strict=True)
+            results[ids[counts["starts"][p] + i]] = {ids[row]: value for row, value in pairs}
+    return results
 
 
 def manifest(output: Path, run_id: str, stage: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((output / "_runs" / run_id / "manifests" / f"{stage}.json").read_text())["counts"]
-    return found
+    results: dict[str, Any] = json.loads((output / "_runs" / run_id / "manifests" / f"{stage}.json").read_text())["counts"]
+    return results

@@ -69,11 +69,11 @@ def test_bad_rows_are_set_aside_and_the_others_are_clustered_as_if_they_were_not
     assert main([*arguments, "--bad-rows", "quarantine", "--max-bad-fraction", "0.1"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     latest = json.loads((tmp_path / "out" / "latest.json").read_text())
-    assert (result["faces"], result["rejected"]) == (latest["faces"], latest["rejected"]) == (200, 9)
+    assert (result["faces"], result["quarantined"]) == (latest["faces"], latest["quarantined"]) == (200, 9)
     labels = read(tmp_path / "out" / latest["labels"])
     ids = [i for name in ("a", "b") for i in pq.read_table(tmp_path / "in" / f"{name}.parquet")["id"].to_pylist()]
     assert labels["id"].to_pylist() == ids  # every row, in input order
-    lines = read(tmp_path / "out" / "rejected" / f"run={latest['run_id']}").to_pylist()
+    lines = read(tmp_path / "out" / "quarantined" / f"run={latest['run_id']}").to_pylist()
     assert {str(line["id"]): line["reason"] for line in lines} == reasons
     for line in lines:
         source = pq.read_table(line["file"])["id"].to_pylist()
@@ -130,7 +130,7 @@ def test_a_part_without_any_good_row(tmp_path: Path, monkeypatch: pytest.MonkeyP
             max_bad_fraction=0.5,
         )  # fmt: skip
         result = run_clustering(config, progress=False, report=False)
-        assert (result.faces, result.rejected) == (150, 50)
+        assert (result.faces, result.quarantined) == (150, 50)
         labels = read(Path(result.labels))
         assert labels["cluster"].null_count == 50
 

@@ -83,12 +83,12 @@ def test_faces_of_one_photo_are_kept_apart_every_night(tmp_path: Path) -> None:
         pq.write_table(pa.table({"id": list(faces), "embedding": vectors, "photo": photos}), tmp_path / "in" / name)
 
     def crowded(run_id: str) -> int:
-        labels, found, clashes = labels_of(tmp_path / "out", run_id), set(), 0
+        labels, results, clashes = labels_of(tmp_path / "out", run_id), set(), 0
         for path in sorted((tmp_path / "in").iterdir()):
             for row in pq.read_table(path, columns=["id", "photo"]).to_pylist():
                 key = (row["photo"], labels[row["id"]])
-                clashes += key in found
-                found.add(key)
+                clashes += key in results
+                results.add(key)
         return clashes
 
     write("a.parquet", 100)

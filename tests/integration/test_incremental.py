@@ -190,16 +190,16 @@ def test_ids_that_two_files_hold_are_refused_or_set_aside(tmp_path: Path) -> Non
     assert json.loads((tmp_path / "out" / "latest.json").read_text())["run_id"] == first.run_id
     aside = {"bad_rows": "quarantine", "max_bad_fraction": 0.5}
     second = night(tmp_path / "in", tmp_path / "out", **aside)
-    assert (second.faces, second.rejected) == (120, 1)
+    assert (second.faces, second.quarantined) == (120, 1)
     lake.add("c.parquet", 5)
     third = night(tmp_path / "in", tmp_path / "out", **aside)
-    assert (third.faces, third.rejected) == (125, 1)
+    assert (third.faces, third.quarantined) == (125, 1)
     lake.files["d.parquet"] = {"face-8": np.ones(16, np.float32)}  # nothing but a bad row: a small share of all the same
     lake.write("d.parquet")
     fourth = night(tmp_path / "in", tmp_path / "out", **aside | {"max_bad_fraction": 0.02})
-    assert (fourth.faces, fourth.rejected) == (125, 2)
+    assert (fourth.faces, fourth.quarantined) == (125, 2)
     lines = pq.read_table(
-        next((tmp_path / "out" / "rejected" / f"run={third.run_id}").glob("*")), partitioning=None
+        next((tmp_path / "out" / "quarantined" / f"run={third.run_id}").glob("*")), partitioning=None
     ).to_pylist()
     assert [(line["id"], line["row"]) for line in lines] == [("face-7", 20)]
 
@@ -240,7 +240,7 @@ def test_small_parts_of_many_nights_become_one(tmp_path: Path, monkeypatch: pyte
     ours, theirs = table_of(tmp_path / "out", run.run_id), table_of(tmp_path / "full", full.run_id)
     pairs = [{(face, other) for face, others in table.items() for other in others} for table in (ours, theirs)]
     assert len(pairs[0] & pairs[1]) >= 0.97 * len(pairs[1])
-    lines = pq.read_table(tmp_path / "out" / "rejected" / f"run={run.run_id}", partitioning=None).to_pylist()
+    lines = pq.read_table(tmp_path / "out" / "quarantined" / f"run={run.run_id}", partitioning=None).to_pylist()
     assert sorted((line["id"], line["row"]) for line in lines) == [(f"bad-{i}", 6) for i in range(1, 8)]
 
 
@@ -297,7 +297,7 @@ def test_lfw_in_ten_nights(face_data: Path, tmp_path: Path) -> None:
         "neighbors": 200,
         "edges": "auto",
         "index": "cells",
-    }  # the floor, too, is found anew whenever the set has grown by half
+    }  # the threshold, too, is found anew whenever the set has grown by half
     labels: dict[str, int] = {}
     for i, rows in enumerate(np.array_split(order, 10)):
         pq.write_table(table.take(np.sort(rows)), tmp_path / "in" / f"{i}.parquet")
@@ -331,8 +331,8 @@ def test_nights_on_s3(
     assert (run.read_json("manifests/quantize.json") or {})["counts"]["incremental"]
     assert len((run.read_json("manifests/ingest.json") or {})["counts"]["starts"]) - 1 <= 3
     files = fs.glob(f"faces/nights/out/labels/run={result.run_id}/*.parquet")
-    found = pa.concat_tables([pq.read_table(fs.open(f)) for f in sorted(files)])
-    clusters = {(int(truth[int(i)]), c) for i, c in zip(found["id"].to_pylist(), found["cluster"].to_pylist(), strict=True)}
+    results = pa.concat_tables([pq.read_table(fs.open(f)) for f in sorted(files)])
+    clusters = {(int(truth[int(i)]), c) for i, c in zip(results["id"].to_pylist(), results["cluster"].to_pylist(), strict=True)}
     assert len(clusters) == 20
 
 
@@ -369,11 +369,11 @@ def test_diff_tells_what_the_nights_told(tmp_path: Path, capsys: pytest.CaptureF
     lake.write("1.parquet")
     second = night(tmp_path / "in", tmp_path / "out").run_id
     assert main(["diff", str(tmp_path / "out"), first, second, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert (found["faces"], found["new"], found["gone"]) == (260, 30, 40)
+    results = json.loads(capsys.readouterr().out)
+    assert (results["faces"], results["new"], results["gone"]) == (260, 30, 40)
     theirs = tmp_path / "out" / "events" / f"run={second}" / "part-00000.parquet"
-    assert pq.read_table(found["events_file"], partitioning=None).equals(pq.read_table(theirs, partitioning=None))
-    moves = pq.read_table(found["moves_file"], partitioning=None).to_pylist()
+    assert pq.read_table(results["events_file"], partitioning=None).equals(pq.read_table(theirs, partitioning=None))
+    moves = pq.read_table(results["moves_file"], partitioning=None).to_pylist()
     files = (tmp_path / "out" / "moves" / f"run={second}").glob("*")
     expected = [row for f in files for row in pq.read_table(f, partitioning=None).to_pylist()]
     assert sorted(moves, key=lambda row: row["id"]) == sorted(expected, key=lambda row: row["id"])
@@ -387,10 +387,10 @@ def test_carried_tables_drop_what_is_gone() -> None:
     offsets, rows = np.array([0, 2, 4, 5, 5]), np.array([1, 2, 0, 3, 1], np.int32)
     values = np.array([0.9, 0.8, 0.9, 0.7, 0.6], np.float32)
     now = np.array([0, 1, -1, 2], np.int32)  # row 2 is gone
-    found = incremental_search.carry_table(offsets, rows, values, np.array([0, 1, 3]), now, 2)
-    assert found[0].tolist() == [0, 0, 2, 2]  # row 0 lost one of its two neighbors, which may hide a third
-    assert found[1].tolist() == [0, 2]
-    assert found[3].tolist() == [2, 0, 0]
-    found = incremental_search.carry_table(offsets, rows, values, np.array([0, 1, 3]), now, 3)
-    assert found[1].tolist() == [1, 0, 2]
-    assert found[3].tolist() == [1, 0, 0]
+    results = incremental_search.carry_table(offsets, rows, values, np.array([0, 1, 3]), now, 2)
+    assert results[0].tolist() == [0, 0, 2, 2]  # row 0 lost one of its two neighbors, which may hide a third
+    assert results[1].tolist() == [0, 2]
+    assert results[3].tolist() == [2, 0, 0]
+    results = incremental_search.carry_table(offsets, rows, values, np.array([0, 1, 3]), now, 3)
+    assert results[1].tolist() == [1, 0, 2]
+    assert results[3].tolist() == [1, 0, 0]

@@ -66,10 +66,10 @@ def test_a_quantizer_that_drifted_is_trained_anew_even_if_that_is_interrupted(
     assert "near their centroids" in counts["because"] or "uneven" in counts["because"]
     real = manifests.finish
 
-    def stop(run: Store, found: Any) -> None:
-        if found.stage == "quantize":
+    def stop(run: Store, results: Any) -> None:
+        if results.stage == "quantize":
             raise OSError("the machine is gone")
-        real(run, found)
+        real(run, results)
 
     with monkeypatch.context() as patch:
         patch.setattr(manifests, "finish", stop)
@@ -176,9 +176,9 @@ def test_a_table_of_labels_that_could_not_be_written_is_made_up_for(tmp_path: Pa
     table.unlink()
     for _ in range(2):
         assert run_nightly(config, progress=False, report=False).run_id == run_id
-        found = deltalake.DeltaTable(str(table))
-        assert found.version() == 0
-        assert found.to_pyarrow_table().num_rows == 100
+        results = deltalake.DeltaTable(str(table))
+        assert results.version() == 0
+        assert results.to_pyarrow_table().num_rows == 100
         assert json.loads(record.read_text())["state"] == "published"
 
 
@@ -190,8 +190,8 @@ def test_nothing_is_left_lying_about_after_an_interruption(tmp_path: Path, monke
     lake.add("1.parquet", 20)
     real = manifests.finish
 
-    def stop(run: Store, found: Any) -> None:  # the work of the stage is done, its traces are not yet removed
-        real(run, found)
+    def stop(run: Store, results: Any) -> None:  # the work of the stage is done, its traces are not yet removed
+        real(run, results)
         raise OSError("the machine is gone")
 
     for _ in pipeline.STAGES:
@@ -213,9 +213,9 @@ def test_a_nights_search_runs_where_searches_shall_run(tmp_path: Path, monkeypat
     lake.add("0.parquet", 500)
     real, asked = Executor.map, {}
 
-    def anywhere(self: Executor, function: Any, pieces: Any, label: str, **more: Any) -> Any:
+    def anywhere(self: Executor, function: Any, tasks: Any, label: str, **more: Any) -> Any:
         asked[label] = more.pop("resources", None), "smaller" in more
-        return real(self, function, pieces, label, **more)
+        return real(self, function, tasks, label, **more)
 
     monkeypatch.setattr(Executor, "map", anywhere)
     for name in ("1.parquet", "2.parquet"):
@@ -238,10 +238,10 @@ def test_a_search_in_smaller_steps_finds_the_same(tmp_path: Path, monkeypatch: p
     whole = night(tmp_path / "in", tmp_path / "whole", **settings)
     real = Executor.map
 
-    def smaller(self: Executor, function: Any, pieces: Any, label: str, **more: Any) -> Any:
+    def smaller(self: Executor, function: Any, tasks: Any, label: str, **more: Any) -> Any:
         if label == "search":
-            pieces = [more["smaller"](more["smaller"](piece)) for piece in pieces]
-        return real(self, function, pieces, label, **more)
+            tasks = [more["smaller"](more["smaller"](task)) for task in tasks]
+        return real(self, function, tasks, label, **more)
 
     monkeypatch.setattr(Executor, "map", smaller)
     run = night(tmp_path / "in", tmp_path / "out", **settings)

@@ -4,7 +4,7 @@
     FACEFLOW_KILLS=100 python -m pytest -m slow -s tests/integration/test_kills.py # a soak
 
 The job runs as users run it, as a process of its own: with its own Ray, and on a cluster of two raylets. A killed worker, or a
-killed node of the cluster, costs its pieces, a killed raylet of its own Ray a new start of that Ray, and the command still
+killed node of the cluster, costs its tasks, a killed raylet of its own Ray a new start of that Ray, and the command still
 succeeds; a killed driver ends the command, and the same command again must continue. The labels must be those of an undisturbed
 run. All the while a reader follows latest.json and must find whole labels, old or new.
 """
@@ -40,7 +40,7 @@ RESUMED = ("driver", "raylet")
 
 def command(source: Path, output: Path, seed: int, *more: str, job: str = "cluster") -> list[str]:
     flags = ["--index", "cells", "--cells", "60", "--neighbors", "20", "--workers", "2", "--seed", str(seed), "--quiet"]
-    flags += ["--min-similarity", ("0.55", "0.75")[seed]]  # with the same floor both seeds find the same people
+    flags += ["--min-similarity", ("0.55", "0.75")[seed]]  # with the same threshold both seeds find the same people
     return [sys.executable, str(ROOT / "jobs" / f"{job}.py"), str(source), str(output), *flags, *more]
 
 
@@ -54,7 +54,7 @@ def victims(driver: psutil.Process, kind: str, machines: TwoMachines) -> list[ps
         return [driver]
     if kind == "node":
         return [machines.second()]
-    found = []
+    results = []
     for process in driver.children(recursive=True):
         try:
             line = " ".join(process.cmdline())
@@ -63,8 +63,8 @@ def victims(driver: psutil.Process, kind: str, machines: TwoMachines) -> list[ps
         if (kind == "raylet" and "raylet/raylet" in line) or (
             kind == "worker" and line.startswith("ray::") and "Agent" not in line
         ):
-            found.append(process)
-    return found
+            results.append(process)
+    return results
 
 
 def labels_of(output: Path) -> pa.Table:
@@ -85,8 +85,8 @@ class Reader(threading.Thread):
             if not (self.output / "latest.json").exists():
                 continue
             try:
-                found = labels_of(self.output)
-                if not any(found.equals(t) for t in self.truth):
+                results = labels_of(self.output)
+                if not any(results.equals(t) for t in self.truth):
                     self.wrong.append("labels of no run")
             except Exception as error:
                 self.wrong.append(repr(error))
@@ -181,7 +181,7 @@ def test_nights_survive_kills(tmp_path: Path, two_machines: TwoMachines) -> None
             assert start(arguments, log).wait(300) == 0, what + log.read_text()[-3000:]
         assert labels_of(output).equals(truth[1]), what
         counts = [json.loads(f.read_text())["counts"] for f in output.glob("_runs/*/manifests/quantize.json")]
-        assert sorted(found["incremental"] for found in counts) == [False, True], what
+        assert sorted(results["incremental"] for results in counts) == [False, True], what
         reader.stop()
         assert reader.wrong == [], what
         reads += reader.reads
@@ -198,8 +198,8 @@ def strike(process: subprocess.Popen[bytes], kind: str, machines: TwoMachines, r
     deadline = time.monotonic() + 10  # at first the workers are not there yet
     while process.poll() is None and time.monotonic() < deadline:
         try:
-            if found := victims(psutil.Process(process.pid), kind, machines):
-                found[int(rng.integers(len(found)))].send_signal(signal.SIGKILL)
+            if results := victims(psutil.Process(process.pid), kind, machines):
+                results[int(rng.integers(len(results)))].send_signal(signal.SIGKILL)
                 return True
         except psutil.NoSuchProcess:
             continue

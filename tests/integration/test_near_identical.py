@@ -30,18 +30,18 @@ def noise(rng: np.random.Generator, count: int, dim: int, width: float) -> np.nd
 
 
 def ageing(rng: np.random.Generator, count: int, dim: int) -> np.ndarray:
-    """Photos of one person along an arc: all pairs far above the floor, and near ones nearer than far ones."""
+    """Photos of one person along an arc: all pairs far above the threshold, and near ones nearer than far ones."""
     center, axis = unit(rng.standard_normal((2, dim)))
     return unit(center + 0.5 * np.linspace(-1, 1, count)[:, None] * axis + noise(rng, count, dim, 0.5))
 
 
 def films(rng: np.random.Generator, dim: int, people: int = 10, clips: int = 5, frames: int = 100) -> np.ndarray:
-    found = []
+    results = []
     for _ in range(people):
         center = unit(rng.standard_normal((1, dim)))
         for _ in range(clips):
-            found.append(unit(unit(center + noise(rng, 1, dim, 0.8)) + noise(rng, frames, dim, 0.2)))
-    return np.concatenate(found)
+            results.append(unit(unit(center + noise(rng, 1, dim, 0.8)) + noise(rng, frames, dim, 0.2)))
+    return np.concatenate(results)
 
 
 class Library:
@@ -85,16 +85,16 @@ class Library:
 
     def f(self, clusters: np.ndarray) -> float:
         """Mean of pairwise and BCubed F over LFW's own faces."""
-        found = score(np.unique(clusters[: self.own], return_inverse=True)[1], self.labels[: self.own])
-        return (found.pairwise_f + found.bcubed_f) / 2
+        results = score(np.unique(clusters[: self.own], return_inverse=True)[1], self.labels[: self.own])
+        return (results.pairwise_f + results.bcubed_f) / 2
 
-    def pieces(self, clusters: np.ndarray) -> list[int]:
+    def tasks(self, clusters: np.ndarray) -> list[int]:
         """Clusters that each added person's faces are in, but for one face in a hundred."""
-        found = []
+        results = []
         for person in self.people:
             counts = np.sort(np.unique(clusters[self.labels == person], return_counts=True)[1])[::-1]
-            found.append(int(np.searchsorted(np.cumsum(counts), 0.99 * counts.sum())) + 1)
-        return found
+            results.append(int(np.searchsorted(np.cumsum(counts), 0.99 * counts.sum())) + 1)
+        return results
 
 
 @pytest.mark.timeout(400)
@@ -105,13 +105,13 @@ def test_a_crowd_harms_nobody_else(face_data: Path, tmp_path: Path, caplog: pyte
     library.crowd()
     clusters = library.run(tmp_path, "crowd")
     assert abs(library.f(clusters) - alone) <= 0.003
-    assert library.pieces(clusters) == [1] * 11
+    assert library.tasks(clusters) == [1] * 11
     assert len(np.unique(clusters[np.flatnonzero(library.labels == library.labels[100])[-10_000:]])) == 1
     # Nobody shares a cluster with them but their own.
     for person in library.people:
         main = np.bincount(clusters[library.labels == person]).argmax()
         assert (library.labels[clusters == main] == person).all()
-    assert "faces have 200 neighbors above the floor, as many as --neighbors keeps" in caplog.text
+    assert "faces have 200 neighbors above the threshold, as many as --neighbors keeps" in caplog.text
 
 
 def test_nights_on_a_crowd(face_data: Path, tmp_path: Path) -> None:
@@ -123,9 +123,9 @@ def test_nights_on_a_crowd(face_data: Path, tmp_path: Path) -> None:
     write_faces(tmp_path / "in" / "a.parquet", x, pa.array(np.arange(len(x))))
     config = ClusterConfig(str(tmp_path / "in"), str(tmp_path / "out"), neighbors=50, min_similarity=0.5)
     run_nightly(config, progress=False, report=False)
-    for night, here in enumerate(np.array_split(order, 3)):
-        faces = np.concatenate([clips[here], np.repeat(x[7:8], 40, axis=0)])
-        ids = np.concatenate([10_000 + here, 20_000 + 40 * night + np.arange(40)])
+    for night, selected in enumerate(np.array_split(order, 3)):
+        faces = np.concatenate([clips[selected], np.repeat(x[7:8], 40, axis=0)])
+        ids = np.concatenate([10_000 + selected, 20_000 + 40 * night + np.arange(40)])
         write_faces(tmp_path / "in" / f"b{night}.parquet", faces, pa.array(ids))
         result = run_nightly(config, progress=False, report=False)
     manifest = json.loads((tmp_path / "out" / "_runs" / result.run_id / "manifests" / "search.json").read_text())["counts"]

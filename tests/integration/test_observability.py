@@ -58,34 +58,34 @@ def test_metrics_reach_prometheus(tmp_path: Path) -> None:
         assert metered.stdout is not None
         code, port = next(line for line in metered.stdout if re.fullmatch(r"\d+ \d+\n", line)).split()
         assert code == "0"
-        found = scraped(f"http://127.0.0.1:{port}/metrics")
+        results = scraped(f"http://127.0.0.1:{port}/metrics")
     finally:
         metered.communicate(timeout=100)
     for name in ("busy_seconds_total", "read_bytes_total", "written_bytes_total"):
-        assert found[name, "step", "publish"] > 0
-    names = {name for name, _, _ in found}
-    assert {"pieces_in_flight", "pieces_waiting", "rows_per_second", "stage"} <= names
+        assert results[name, "step", "publish"] > 0
+    names = {name for name, _, _ in results}
+    assert {"tasks_in_flight", "tasks_waiting", "rows_per_second", "stage"} <= names
 
 
 def scraped(address: str) -> dict[tuple[str, str, str], float]:
     """The metrics of run `metered` once all that is wanted is there: by name, kind of label, label."""
     wanted = {
         ("rows_total", "step", "ingest"): 600.0, ("rows_total", "step", "publish"): 600.0,
-        ("pieces_total", "step", "detect"): 1.0,
+        ("tasks_total", "step", "detect"): 1.0,
     }  # fmt: skip
-    found: dict[tuple[str, str, str], float] = {}
+    results: dict[tuple[str, str, str], float] = {}
     for _ in range(60):
         text = urllib.request.urlopen(address, timeout=5).read().decode()
         for name, labels, value in re.findall(r"^ray_faceflow_(\w+)\{(.*)\} ([-0-9.e+]+)$", text, re.M):
             tags = dict(re.findall(r'(\w+)="([^"]*)"', labels))
             if tags.get("run") == "metered":
                 kind = "step" if "step" in tags else "stage"
-                found[name, kind, tags[kind]] = float(value)
-        if wanted.items() <= found.items():
+                results[name, kind, tags[kind]] = float(value)
+        if wanted.items() <= results.items():
             break
         time.sleep(1)
-    assert wanted.items() <= found.items(), found
-    return found
+    assert wanted.items() <= results.items(), results
+    return results
 
 
 def test_each_log_line_is_an_object(tmp_path: Path) -> None:
@@ -119,18 +119,18 @@ def test_status_of_a_run_at_work_and_of_one_that_fell_silent(tmp_path: Path, cap
     watcher.stage("ingest")
     watcher.finished("ingest", 12.5)
     watcher.stage("search")
-    step = Step("search", 8, 4_000, seconds=30.0, pieces_done=6, rows_done=3_000, in_flight=2)
+    step = Step("search", 8, 4_000, seconds=30.0, tasks_done=6, rows_done=3_000, in_flight=2)
     step.retries["its worker died"] = 1
     watcher._written = -1e9
     watcher.step(step)
     assert main(["status", out.root, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert (found["state"], found["stage"], found["left"]) == ("at work", "search", 10.0)
-    assert found["seconds"] == {"ingest": 12.5}
+    results = json.loads(capsys.readouterr().out)
+    assert (results["state"], results["stage"], results["left"]) == ("at work", "search", 10.0)
+    assert results["seconds"] == {"ingest": 12.5}
     assert main(["status", out.root]) == 0
     told = capsys.readouterr().out
     for part in (
-        "6 of 8 pieces",
+        "6 of 8 tasks",
         "3,000 of 4,000 rows, 100 rows/s",
         "2 in flight, 0 waiting",
         "1 x its worker died",
@@ -169,15 +169,15 @@ def test_a_command_that_is_told_to_end_says_so_and_continues(tmp_path: Path) -> 
                 if said[-1].get("event") == "stage_begins" and said[-1]["stage"] == "quantize":
                     process.send_signal(number)
             code = process.wait(60)
-        found = status(str(tmp_path / "out"))
-        assert found.state == "stopped"  # at once, as its process is known to be gone
+        results = status(str(tmp_path / "out"))
+        assert results.state == "stopped"  # at once, as its process is known to be gone
         if number == signal.SIGTERM:
             assert code == 3
             assert {key: said[-1][key] for key in ("level", "event", "exit_code")} == {
                 "level": "error", "event": "failed", "exit_code": 3,
             }  # fmt: skip
             assert said[-1]["message"] == "interrupted; the same command continues"
-            assert found.why == "interrupted"
+            assert results.why == "interrupted"
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=clean_environment())
     assert done.returncode == 0, done.stderr
     assert "skipped: finished before" in done.stderr

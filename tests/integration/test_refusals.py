@@ -176,6 +176,6 @@ def test_a_single_row_and_identical_rows(tmp_path: Path, count: int, clusters: i
             continue
         flags = ["--index", index, "--quiet"]
         assert main(["cluster", str(tmp_path / "in"), str(tmp_path / index), *flags]) == 0, capsys.readouterr().err
-        found = pq.read_table(next((tmp_path / index / "labels").rglob("part-*.parquet")), partitioning=None)
-        assert found["cluster"].to_pylist() == [0] * count
-        assert len(set(found["cluster"].to_pylist())) == clusters
+        results = pq.read_table(next((tmp_path / index / "labels").rglob("part-*.parquet")), partitioning=None)
+        assert results["cluster"].to_pylist() == [0] * count
+        assert len(set(results["cluster"].to_pylist())) == clusters

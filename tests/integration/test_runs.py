@@ -54,8 +54,8 @@ def exact_lfw(face_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.mark.parametrize("index", ["exact", "cells"])
-def test_plain_threshold_edges_at_a_given_floor(face_data: Path, tmp_path: Path, index: str) -> None:
-    """The scores that threshold Infomap is known to reach at this floor."""
+def test_plain_threshold_edges_at_a_given_threshold(face_data: Path, tmp_path: Path, index: str) -> None:
+    """The scores that threshold Infomap is known to reach at this threshold."""
     run(lfw(face_data), tmp_path / "out", neighbors=80, min_similarity=0.5, edges="threshold", index=index)
     scores = evaluate(str(tmp_path / "out"), str(lfw(face_data)))
     assert scores.pairwise_f >= 0.994
@@ -113,21 +113,21 @@ def test_every_edge_recipe_finds_separate_people(
     table = labels(tmp_path / "out")
     pairs = {(int(truth[i]), c) for i, c in zip(table["id"].to_pylist(), table["cluster"].to_pylist(), strict=True)}
     assert len(pairs) == 20
-    assert result.floor is not None
-    assert result.impostors_a_face is not None
+    assert result.similarity_threshold is not None
+    assert result.impostors_per_face is not None
     assert {band: count for band, count in result.quality["sizes"].items() if count} == {"17-32": 20}
-    assert result.quality["within"] > result.floor
+    assert result.quality["within"] > result.similarity_threshold
     doubts = pq.read_table(tmp_path / "out" / "quality" / f"run={result.run_id}" / "clusters.parquet", partitioning=None)
     assert doubts["faces"].to_pylist() == [30] * 20
     assert doubts["doubtful_share"].to_pylist() == [0] * 20
 
 
-def test_the_floor_hardly_depends_on_the_sample(tmp_path: Path) -> None:
+def test_the_threshold_hardly_depends_on_the_sample(tmp_path: Path) -> None:
     synthesize(str(tmp_path / "in"), 40_000, dim=64)
-    found = [run(tmp_path / "in", tmp_path / f"out-{seed}", seed=seed) for seed in (0, 1)]
-    floors = [result.floor or 0.0 for result in found]
-    assert floors[0] != floors[1]  # else the sample would be the same one
-    assert abs(floors[0] - floors[1]) < 0.005
+    results = [run(tmp_path / "in", tmp_path / f"out-{seed}", seed=seed) for seed in (0, 1)]
+    thresholds = [result.similarity_threshold or 0.0 for result in results]
+    assert thresholds[0] != thresholds[1]  # else the sample would be the same one
+    assert abs(thresholds[0] - thresholds[1]) < 0.005
 
 
 def test_publishes_what_the_readme_promises(tmp_path: Path, blobs: Callable[..., tuple[np.ndarray, np.ndarray]]) -> None:
@@ -144,9 +144,9 @@ def test_publishes_what_the_readme_promises(tmp_path: Path, blobs: Callable[...,
     assert (np.diff(sizes) <= 0).all()
     pointer = json.loads((tmp_path / "out" / "latest.json").read_text())
     assert set(pointer) == {
-        "run_id", "labels", "faces", "rejected", "clusters", "singletons", "edges", "parent_run_id", "next_id",
+        "run_id", "labels", "faces", "quarantined", "clusters", "singletons", "edges", "parent_run_id", "next_id",
         "sequence", "settings",
-        "floor", "impostors_a_face", "seconds", "recall", "recall_interval", "quality", "created",
+        "threshold", "impostors_per_face", "seconds", "recall", "recall_interval", "quality", "created",
             "input_snapshot",
     }  # fmt: skip
     assert (pointer["faces"], pointer["clusters"], pointer["parent_run_id"]) == (200, 20, None)
@@ -178,7 +178,7 @@ def test_continues_after_an_interruption(
                 ran.append(original.name)
                 outcome = original.run(context)
                 if original.name == stop:
-                    raise StopError  # every piece is written, the manifest is not
+                    raise StopError  # every task is written, the manifest is not
                 return outcome
 
             return dataclasses.replace(original, run=body)
@@ -301,9 +301,17 @@ def test_json_and_synthesize_from_the_command_line(tmp_path: Path, capsys: pytes
     capsys.readouterr()
     assert main(["cluster", str(tmp_path / "in"), str(tmp_path / "out"), "--json", "--quiet", "--min-similarity", "0.7"]) == 0
     out = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert {"run_id", "labels", "faces", "rejected", "clusters", "singletons", "edges", "seconds", "peak_memory_bytes"} <= set(
-        out
-    )
+    assert {
+        "run_id",
+        "labels",
+        "faces",
+        "quarantined",
+        "clusters",
+        "singletons",
+        "edges",
+        "seconds",
+        "peak_memory_bytes",
+    } <= set(out)
     assert main(["evaluate", str(tmp_path / "out"), str(tmp_path / "in"), "--json"]) == 0
     scores = json.loads(capsys.readouterr().out)
     assert list(scores) == [
@@ -348,12 +356,19 @@ def same_tables(a: list[NeighborTable], b: list[NeighborTable]) -> bool:
     )
 
 
-@pytest.mark.parametrize("floor", [0.4, None])
+@pytest.mark.parametrize("threshold", [0.4, None])
 def test_tables_do_not_depend_on_workers_shards_or_kills(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, floor: float | None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threshold: float | None
 ) -> None:
     write_faces(tmp_path / "in" / "a.parquet", spread_out(40_000), row_group_size=5000)
-    settings = {"index": "cells", "cells": 80, "min_similarity": floor, "neighbors": 10, "min_recall": 0, "engine": "infomap"}
+    settings = {
+        "index": "cells",
+        "cells": 80,
+        "min_similarity": threshold,
+        "neighbors": 10,
+        "min_recall": 0,
+        "engine": "infomap",
+    }
     until_search(tmp_path / "in", tmp_path / "one", workers=1, **settings)
     one = tables(tmp_path / "one")
     assert sum(len(t.rows) for t in one) > 100_000
@@ -416,7 +431,7 @@ def until_search(source: Path, output: Path, **settings: object) -> None:
             run(source, output, **settings)
 
 
-def test_no_floor_keeps_the_plain_nearest(tmp_path: Path) -> None:
+def test_no_threshold_keeps_the_plain_nearest(tmp_path: Path) -> None:
     x = spread_out(2000)
     write_faces(tmp_path / "in" / "a.parquet", x)
     for index in ("exact", "cells"):

@@ -50,11 +50,11 @@ def test_ids_and_file_names_are_data(
     flags = ["--min-similarity", "0.5", "--bad-rows", "quarantine", "--max-bad-fraction", "0.5"]
     assert main(["cluster", str(tmp_path / "in"), str(tmp_path / "out"), *flags]) == 0
     latest = json.loads((tmp_path / "out" / "latest.json").read_text())
-    found = pa.concat_tables(
+    results = pa.concat_tables(
         pq.read_table(p, partitioning=None) for p in sorted((tmp_path / "out" / latest["labels"]).glob("*.parquet"))
     )
-    assert sorted(found["id"].to_pylist()) == sorted([*ids, "<script>", "../bad"])
-    assert sum(c is None for c in found["cluster"].to_pylist()) == 2
+    assert sorted(results["id"].to_pylist()) == sorted([*ids, "<script>", "../bad"])
+    assert sum(c is None for c in results["cluster"].to_pylist()) == 2
     assert {p for p in tmp_path.rglob("*") if "in" in p.parts} == before
     assert {p.name for p in tmp_path.iterdir()} == {"in", "out"}
     assert all(re.fullmatch(r"[A-Za-z0-9._=-]+", p.name) for p in (tmp_path / "out").rglob("*"))

@@ -64,7 +64,7 @@ def test_strangers_stay_alone(face_data: Path, tmp_path: Path, name: str) -> Non
     assert counts["adopted"] <= 0.002 * counts["alone"]
 
 
-def test_a_given_floor_keeps_the_graphs_own_clusters(face_data: Path, tmp_path: Path) -> None:
+def test_a_given_threshold_keeps_the_graphs_own_clusters(face_data: Path, tmp_path: Path) -> None:
     source = face_data / "celeba_dev_mobilefacenet128.parquet"
     assert "adopted" not in run(source, tmp_path / "given", min_similarity=0.49)
     assert "adopted" in run(source, tmp_path / "asked", min_similarity=0.49, adopt="always")

@@ -221,7 +221,7 @@ def test_uuid_ids_with_constraints(tmp_path: Path) -> None:
     table = faces(raw)
     table = table.set_column(0, "id", pa.ExtensionArray.from_storage(pa.uuid(), raw))
     pq.write_table(table, tmp_path / "in.parquet")
-    written = ",".join(str(uuid.UUID(bytes=each)) for each in raw.to_pylist()[:2])
+    written = ",".join(str(uuid.UUID(bytes=item)) for item in raw.to_pylist()[:2])
     (tmp_path / "c.csv").write_text(f"id_a,id_b,kind\n{written},Must\n")
     config = ClusterConfig(str(tmp_path / "in.parquet"), str(tmp_path / "out"), min_similarity=0.7)
     free = run_clustering(config, progress=False, report=True)

@@ -195,10 +195,10 @@ def test_diff_by_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         pq.write_table(pa.table({"id": ids, "cluster": clusters}), tmp_path / "labels" / f"run={run_id}" / "part-0.parquet")
     (tmp_path / "latest.json").write_text(json.dumps({"run_id": "b", "labels": "labels/run=b", "parent_run_id": "a"}))
     assert main(["diff", str(tmp_path), "previous", "latest", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert (found["faces"], found["moved"]) == (3, 1)
-    assert "diffs/a..b/" in found["moves_file"]
-    moves = pq.read_table(found["moves_file"])
+    results = json.loads(capsys.readouterr().out)
+    assert (results["faces"], results["moved"]) == (3, 1)
+    assert "diffs/a..b/" in results["moves_file"]
+    moves = pq.read_table(results["moves_file"])
     assert moves.to_pylist() == [{"id": "y", "from": 0, "to": 1}]
     assert moves["id"].type == pa.string()
 
@@ -223,8 +223,8 @@ def test_lines_of_a_constraints_file_are_those_of_an_editor(tmp_path: Path) -> N
     with pytest.raises(InputError, match="line 7: kind is 'never'; it must be 'must' or 'cannot'"):
         read(str(path), None)
     path.write_text('id_a,id_b,kind\n\n"two\nlines",b,MUST\nc,d,Cannot\n')
-    found = read(str(path), None)
-    assert (len(found.must), len(found.cannot)) == (1, 1)
+    results = read(str(path), None)
+    assert (len(results.must), len(results.cannot)) == (1, 1)
 
 
 def test_the_engine_s_own_versions_matter() -> None:

@@ -72,9 +72,9 @@ def test_without_a_home_a_folder_of_the_user_s_own_in_the_temporary_one_serves(r
     temporary.mkdir()
     mine = temporary / f"faceflow-{os.getuid()}"
     env = {"HOME": "/proc/no-home", "XDG_CACHE_HOME": None, "TMPDIR": str(temporary)}  # where root cannot make it either
-    found = [run(package, **env) for _ in range(2)]
-    assert found[0][2].startswith(f"{mine}/")
-    assert (found[0][1], found[1][1]) == ("0", "1")
+    results = [run(package, **env) for _ in range(2)]
+    assert results[0][2].startswith(f"{mine}/")
+    assert (results[0][1], results[1][1]) == ("0", "1")
     assert mine.stat().st_mode & 0o777 == 0o700
     # One that others may write is not used: what lies there would be run.
     mine.chmod(0o777)
@@ -82,5 +82,5 @@ def test_without_a_home_a_folder_of_the_user_s_own_in_the_temporary_one_serves(r
 
 
 def test_a_folder_of_the_user_s_choice(room: Path) -> None:
-    found = run(copy(room / "a"), **{kernel_cache.FOLDER: str(room / "mine")})
-    assert found[2] == str(room / "mine" / Path(found[2]).name)
+    results = run(copy(room / "a"), **{kernel_cache.FOLDER: str(room / "mine")})
+    assert results[2] == str(room / "mine" / Path(results[2]).name)

@@ -101,8 +101,8 @@ def table_of(links: list[tuple[int, int, float]], n: int) -> EdgeList:
 
 def test_infomap_engine_two_cliques_and_rows_alone() -> None:
     cliques = [(a, b, 1.0) for group in (range(4), range(5, 9)) for a in group for b in group if a != b]
-    found = infomap_package.detect([table_of([*cliques, (0, 5, 0.1)], 11)], 11, seed=0)
-    m = found.modules
+    results = infomap_package.detect([table_of([*cliques, (0, 5, 0.1)], 11)], 11, seed=0)
+    m = results.modules
     assert len(set(m[:4])) == len(set(m[5:9])) == 1
     assert m[0] != m[5]
     assert len({m[4], m[9], m[10], m[0], m[5]}) == 5
@@ -111,9 +111,9 @@ def test_infomap_engine_two_cliques_and_rows_alone() -> None:
 
 
 def test_infomap_engine_without_edges() -> None:
-    found = infomap_package.detect([table_of([], 3)], 3, seed=0)
-    assert len(set(found.modules)) == 3
-    assert found.codelength == 0
+    results = infomap_package.detect([table_of([], 3)], 3, seed=0)
+    assert len(set(results.modules)) == 3
+    assert results.codelength == 0
 
 
 def test_synthetic_faces_are_seeded_and_cluster() -> None:

@@ -202,7 +202,7 @@ def test_a_driver_that_was_suspended_ends_once_another_has_its_run(tmp_path: Pat
     assert "error: run r was taken over by process" in said
     after = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.is_file()}
     # Tasks that were under way when it was stopped may write a scratch file; what the run consists of stays.
-    named = {path for name in manifests.glob("*.json") for path in json.loads(name.read_text()).get("pieces", {})}
+    named = {path for name in manifests.glob("*.json") for path in json.loads(name.read_text()).get("files", {})}
     assert named
     for path, modified in whole.items():
         assert path.suffix == ".lock" or after.get(path) == modified, path

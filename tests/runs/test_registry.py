@@ -117,7 +117,7 @@ def test_of_processes_that_take_a_run_at_once_one_gets_it(tmp_path: Path, unfini
     for process in processes:
         process.communicate("\n", timeout=30)
     assert said.count(unfinished.name) == 1
-    assert sum("is already running" in each for each in said) == 3
+    assert sum("is already running" in item for item in said) == 3
 
 
 def test_a_run_is_begun_again_after_an_interrupted_removal(tmp_path: Path, unfinished: Path) -> None:

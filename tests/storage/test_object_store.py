@@ -178,7 +178,7 @@ def test_manifest_mismatch_names_the_key_and_both_values(tmp_path: Path) -> None
     assert 'b: was [2, "y"], is [3, "z"]' in str(caught.value)
 
 
-def test_a_lost_piece_makes_the_stage_run_again(tmp_path: Path) -> None:
+def test_a_lost_task_makes_the_stage_run_again(tmp_path: Path) -> None:
     store = Store.at(str(tmp_path))
     store.write_bytes("p", b"12345")
     manifests.finish(store, Manifest("s", {}, {}, {"p": 5}, 0))
@@ -217,9 +217,9 @@ def test_links_to_files_are_what_they_lead_to(tmp_path: Path) -> None:
         return {Path(file.path).name: file.state for file in list_faces(address, None).files}
 
     for address in (str(tmp_path / "in"), str(tmp_path / "in" / "*.parquet"), str(tmp_path / "in" / "a.parquet")):
-        found = states(address)
-        assert found["a.parquet"] == states(str(tmp_path / "elsewhere"))["a.parquet"]
-    assert found.keys() == {"a.parquet"}
+        collected = states(address)
+        assert collected["a.parquet"] == states(str(tmp_path / "elsewhere"))["a.parquet"]
+    assert collected.keys() == {"a.parquet"}
     before = states(str(tmp_path / "in"))
     write_faces(tmp_path / "elsewhere" / "a.parquet", np.ones((4, 2), np.float32))
     after = states(str(tmp_path / "in"))

@@ -82,7 +82,7 @@ def iceberg(tmp_path: Path) -> Any:
 
 def test_an_iceberg_snapshot_is_its_own_files(iceberg: Any) -> None:
     folder = iceberg.location().removeprefix("file://")
-    first, second = (each.snapshot_id for each in iceberg.metadata.snapshots)
+    first, second = (item.snapshot_id for item in iceberg.metadata.snapshots)
     for address in (folder, iceberg.metadata_location.removeprefix("file://")):
         for version, count in ((None, 400), (first, 300), (second, 400)):
             _, files, snapshot = list_faces(address, None, version)

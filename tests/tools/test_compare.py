@@ -35,9 +35,9 @@ def test_every_method_is_scored_and_its_labels_are_kept(
     faces, out = str(made / "faces"), made / "out"
     command = ["compare", faces, faces, "--output", str(out), "--json", "--quiet", "--methods", ",".join(METHODS)]
     assert main(command) == 0
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    folder = Path(found["folder"])
-    rows = {row["method"]: row for row in found["rows"]}
+    results = json.loads(capsys.readouterr().out.splitlines()[-1])
+    folder = Path(results["folder"])
+    rows = {row["method"]: row for row in results["rows"]}
     assert list(rows) == list(METHODS)
     assert "not run above 2,999 faces" in rows.pop("cdp")["skipped"]
     with open(folder / "table.csv") as file:
@@ -113,10 +113,10 @@ def test_a_published_neighbor_table(made: Path, tmp_path: Path, capsys: pytest.C
     flags = ["--output", str(tmp_path / "out"), "--quiet", "--methods", "infomap,dpc,hac-average"]
     arguments = ["compare", str(tmp_path / "faiss_k_30.npz"), str(tmp_path / "truth.parquet"), *flags]
     assert main([*arguments, "--min-similarity", "0.6", "--json"]) == 0
-    found = {row["method"]: row for row in json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]}
-    assert found["infomap"]["pairwise_f"] > 0.8
-    assert found["dpc"]["pairwise_f"] > 0.8
-    assert "needs the embeddings" in found["hac-average"]["skipped"]
+    results = {row["method"]: row for row in json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]}
+    assert results["infomap"]["pairwise_f"] > 0.8
+    assert results["dpc"]["pairwise_f"] > 0.8
+    assert "needs the embeddings" in results["hac-average"]["skipped"]
     assert main(arguments) == 2
     assert "give --min-similarity" in capsys.readouterr().err
 

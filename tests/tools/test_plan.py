@@ -21,10 +21,10 @@ pytestmark = pytest.mark.usefixtures("ray_session")
 
 @pytest.mark.parametrize("order", ["shuffled", "sorted by person"])
 def test_what_the_sample_foretells_is_what_the_run_finds(tmp_path: Path, order: str) -> None:
-    """Neighbors, edges and floor, although only a part of the faces is looked at, and whatever the order of the file."""
+    """Neighbors, edges and threshold, although only a part of the faces is looked at, and whatever the order of the file."""
     rng = np.random.default_rng(3)
-    people, each = 3_000, 24
-    labels = np.repeat(np.arange(people), each)
+    people, item = 3_000, 24
+    labels = np.repeat(np.arange(people), item)
     if order == "shuffled":
         labels = rng.permutation(labels)
     centers = rng.standard_normal((people, 48))
@@ -33,25 +33,25 @@ def test_what_the_sample_foretells_is_what_the_run_finds(tmp_path: Path, order: 
         tmp_path / "in" / "f.parquet", x.astype(np.float32), pa.array(labels * 0 + np.arange(len(labels))), row_group_size=600
     )
     config = ClusterConfig(str(source), str(tmp_path / "out"))
-    found = plan_run(config)
-    assert 0.4 < found.sampled / found.faces < 1
+    results = plan_run(config)
+    assert 0.4 < results.sampled / results.faces < 1
     result = run_clustering(config, progress=False, report=False)
-    assert result.floor is not None
-    assert found.floor == pytest.approx(result.floor, abs=0.03)
-    assert found.edges == pytest.approx(result.edges, rel=0.1)
-    assert found.faces == result.faces
-    assert found.seconds["total"] > 0
-    assert not found.problems
+    assert result.similarity_threshold is not None
+    assert results.similarity_threshold == pytest.approx(result.similarity_threshold, abs=0.03)
+    assert results.edges == pytest.approx(result.edges, rel=0.1)
+    assert results.faces == result.faces
+    assert results.seconds["total"] > 0
+    assert not results.problems
 
 
 @pytest.mark.parametrize("k", [20, 200])
 def test_the_cap_on_neighbors_holds_face_by_face(face_data: Path, tmp_path: Path, k: int) -> None:
     """A real long tail, in a file that is sorted by person: most have one photo, one has 530."""
     config = ClusterConfig(str(face_data / "lfw_mobilefacenet128.parquet"), str(tmp_path / "out"), neighbors=k, min_recall=0.0)
-    found = plan_run(config)
+    results = plan_run(config)
     result = run_clustering(config, progress=False, report=False)
-    assert found.floor == pytest.approx(result.floor, abs=0.02)
-    assert found.edges == pytest.approx(result.edges, rel=0.1)
+    assert results.similarity_threshold == pytest.approx(result.similarity_threshold, abs=0.02)
+    assert results.edges == pytest.approx(result.edges, rel=0.1)
 
 
 def test_a_run_that_cannot_fit_is_refused_with_what_to_change(

@@ -78,9 +78,9 @@ def test_it_tells_what_the_run_published(made: Path) -> None:
     cluster_of = dict(zip(labels["id"].to_pylist(), labels["cluster"].to_pylist(), strict=True))
     manifest = json.loads((made / "out" / "_runs" / "r" / "manifests" / "publish.json").read_text())
     for example in manifest["counts"]["examples"]:
-        assert {cluster_of[each] for each in example["ids"]} == {example["cluster"]}
+        assert {cluster_of[item] for item in example["ids"]} == {example["cluster"]}
         if example["pair"]:
-            assert [cluster_of[each] for each in example["pair"]] == [example["cluster"], example["nearest_cluster"]]
+            assert [cluster_of[item] for item in example["pair"]] == [example["cluster"], example["nearest_cluster"]]
     for name in ("timeline", "sizes", "similarities", "recall"):
         with Image.open(made / "out" / layout.report_folder("r") / f"{name}.png") as image:
             assert image.width > 800
@@ -88,17 +88,17 @@ def test_it_tells_what_the_run_published(made: Path) -> None:
 
 def test_it_is_self_contained_and_escapes_what_comes_from_outside(made: Path) -> None:
     text = page(made)
-    found = Tags(text)
+    results = Tags(text)
     assert html.escape(EVIL).split("&#")[0].split("&quot;")[0] in text
     assert "<script" not in text
     assert "{{ 7" in text  # nothing that came with an id was evaluated
-    assert {tag for tag, _ in found.tags}.isdisjoint({"script", "link", "iframe", "object", "embed", "base", "form"})
-    for tag, attributes in found.tags:
+    assert {tag for tag, _ in results.tags}.isdisjoint({"script", "link", "iframe", "object", "embed", "base", "form"})
+    for tag, attributes in results.tags:
         for name, value in attributes.items():
             assert not name.startswith("on"), (tag, name)
             if name in ("src", "href", "xlink:href"):
                 assert (value or "").startswith(("#", "data:image/")), (tag, value)
-    policy = next(a["content"] for tag, a in found.tags if tag == "meta" and a.get("http-equiv") == "Content-Security-Policy")
+    policy = next(a["content"] for tag, a in results.tags if tag == "meta" and a.get("http-equiv") == "Content-Security-Policy")
     assert "default-src 'none'" in (policy or "")
     assert not re.search(r"url\((?!#)", text)
 
@@ -183,9 +183,9 @@ def test_in_a_real_browser(made: Path, tmp_path: Path) -> None:
 
 def test_status_and_runs_that_do_not_exist(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status", str(made / "out"), "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert (found["run_id"], found["state"], found["stage"]) == ("r", "in force", "")
-    assert list(found["seconds"]) == ["ingest", "quantize", "search", "link", "detect", "publish"]
+    results = json.loads(capsys.readouterr().out)
+    assert (results["run_id"], results["state"], results["stage"]) == ("r", "in force", "")
+    assert list(results["seconds"]) == ["ingest", "quantize", "search", "link", "detect", "publish"]
     assert main(["status", str(made / "out")]) == 0
     assert "published, its labels are in force" in capsys.readouterr().out
     for arguments in (["status", "--run-id", "x"], ["report", "--run-id", "x"]):
@@ -211,10 +211,10 @@ def test_a_run_that_stopped_says_why(made: Path, capsys: pytest.CaptureFixture[s
     assert main([*arguments, "--min-recall", "1"]) == 4
     capsys.readouterr()
     assert main(["status", out, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["state"] == "stopped"
-    assert "--min-recall" in found["why"]
+    results = json.loads(capsys.readouterr().out)
+    assert results["state"] == "stopped"
+    assert "--min-recall" in results["why"]
     assert main(["status", out]) == 0
     assert "the same command continues it" in capsys.readouterr().out
-    assert main(["report", out, "--run-id", found["run_id"]]) == 2
+    assert main(["report", out, "--run-id", results["run_id"]]) == 2
     assert "is not finished" in capsys.readouterr().err

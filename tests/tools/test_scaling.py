@@ -27,11 +27,11 @@ def test_it_runs_the_grid_and_reads_it(
     command = ["scaling", str(tmp_path / "in"), "--output", str(out), "--workers", "1,2", "--faces", "1k,3000"]
     assert main([*command, "--repeats", "2", "--predict", "8:1M", "--quiet"]) == 0
     told = capsys.readouterr().out
-    found = json.loads((out / "scaling.json").read_text())
-    assert sorted((run["faces"], run["workers"]) for run in found["runs"]) == sorted(
+    results = json.loads((out / "scaling.json").read_text())
+    assert sorted((run["faces"], run["workers"]) for run in results["runs"]) == sorted(
         [(1000, 1), (1000, 2), (3000, 1), (3000, 2)] * 2
     )
-    for run in found["runs"]:
+    for run in results["runs"]:
         stages = sum(value for stage, value in run["seconds"].items() if stage != "total")
         assert 0 < stages <= run["seconds"]["total"] + 0.01
         assert run["steps"]["search"]
@@ -64,8 +64,8 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert said in capsys.readouterr().err
 
 
-def step(label: str, pieces: int, busy: float, seconds: float) -> dict[str, object]:
-    return {"label": label, "pieces": pieces, "busy_seconds": busy, "longest_seconds": busy / pieces, "seconds": seconds}
+def step(label: str, tasks: int, busy: float, seconds: float) -> dict[str, object]:
+    return {"label": label, "tasks": tasks, "busy_seconds": busy, "longest_seconds": busy / tasks, "seconds": seconds}
 
 
 def test_projections_divide_what_can_be_divided() -> None:
@@ -75,9 +75,9 @@ def test_projections_divide_what_can_be_divided() -> None:
         1_000_000, 256, 90, 90, 0.05, 10_000, 2_000, 4, 32_768, 1_000, 5, 64, 16_384, True, True, 8, 2, 2, 8e10
     )
     runs = [Run(1_000_000, 2, repeat, seconds, steps, 0, load) for repeat in range(3)]
-    four, sixteen, many = (each.seconds for each in predict(runs, [(4, 1_000_000), (16, 1_000_000), (1000, 1_000_000)]))
+    four, sixteen, many = (item.seconds for item in predict(runs, [(4, 1_000_000), (16, 1_000_000), (1000, 1_000_000)]))
     assert four == pytest.approx(1 + 20 + 30 + 1)  # half the search, all of link and detect, and what lies outside stages
-    assert sixteen == many == pytest.approx(1 + 5 + 30 + 1)  # never faster than the longest piece
+    assert sixteen == many == pytest.approx(1 + 5 + 30 + 1)  # never faster than the longest task
     (same,) = predict(runs, [(2, 1_000_000)])
     assert (same.low, same.seconds, same.high) == (72.0, 72.0, 72.0)
     # Detection grows a little faster than the faces, the search faster than that.

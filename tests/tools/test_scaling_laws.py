@@ -17,10 +17,10 @@ WORKERS = np.array([1.0, 2, 4, 8])
 @given(serial=st.floats(0.1, 100), parallel=st.floats(0.1, 1000))
 @settings(max_examples=50, deadline=None)
 def test_amdahl_is_recovered(serial: float, parallel: float) -> None:
-    found = laws.fit_amdahl(WORKERS, serial + parallel / WORKERS)
-    assert found.serial == pytest.approx(serial, rel=1e-6, abs=1e-6)
-    assert found.seconds(16) == pytest.approx(serial + parallel / 16, rel=1e-6)
-    assert found.serial_share == pytest.approx(serial / (serial + parallel), rel=1e-6)
+    results = laws.fit_amdahl(WORKERS, serial + parallel / WORKERS)
+    assert results.serial == pytest.approx(serial, rel=1e-6, abs=1e-6)
+    assert results.seconds(16) == pytest.approx(serial + parallel / 16, rel=1e-6)
+    assert results.serial_share == pytest.approx(serial / (serial + parallel), rel=1e-6)
 
 
 def test_amdahl_never_promises_what_was_not_seen() -> None:
@@ -35,12 +35,12 @@ def test_amdahl_never_promises_what_was_not_seen() -> None:
 @given(first=st.floats(1, 1000), contention=st.floats(0, 0.5), coherence=st.floats(0, 0.05))
 @settings(max_examples=50, deadline=None)
 def test_usl_is_recovered(first: float, contention: float, coherence: float) -> None:
-    found = laws.fit_usl(WORKERS, np.array([laws.Usl(first, contention, coherence).seconds(w) for w in WORKERS]))
-    assert found is not None
-    assert (found.first, found.contention, found.coherence) == pytest.approx((first, contention, coherence), abs=1e-6)
+    results = laws.fit_usl(WORKERS, np.array([laws.Usl(first, contention, coherence).seconds(w) for w in WORKERS]))
+    assert results is not None
+    assert (results.first, results.contention, results.coherence) == pytest.approx((first, contention, coherence), abs=1e-6)
     if coherence > 1e-3:
-        best = found.best_workers
-        assert found.seconds(best) <= min(found.seconds(best * 1.1), found.seconds(best / 1.1))
+        best = results.best_workers
+        assert results.seconds(best) <= min(results.seconds(best * 1.1), results.seconds(best / 1.1))
 
 
 def test_usl_needs_three_numbers_of_workers() -> None:
@@ -60,5 +60,5 @@ def test_exponent_is_the_slope_of_the_logarithms() -> None:
 def test_makespan_by_hand() -> None:
     assert laws.makespan(8, 80.0, 12.0, 1) == 80.0
     assert laws.makespan(8, 80.0, 12.0, 3) == 30.0  # three rounds of ten seconds
-    assert laws.makespan(8, 80.0, 12.0, 100) == 12.0  # the longest piece
+    assert laws.makespan(8, 80.0, 12.0, 100) == 12.0  # the longest task
     assert laws.makespan(0, 0.0, 0.0, 4) == 0.0

@@ -38,8 +38,8 @@ def _cluster(arguments: argparse.Namespace) -> None:
         say(
             f"{result.faces:,} faces, {result.edges:,} edges -> {result.clusters:,} clusters, {result.singletons:,} of one face"
         )
-        if result.rejected:
-            say(f"{result.rejected:,} rows were set aside: rejected/run={result.run_id} under OUTPUT says which and why")
+        if result.quarantined:
+            say(f"{result.quarantined:,} rows were set aside: quarantined/run={result.run_id} under OUTPUT says which and why")
         say(f"run {result.run_id}, {result.seconds['total']:.1f} s; labels: {result.labels}")
 
 
@@ -68,15 +68,15 @@ def _compare(arguments: argparse.Namespace) -> None:
     from faceflow.tools.compare import compare_methods, table
 
     wanted = [name.strip() for name in arguments.methods.split(",")] if arguments.methods is not None else None
-    found = compare_methods(
+    results = compare_methods(
         _config_of(arguments), arguments.truth, wanted, label_column=arguments.label_column,
         progress=not arguments.quiet,
     )  # fmt: skip
     if arguments.json:
-        say(json.dumps({"run_id": found.run_id, "folder": found.folder, "rows": [asdict(row) for row in found.rows]}))
+        say(json.dumps({"run_id": results.run_id, "folder": results.folder, "rows": [asdict(row) for row in results.rows]}))
         return
-    say(table(found.rows))
-    say(f"table.txt, table.csv, plot.png and labels: {found.folder}")
+    say(table(results.rows))
+    say(f"table.txt, table.csv, plot.png and labels: {results.folder}")
 
 
 def _count(text: str) -> int:
@@ -97,24 +97,24 @@ def _scaling(arguments: argparse.Namespace) -> None:
     if arguments.predict:
         pairs = [text.partition(":") for text in arguments.predict.split(",")]
         wanted = [(_count(workers), _count(faces)) for workers, _, faces in pairs]
-    found = measure_scaling(
+    results = measure_scaling(
         _config_of(arguments), [_count(text) for text in arguments.counts.split(",")], sizes, arguments.repeats, wanted,
         progress=not arguments.quiet,
     )  # fmt: skip
     if arguments.json:
-        say(json.dumps({"folder": found.folder, "runs": [asdict(run) for run in found.runs], "reading": found.reading}))
+        say(json.dumps({"folder": results.folder, "runs": [asdict(run) for run in results.runs], "reading": results.reading}))
         return
-    say("\n".join(found.reading))
-    say(f"scaling.json, scaling.csv, scaling.png, reading.txt: {found.folder}")
+    say("\n".join(results.reading))
+    say(f"scaling.json, scaling.csv, scaling.png, reading.txt: {results.folder}")
 
 
 def _plan(arguments: argparse.Namespace) -> None:
     from faceflow.tools.plan.forecast import lines, plan_run
 
-    found = plan_run(_config_of(arguments))
-    say(json.dumps(asdict(found)) if arguments.json else "\n".join(lines(found)))
-    if found.problems:
-        raise SettingsError("this run does not fit: " + "; ".join(found.problems))
+    results = plan_run(_config_of(arguments))
+    say(json.dumps(asdict(results)) if arguments.json else "\n".join(lines(results)))
+    if results.problems:
+        raise SettingsError("this run does not fit: " + "; ".join(results.problems))
 
 
 def _synthesize(arguments: argparse.Namespace) -> None:
@@ -144,14 +144,14 @@ def _import(arguments: argparse.Namespace) -> None:
         say(f"{made['faces']:,} faces{known} in {made['files']} file(s): {arguments.output}")
 
 
-def _show_runs(found: Sequence[Any], as_json: bool) -> None:
+def _show_runs(results: Sequence[Any], as_json: bool) -> None:
     now = datetime.datetime.now(datetime.UTC)
     if as_json:
-        say(json.dumps([asdict(run) | {"updated": run.updated.isoformat()} for run in found]))
+        say(json.dumps([asdict(run) | {"updated": run.updated.isoformat()} for run in results]))
         return
-    width = max([6, *(len(run.run_id) for run in found)])
+    width = max([6, *(len(run.run_id) for run in results)])
     say(f"  {'run':{width}}  {'state':9}  {'stage':8}  {'age':>8}  {'run dir':>9}  {'labels':>9}")
-    for run in found:
+    for run in results:
         say(
             f"{'*' if run.current else ' '} {run.run_id:{width}}  {run.state:9}  {run.stage:8}  {run.age(now):>8}  "
             f"{run.size / 1e6:6,.0f} MB  {run.label_size / 1e6:6,.0f} MB"
@@ -181,21 +181,24 @@ def _diff(arguments: argparse.Namespace) -> None:
     from faceflow.tools.diff import compare_runs
 
     options = _options(arguments)
-    found = compare_runs(arguments.output, arguments.first, arguments.second, arguments.to, options)
+    results = compare_runs(arguments.output, arguments.first, arguments.second, arguments.to, options)
     if arguments.json:
-        say(json.dumps(asdict(found)))
+        say(json.dumps(asdict(results)))
         return
-    say(f"{found.faces:,} faces in both, {found.moved:,} of them in another cluster; {found.new:,} new, {found.gone:,} gone")
-    say(", ".join(f"{count:,} clusters {event}" for event, count in found.events.items()) or "every cluster is as it was")
-    say(f"events: {found.events_file}\nmoves: {found.moves_file}")
+    say(
+        f"{results.faces:,} faces in both, {results.moved:,} of them in another cluster; "
+        f"{results.new:,} new, {results.gone:,} gone"
+    )
+    say(", ".join(f"{count:,} clusters {event}" for event, count in results.events.items()) or "every cluster is as it was")
+    say(f"events: {results.events_file}\nmoves: {results.moves_file}")
 
 
 def _status(arguments: argparse.Namespace) -> None:
     from faceflow.runs.status import lines, status
 
     options = _options(arguments)
-    found = status(arguments.output, arguments.run_id, arguments.work_dir, options)
-    say(json.dumps(asdict(found)) if arguments.json else "\n".join(lines(found)))
+    results = status(arguments.output, arguments.run_id, arguments.work_dir, options)
+    say(json.dumps(asdict(results)) if arguments.json else "\n".join(lines(results)))
 
 
 def _report(arguments: argparse.Namespace) -> None:

@@ -54,10 +54,10 @@ def _nothing_moved() -> tuple[int, int]:
     return 0, 0
 
 
-def _run_piece(
+def _run_task(
     function: Callable[..., Any], arguments: tuple[Any, ...], threads: int, moved: Moved, limit: Limit
 ) -> tuple[Any, Done]:
-    """In the worker: run one piece with `threads` threads of BLAS and compiled loops, and measure it."""
+    """In the worker: run one task with `threads` threads of BLAS and compiled loops, and measure it."""
     from threadpoolctl import threadpool_limits
 
     begun, before = time.perf_counter(), moved()
@@ -82,7 +82,7 @@ def peak_memory() -> int:
 
 
 class _Again(Exception):  # noqa: N818 - not an error of its own
-    """A piece failed in a way that may pass."""
+    """A task failed in a way that may pass."""
 
     def __init__(self, cause: Cause, text: str) -> None:
         super().__init__(text)
@@ -92,9 +92,9 @@ class _Again(Exception):  # noqa: N818 - not an error of its own
 class Executor:
     """A connection to a Ray cluster, or a private local one that ends with this object.
 
-    address: a Ray address; None: RAY_ADDRESS if set, else private. workers: pieces at work at once, at most (None: one
-    per CPU of the cluster). warm_up: a function that loads what pieces will need. moved: counts the bytes that a process reads
-    and writes; limit: told before each piece how many threads it may use, as the CPUs it asked for are all it has. `watch`, if
+    address: a Ray address; None: RAY_ADDRESS if set, else private. workers: tasks at work at once, at most (None: one
+    per CPU of the cluster). warm_up: a function that loads what tasks will need. moved: counts the bytes that a process reads
+    and writes; limit: told before each task how many threads it may use, as the CPUs it asked for are all it has. `watch`, if
     set, is called with the step at work whenever something happens, and every few seconds; `guard`, if set, before a task is
     sent, to raise where this process may no longer do so. Raises SettingsError when the cluster cannot be reached.
     """
@@ -110,7 +110,7 @@ class Executor:
     ) -> None:
         self.address, self.workers = address, workers
         self._warm_up, self._moved, self._limit = warm_up, moved, limit
-        self._task: Any = None  # what Ray runs pieces by: made once, as Ray sends each new one to every worker
+        self._task: Any = None  # what Ray runs tasks by: made once, as Ray sends each new one to every worker
         self.usage = Usage()
         self.watch: Callable[[Step], None] | None = None
         self.guard: Callable[[], None] | None = None
@@ -195,18 +195,18 @@ class Executor:
     def machine_cpus(self, custom: str | None) -> int:
         """CPUs of the machine with the most of them, of those with this resource (of all, where none has it yet)."""
         alive = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
-        chosen = [each for each in alive if custom is None or custom in each] or alive
-        return max([1, *(int(each.get("CPU", 0)) for each in chosen)])
+        chosen = [item for item in alive if custom is None or custom in item] or alive
+        return max([1, *(int(item.get("CPU", 0)) for item in chosen)])
 
     def machine_memory(self, custom: str | None) -> int:
         """Bytes that Ray has for tasks on the machine with the most of them, chosen as `machine_cpus`."""
         alive = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
-        chosen = [each for each in alive if custom is None or custom in each] or alive
-        return int(max([0, *(each.get("memory", 0) for each in chosen)]))
+        chosen = [item for item in alive if custom is None or custom in item] or alive
+        return int(max([0, *(item.get("memory", 0) for item in chosen)]))
 
     @property
     def smallest_machine_cpus(self) -> int:
-        """CPUs of the machine with the fewest that runs tasks at all: what a piece may ask for and still fit everywhere."""
+        """CPUs of the machine with the fewest that runs tasks at all: what a task may ask for and still fit everywhere."""
         counts = [int(node["Resources"].get("CPU", 0)) for node in self._ray.nodes() if node["Alive"]]
         return min([count for count in counts if count], default=1)
 
@@ -223,31 +223,31 @@ class Executor:
     def map(
         self,
         function: Callable[..., Any],
-        pieces: Sequence[tuple[Any, ...]],
+        tasks: Sequence[tuple[Any, ...]],
         label: str,
         *,
         sizes: Sequence[int] | None = None,
         resources: Resources = Resources(),
         smaller: Smaller | None = None,
     ) -> list[Any]:
-        """`function(*piece)` for every piece, in workers; results in the order of `pieces`.
+        """`function(*task)` for every task, in workers; results in the order of `tasks`.
 
-        function must be importable by name and give the same result when run again. sizes: rows of each piece, for the
-        progress bar. At most `workers` pieces (else two per CPU, so that an autoscaler sees the demand) are in flight,
-        and results should be small: data travels through files. A piece that fails is tried again as `retries` says, with
+        function must be importable by name and give the same result when run again. sizes: rows of each task, for the
+        progress bar. At most `workers` tasks (else two per CPU, so that an autoscaler sees the demand) are in flight,
+        and results should be small: data travels through files. A task that fails is tried again as `retries` says, with
         `smaller` arguments where it ran out of memory.
-        Raises the piece's own FaceflowError, or RunError when a piece keeps failing.
+        Raises the task's own FaceflowError, or RunError when a task keeps failing.
         """
         ray = self._ray
         cpus = resources.cpus or min(self.machine_cpus(resources.custom), self.workers or sys.maxsize)
-        results: list[Any] = [None] * len(pieces)
-        attempts = [Attempts(piece, label, smaller) for piece in pieces]
-        queue, again = iter(range(len(pieces))), list[int]()
+        results: list[Any] = [None] * len(tasks)
+        attempts = [Attempts(task, label, smaller) for task in tasks]
+        queue, again = iter(range(len(tasks))), list[int]()
         flying: dict[Any, int] = {}
-        step = Step(label, len(pieces), sum(sizes) if sizes else 0, self.cpus)
+        step = Step(label, len(tasks), sum(sizes) if sizes else 0, self.cpus)
         self.usage.steps.append(step)
         started = time.perf_counter()
-        with self._bar(label, sizes, len(pieces)) as bar:
+        with self._bar(label, sizes, len(tasks)) as bar:
             try:
                 while True:
                     room = self.workers or max(1, int(2 * self.cpus / max(cpus, 1)))
@@ -290,7 +290,7 @@ class Executor:
 
     @staticmethod
     def _next(queue: Iterator[int], again: list[int], attempts: Sequence[Attempts]) -> int | None:
-        """The next piece to try: one that failed and has waited long enough, else a new one."""
+        """The next task to try: one that failed and has waited long enough, else a new one."""
         now = time.monotonic()
         ready = next((index for index in again if attempts[index].not_before <= now), None)
         if ready is None:
@@ -301,7 +301,7 @@ class Executor:
     def _submit(self, function: Callable[..., Any], attempt: Attempts, cpus: float, resources: Resources) -> Any:
         if self.guard is not None:
             self.guard()
-        # Ray's own retries neither wait nor make a piece smaller.
+        # Ray's own retries neither wait nor make a task smaller.
         asked = max(cpus, self.smallest_machine_cpus) if attempt.alone else cpus
         options: dict[str, Any] = {
             "num_cpus": asked, "num_gpus": resources.gpus, "max_retries": 0, "name": attempt.label,
@@ -313,11 +313,11 @@ class Executor:
             options["runtime_env"] = {"env_vars": {"FACEFLOW_TASK": attempt.label}}
         threads = max(1, int(cpus))
         if self._task is None:
-            self._task = self._ray.remote(_run_piece)
-        return self._task.options(**options).remote(function, attempt.piece, threads, self._moved, self._limit)
+            self._task = self._ray.remote(_run_task)
+        return self._task.options(**options).remote(function, attempt.task, threads, self._moved, self._limit)
 
     def _account(self, step: Step, rows: int, done: Done) -> None:
-        step.pieces_done += 1
+        step.tasks_done += 1
         step.rows_done += rows
         step.busy_seconds += done.seconds
         step.longest_seconds = max(step.longest_seconds, done.seconds)
@@ -332,7 +332,7 @@ class Executor:
             self.watch(step)
 
     def call(self, function: Callable[..., Any], *arguments: Any, label: str, resources: Resources = Resources()) -> Any:
-        """One piece, as `map`."""
+        """One task, as `map`."""
         return self.map(function, [arguments], label, resources=resources)[0]
 
     def _collect(self, reference: Any, label: str) -> tuple[Any, Done]:
@@ -363,11 +363,11 @@ class Executor:
             raise _Again(Cause.DEATH, str(error).splitlines()[0]) from error
 
     @contextlib.contextmanager
-    def _bar(self, label: str, sizes: Sequence[int] | None, pieces: int) -> Iterator[Any]:
+    def _bar(self, label: str, sizes: Sequence[int] | None, tasks: int) -> Iterator[Any]:
         with tqdm(
-            total=sum(sizes) if sizes else pieces,
+            total=sum(sizes) if sizes else tasks,
             desc=f"{label:>9}",
-            unit=" rows" if sizes else " pieces",
+            unit=" rows" if sizes else " tasks",
             unit_scale=True,
             disable=None if self._progress else True,
             leave=False,

@@ -24,7 +24,7 @@ def cpus(root: Path = Path("/")) -> int:
 
 def _quotas(root: Path) -> list[float]:
     """The CPU quotas of this process's control groups and of all above them, in CPUs."""
-    found: list[float] = []
+    results: list[float] = []
     with contextlib.suppress(OSError):
         for line in (root / "proc/self/cgroup").read_text().splitlines():
             _, controllers, path = line.split(":", 2)
@@ -37,8 +37,8 @@ def _quotas(root: Path) -> list[float]:
             for folder in {group, *group.parents, base}:
                 if folder == base or base in folder.parents:
                     with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
-                        found.append(_quota(folder, unified))
-    return [quota for quota in found if quota > 0]
+                        results.append(_quota(folder, unified))
+    return [quota for quota in results if quota > 0]
 
 
 def _quota(group: Path, unified: bool) -> float:

@@ -20,14 +20,14 @@ class Metrics:
             return Gauge(f"faceflow_{name}", description, tag_keys=("run", "step"))
 
         self.run = ""
-        self._rows = counter("rows", "Rows of finished pieces")
-        self._pieces = counter("pieces", "Finished pieces (tiles of the search come by the shard)")
+        self._rows = counter("rows", "Rows of finished tasks")
+        self._tasks = counter("tasks", "Finished tasks (tiles of the search come by the shard)")
         self._busy = counter("busy_seconds", "Seconds that tasks were at work")
         self._read = counter("read_bytes", "Bytes of the batches that tasks read")
         self._written = counter("written_bytes", "Bytes of the files that tasks wrote")
-        self._retries = counter("retries", "Pieces that failed and are tried again", "cause")
-        self._in_flight = gauge("pieces_in_flight", "Pieces handed to Ray and not finished")
-        self._waiting = gauge("pieces_waiting", "Pieces not handed to Ray yet")
+        self._retries = counter("retries", "Tasks that failed and are tried again", "cause")
+        self._in_flight = gauge("tasks_in_flight", "Tasks handed to Ray and not finished")
+        self._waiting = gauge("tasks_waiting", "Tasks not handed to Ray yet")
         self._rate = gauge("rows_per_second", "Rows of the step by its wall time so far")
         self._stage = Gauge("faceflow_stage", "1 for the stage at work, 0 for the others", tag_keys=("run", "stage"))
         self._at_work = ""
@@ -46,7 +46,7 @@ class Metrics:
     def finished(self, step: Step, rows: int, done: Done) -> None:
         tags = {"run": self.run, "step": step.label}
         amounts = (
-            (self._rows, rows), (self._pieces, 1), (self._busy, done.seconds), (self._read, done.read_bytes),
+            (self._rows, rows), (self._tasks, 1), (self._busy, done.seconds), (self._read, done.read_bytes),
             (self._written, done.written_bytes),
         )  # fmt: skip
         for metric, amount in amounts:

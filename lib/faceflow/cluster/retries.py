@@ -1,4 +1,4 @@
-"""What becomes of a piece that failed: tried again, tried again in smaller steps, or given up. Knows no Ray."""
+"""What becomes of a task that failed: tried again, tried again in smaller steps, or given up. Knows no Ray."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 from faceflow.errors import RunError
 
 RETRIES = 5
-"""Times a piece is tried again after its worker died, or after an I/O error."""
+"""Times a task is tried again after its worker died, or after an I/O error."""
 
 MACHINE_RETRIES = 10
-"""The same after its machine died: not the piece's fault, and Ray goes on for a while to send work to a machine it has lost."""
+"""The same after its machine died: not the task's fault, and Ray goes on for a while to send work to a machine it has lost."""
 
 MEMORY_RETRIES = 7
-"""Times a piece is tried again in smaller steps, each half as large as before, after it ran out of memory."""
+"""Times a task is tried again in smaller steps, each half as large as before, after it ran out of memory."""
 
 FIRST_DELAY, LONGEST_DELAY = 0.5, 20.0
 """Seconds before the first retry, doubled each time: together half a minute after I/O errors, on top of what the S3 client
@@ -28,13 +28,13 @@ CRASHES_LIKE_MEMORY = 2
 
 KEPT = "what is finished is kept, and the same command continues"
 
-Piece = tuple[Any, ...]
-Smaller = Callable[[Piece], Piece]
-"""From a piece's arguments, those that do the same work in steps of half the size."""
+Request = tuple[Any, ...]
+Smaller = Callable[[Request], Request]
+"""From a task's arguments, those that do the same work in steps of half the size."""
 
 
 class Cause(enum.Enum):
-    """Why a piece failed."""
+    """Why a task failed."""
 
     IO = "an I/O error"
     DEATH = "its worker died"
@@ -45,13 +45,13 @@ class Cause(enum.Enum):
 
 @dataclass
 class Attempts:
-    """One piece, how often it failed, and how it is to be tried next.
+    """One task, how often it failed, and how it is to be tried next.
 
-    alone: whether it asks for a whole machine, so that no other piece shares its memory; not_before: time of the clock
+    alone: whether it asks for a whole machine, so that no other task shares its memory; not_before: time of the clock
     before which it is not tried again.
     """
 
-    piece: Piece
+    task: Request
     label: str
     smaller: Smaller | None = None
     alone: bool = False
@@ -81,5 +81,5 @@ class Attempts:
         self.alone = True
         if self.smaller is None:
             return f"{self.label}: {text}; trying again alone on its machine"
-        self.piece = self.smaller(self.piece)
+        self.task = self.smaller(self.task)
         return f"{self.label}: {text}; trying again in smaller steps"

@@ -10,18 +10,18 @@ from typing import Any
 
 @dataclass
 class Step:
-    """One set of like pieces at work, or done. begun: Unix time, seconds; seconds: wall time so far; rows: of all pieces (0:
+    """One set of like tasks at work, or done. begun: Unix time, seconds; seconds: wall time so far; rows: of all tasks (0:
     they are not counted in rows); cpus: of the cluster; busy_seconds: of all its tasks, as their workers measured;
     longest_seconds: of the longest; read_bytes, written_bytes: what its tasks read and wrote (`storage.object_store.moved`);
     peak_bytes: largest resident memory of a worker; retries: by cause."""
 
     label: str
-    pieces: int
+    tasks: int
     rows: int = 0
     cpus: int = 1
     begun: float = field(default_factory=time.time)
     seconds: float = 0.0
-    pieces_done: int = 0
+    tasks_done: int = 0
     rows_done: int = 0
     in_flight: int = 0
     busy_seconds: float = 0.0
@@ -34,13 +34,13 @@ class Step:
 
     @property
     def waiting(self) -> int:
-        """Pieces that have not been handed out, or wait to be tried again."""
-        return self.pieces - self.pieces_done - self.in_flight
+        """Tasks that have not been handed out, or wait to be tried again."""
+        return self.tasks - self.tasks_done - self.in_flight
 
     @property
     def share(self) -> float:
         """How much of it is done, 0 to 1."""
-        done, all_ = (self.rows_done, self.rows) if self.rows else (self.pieces_done, self.pieces)
+        done, all_ = (self.rows_done, self.rows) if self.rows else (self.tasks_done, self.tasks)
         return done / all_ if all_ else 1.0
 
     def as_dict(self) -> dict[str, Any]:
@@ -51,7 +51,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Done:
-    """What a worker tells of one finished piece: seconds at work, largest resident memory of its process, bytes moved."""
+    """What a worker tells of one finished task: seconds at work, largest resident memory of its process, bytes moved."""
 
     seconds: float
     peak_bytes: int
@@ -73,7 +73,7 @@ class Usage:
     @property
     def by_label(self) -> dict[str, float]:
         """Busy seconds by label."""
-        found: dict[str, float] = {}
+        results: dict[str, float] = {}
         for step in self.steps:
-            found[step.label] = found.get(step.label, 0.0) + step.busy_seconds
-        return found
+            results[step.label] = results.get(step.label, 0.0) + step.busy_seconds
+        return results

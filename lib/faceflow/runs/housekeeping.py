@@ -22,7 +22,7 @@ AT_WORK_HOURS = 24
 class RunInfo:
     """One run directory. state: published (it was the current one once), begun (can be continued) or refused (bad input);
     current: its labels are in force; stage: the furthest stage begun; updated: when it last said something;
-    size: bytes of the run directory; label_size: of its labels and rejected rows under OUTPUT."""
+    size: bytes of the run directory; label_size: of its labels and quarantined rows under OUTPUT."""
 
     run_id: str
     state: str
@@ -44,24 +44,24 @@ def list_runs(output: str, work_dir: str | None = None, options: Mapping[str, An
     """Every run of OUTPUT, the newest first. Raises InputError where there is no OUTPUT of faceflow."""
     out, runs = layout.stores(output, work_dir, options)
     latest = layout.read_latest(out)
-    found = []
+    results = []
     for name in runs.names(""):
         record = runs.read_json(f"{name}/{layout.RUN_RECORD}")
         if record is None or not layout.is_run_of(record, out, runs):
             continue
         begun = {file.split(".")[0] for file in runs.names(f"{name}/manifests")}
-        labels = out.total_size(layout.label_folder(name)) + out.total_size(layout.rejected_folder(name))
+        labels = out.total_size(layout.label_folder(name)) + out.total_size(layout.quarantined_folder(name))
         spoke = (runs.read_json(f"{name}/{layout.PROGRESS}") or {}).get("updated", "")
-        found.append(
+        results.append(
             RunInfo(
                 name, record["state"], latest is not None and latest["run_id"] == name,
                 next((stage for stage in reversed(layout.STAGES) if stage in begun), "none"),
                 datetime.datetime.fromisoformat(max(record["updated"], spoke)), runs.total_size(name), labels,
             )
         )  # fmt: skip
-    if latest is None and not found:
+    if latest is None and not results:
         raise InputError(f"{output} holds no run and no {layout.LATEST}: name the OUTPUT of a cluster command")
-    return sorted(found, key=lambda run: (run.updated, run.run_id), reverse=True)
+    return sorted(results, key=lambda run: (run.updated, run.run_id), reverse=True)
 
 
 def clean(

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from faceflow.cluster.executor import Executor, peak_memory
 from faceflow.config import ClusterConfig, digest
 from faceflow.errors import FaceflowError, InputError, PublishError, QualityError, RunError, SettingsError
-from faceflow.logs import bind, told
+from faceflow.logs import bind, event
 from faceflow.runs.lease import FencedStore
 from faceflow.runs.registry import choose_run, give_up, give_up_superseded, now, record, settle
 from faceflow.runs.stage_runner import advance
@@ -42,27 +42,27 @@ assert tuple(stage.name for stage in STAGES) == layout.STAGES
 class RunResult:
     """What a finished run reports; the fields are those of `--json`.
 
-    labels: address of the label folder; faces: those with a cluster; rejected: rows set aside; floor: cosine from which faces
-    are neighbors (None: none); impostors_a_face: expected number of a face's neighbors above it that are other people, at most
-    (None: the floor was given, so nothing was estimated); recall: edge recall of the search, `estimate`, `low`, `high` (a 95 %
-    interval), from `faces` sampled faces with `edges` true neighbors; quality: of the clusters, without labels: `within`, mean
-    similarity of a face to its neighbors in its cluster; `between`, of those that have one outside, to the nearest;
-    `outside_share`, how many have; `doubtful_share`, faces nearer to one outside than to those inside on average; `stability`,
-    how alike clusters come back from resampled edges (0 to 1, of `stability_clusters` tried); `sizes`, clusters by size;
-    seconds: wall time of each stage and `total`; peak_memory_bytes: largest resident memory of the driver;
+    labels: address of the label folder; faces: those with a cluster; quarantined: rows set aside; threshold: cosine from which
+    faces are neighbors (None: none); impostors_per_face: expected number of a face's neighbors above it that are other people,
+    at most (None: the threshold was given, so nothing was estimated); recall: edge recall of the search, `estimate`, `low`,
+    `high` (a 95 % interval), from `faces` sampled faces with `edges` true neighbors; quality: of the clusters, without labels:
+    `within`, mean similarity of a face to its neighbors in its cluster; `between`, of those that have one outside, to the
+    nearest; `outside_share`, how many have; `doubtful_share`, faces nearer to one outside than to those inside on average;
+    `stability`, how alike clusters come back from resampled edges (0 to 1, of `stability_clusters` tried); `sizes`, clusters by
+    size; seconds: wall time of each stage and `total`; peak_memory_bytes: largest resident memory of the driver;
     worker_peak_memory_bytes: of any one worker, mapped files included (0: none ran).
     """
 
     run_id: str
     labels: str
     faces: int
-    rejected: int
+    quarantined: int
     clusters: int
     singletons: int
     edges: int
     codelength: float
-    floor: float | None
-    impostors_a_face: float | None
+    similarity_threshold: float | None
+    impostors_per_face: float | None
     recall: dict[str, float]
     quality: dict[str, Any]
     seconds: dict[str, float]
@@ -191,12 +191,12 @@ def _carry_out(job: _Job, report: Report | None) -> RunResult:
     bind(run=run_id)
     log.info(
         "run %s: %d input file(s)%s", run_id, len(files), f", after run {past.run_id}" if past is not None else "",
-        extra=told("run_begins", files=len(files), parent=past.run_id if past is not None else None),
+        extra=event("run_begins", files=len(files), parent=past.run_id if past is not None else None),
     )  # fmt: skip
     try:
         return _advance_all(job, report)
     except InputError as error:
-        # Not to be continued: once the input is mended, this run's pieces are of no use.
+        # Not to be continued: once the input is mended, this run's tasks are of no use.
         job.record("refused")
         watcher.stopped(str(error))
         raise
@@ -242,13 +242,13 @@ def _result(
         run_id=run_id,
         labels=output.address(layout.label_folder(run_id)),
         faces=done["ingest"].counts["faces"],
-        rejected=done["ingest"].counts["rejected"],
+        quarantined=done["ingest"].counts["quarantined"],
         clusters=done["publish"].counts["clusters"],
         singletons=done["publish"].counts["singletons"],
         edges=done["link"].counts["edges"],
         codelength=done["detect"].counts["codelength"],
-        floor=done["quantize"].counts["floor"],
-        impostors_a_face=done["quantize"].counts.get("impostors_a_face"),
+        similarity_threshold=done["quantize"].counts["threshold"],
+        impostors_per_face=done["quantize"].counts.get("impostors_per_face"),
         recall=done["search"].counts["recall"],
         quality=done["publish"].counts.get("quality", {}),
         seconds=seconds,
@@ -279,12 +279,12 @@ def _advance_all(job: _Job, report: Report | None) -> RunResult:
             "run_id": result.run_id,
             "labels": layout.label_folder(stores.run_id),
             "faces": result.faces,
-            "rejected": result.rejected,
+            "quarantined": result.quarantined,
             "clusters": result.clusters,
             "singletons": result.singletons,
             "edges": result.edges,
-            "floor": result.floor,
-            "impostors_a_face": result.impostors_a_face,
+            "similarity_threshold": result.similarity_threshold,
+            "impostors_per_face": result.impostors_per_face,
             "parent_run_id": job.parent.get("run_id"),
             "next_id": max(done["publish"].counts["next_id"], job.parent.get("next_id", 0)),
             "sequence": sequence,
@@ -311,7 +311,7 @@ def _advance_all(job: _Job, report: Report | None) -> RunResult:
     log.info(
         "run %s: %s faces in %s clusters (%s singletons), %.1f s; labels in %s",
         result.run_id, f"{result.faces:,}", f"{result.clusters:,}", f"{result.singletons:,}", seconds["total"], result.labels,
-        extra=told("run_done", **result.as_dict()),
+        extra=event("run_done", **result.as_dict()),
     )  # fmt: skip
     if report is not None:
         _report(job, report)
@@ -325,7 +325,7 @@ def _fill_table(config: ClusterConfig, executor: Executor, stores: RunStores, se
     table = Store.at(config.labels_table, config.storage_options)
     if table_formats.committed(table) != stores.run_id:
         version = executor.call(publish.commit_table, table, stores.output, stores.run_id, sequence, label="table")
-        log.info("table    %s is at version %d", table.root, version, extra=told("table", table=table.root, version=version))
+        log.info("table    %s is at version %d", table.root, version, extra=event("table", table=table.root, version=version))
 
 
 def _warn_of_decisions(config: ClusterConfig, past: Past) -> None:
@@ -350,7 +350,7 @@ def _report(job: _Job, report: Report) -> None:
         log.warning("no report was written: %s", error)
         return
     seconds = round(time.perf_counter() - begun, 3)
-    log.info("report   %s (%.1f s)", made.page, seconds, extra=told("report", report=made.page, seconds=seconds))
+    log.info("report   %s (%.1f s)", made.page, seconds, extra=event("report", report=made.page, seconds=seconds))
     if complaint := made.complaint(job.config.thumbnails):
         log.warning("%s", complaint)
 
@@ -388,7 +388,7 @@ def _recall_holds(config: ClusterConfig, done: dict[str, Manifest]) -> bool:
         shown,
         f"{recall['faces']:,}",
         f"{recall['edges']:,}",
-        extra=told("recall", **recall),
+        extra=event("recall", **recall),
     )
     if recall["estimate"] >= config.min_recall:
         return True

@@ -39,11 +39,11 @@ NOT_IDENTITY = (
 def record(config: ClusterConfig, state: str, night: dict[str, Any] | None) -> dict[str, Any]:
     """What run.json says of a run in this state; night: what an unfinished night must have in common with one that goes on."""
     output, runs = layout.stores(config.output, config.work_dir, config.storage_options)
-    found = {
+    results = {
         "state": state, "settings": config.public(), "updated": now().isoformat(timespec="milliseconds"),
         "output": output.root, "runs": runs.root,
     }  # fmt: skip
-    return found | ({"night": night} if night is not None else {})
+    return results | ({"night": night} if night is not None else {})
 
 
 def choose_run(config: ClusterConfig, output: Store, runs: Store, night: dict[str, Any] | None) -> tuple[str, Lease]:
@@ -56,16 +56,18 @@ def choose_run(config: ClusterConfig, output: Store, runs: Store, night: dict[st
     run_id = config.run_id
     if run_id is None:
         for name in reversed(runs.names("")):
-            found = runs.read_json(f"{name}/{layout.RUN_RECORD}")
-            if not (found and found["state"] == "begun" and found.get("night") == night):
+            results = runs.read_json(f"{name}/{layout.RUN_RECORD}")
+            if not (results and results["state"] == "begun" and results.get("night") == night):
                 continue
-            if not layout.is_run_of(found, output, runs):
+            if not layout.is_run_of(results, output, runs):
                 continue
-            if _identity(found["settings"]) == wanted:
+            if _identity(results["settings"]) == wanted:
                 run_id = name
                 break
-    elif (found := runs.read_json(f"{run_id}/{layout.RUN_RECORD}")) and not layout.is_run_of(found, output, runs):
-        raise SettingsError(f"run {run_id} of {runs.root} is of another OUTPUT, {found.get('output')}: choose another --run-id")
+    elif (results := runs.read_json(f"{run_id}/{layout.RUN_RECORD}")) and not layout.is_run_of(results, output, runs):
+        raise SettingsError(
+            f"run {run_id} of {runs.root} is of another OUTPUT, {results.get('output')}: choose another --run-id"
+        )
     if run_id is None:
         run_id = f"{now().strftime('%Y%m%dT%H%M%SZ')}-{secrets.token_hex(2)}"
     elif config.run_id is None and not config.restart:
@@ -105,9 +107,9 @@ def _begin(config: ClusterConfig, output: Store, runs: Store, run_id: str, night
 
 def settle(runs: Store, run_id: str) -> None:
     """Note of a run whose labels are in force that it is published: an interruption may have come between the two."""
-    found = runs.read_json(f"{run_id}/{layout.RUN_RECORD}") or {}
-    if found.get("state") == "begun":
-        _note(runs, run_id, found, "published")
+    results = runs.read_json(f"{run_id}/{layout.RUN_RECORD}") or {}
+    if results.get("state") == "begun":
+        _note(runs, run_id, results, "published")
 
 
 def give_up(output: Store, runs: Store, run_id: str) -> None:
@@ -121,10 +123,10 @@ def give_up(output: Store, runs: Store, run_id: str) -> None:
 def give_up_superseded(output: Store, runs: Store, night: dict[str, Any]) -> None:
     """Give up unfinished nights of another input or after another run than this one, unless somebody may be at work on them."""
     for name in runs.names(""):
-        found = runs.read_json(f"{name}/{layout.RUN_RECORD}") or {}
-        if found.get("state") != "begun" or found.get("night") in (None, night) or name == night["past"]:
+        results = runs.read_json(f"{name}/{layout.RUN_RECORD}") or {}
+        if results.get("state") != "begun" or results.get("night") in (None, night) or name == night["past"]:
             continue
-        if not layout.is_run_of(found, output, runs):
+        if not layout.is_run_of(results, output, runs):
             continue
         if lease.is_silent(runs.child(name)) and lease.fence_off(runs.child(name), name, "superseded"):
             if name == (layout.read_latest(output) or {}).get("run_id"):
@@ -133,9 +135,9 @@ def give_up_superseded(output: Store, runs: Store, night: dict[str, Any]) -> Non
             give_up(output, runs, name)
 
 
-def _note(runs: Store, run_id: str, found: dict[str, Any], state: str) -> None:
+def _note(runs: Store, run_id: str, results: dict[str, Any], state: str) -> None:
     runs.write_json(
-        f"{run_id}/{layout.RUN_RECORD}", found | {"state": state, "updated": now().isoformat(timespec="milliseconds")}
+        f"{run_id}/{layout.RUN_RECORD}", results | {"state": state, "updated": now().isoformat(timespec="milliseconds")}
     )
 
 

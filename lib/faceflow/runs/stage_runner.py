@@ -6,7 +6,7 @@ import logging
 import time
 from typing import Any
 
-from faceflow.logs import told
+from faceflow.logs import event
 from faceflow.runs.status import Watcher
 from faceflow.stages.base import Context, Stage, version_of
 from faceflow.storage import manifests
@@ -24,13 +24,13 @@ def advance(stage: Stage, context: Context, watcher: Watcher) -> Manifest:
     if finished is not None and stage.whole(context):
         log.info(
             "%-8s skipped: finished before, saves %.1f s", stage.name, finished.seconds,
-            extra=told("stage_skipped", stage=stage.name, seconds=finished.seconds),
+            extra=event("stage_skipped", stage=stage.name, seconds=finished.seconds),
         )  # fmt: skip
         watcher.finished(stage.name, finished.seconds)
         _tidy(stage, run)
         return finished
     manifests.begin(run, stage.name, fingerprint)
-    log.info("%-8s begins", stage.name, extra=told("stage_begins", stage=stage.name))
+    log.info("%-8s begins", stage.name, extra=event("stage_begins", stage=stage.name))
     watcher.stage(stage.name)
     executor = context.executor
     executor.at_work(context.stores.run_id, stage.name)
@@ -38,7 +38,7 @@ def advance(stage: Stage, context: Context, watcher: Watcher) -> Manifest:
     outcome = stage.run(context)
     seconds = round(time.perf_counter() - clock, 3)
     made = [step.as_dict() for step in executor.usage.steps[steps:]]
-    manifest = Manifest(stage.name, fingerprint, outcome.counts, outcome.pieces, seconds, round(begun, 3), made)
+    manifest = Manifest(stage.name, fingerprint, outcome.counts, outcome.files, seconds, round(begun, 3), made)
     manifests.finish(run, manifest)
     watcher.finished(stage.name, seconds)
     _tidy(stage, run)
@@ -52,7 +52,7 @@ def advance(stage: Stage, context: Context, watcher: Watcher) -> Manifest:
     rate = faces / max(seconds, 1e-3)
     log.info(
         "%-8s done in %.1f s, %s rows/s (%s)", stage.name, seconds, f"{rate:,.0f}", shown,
-        extra=told("stage_done", stage=stage.name, seconds=seconds, rows_per_second=round(rate), **plain),
+        extra=event("stage_done", stage=stage.name, seconds=seconds, rows_per_second=round(rate), **plain),
     )  # fmt: skip
     return manifest
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from faceflow.cluster.usage import Step
 from faceflow.errors import InputError
-from faceflow.logs import told
+from faceflow.logs import event
 from faceflow.runs.lease import HEARTBEAT, SILENT_AFTER, Lease, is_alive, machine
 from faceflow.storage import layout
 
@@ -56,9 +56,9 @@ class Watcher:
             self._told = now
             rate = step.rows_done / max(step.seconds, 1e-3)
             log.info(
-                "%-8s %s: %d of %d pieces, %.0f s%s", self._stage, step.label, step.pieces_done, step.pieces, step.seconds,
+                "%-8s %s: %d of %d tasks, %.0f s%s", self._stage, step.label, step.tasks_done, step.tasks, step.seconds,
                 f", {rate:,.0f} rows/s" if step.rows_done else "",
-                extra=told("progress", stage=self._stage, **step.as_dict()),
+                extra=event("progress", stage=self._stage, **step.as_dict()),
             )  # fmt: skip
 
     def _write(self) -> None:
@@ -102,14 +102,14 @@ def status(
     """
     out, runs = layout.stores(output, work_dir, options)
     records = {name: runs.read_json(f"{name}/{layout.RUN_RECORD}") for name in runs.names("")}
-    found = {name: record for name, record in records.items() if record and layout.is_run_of(record, out, runs)}
-    if run_id is not None and run_id not in found:
+    results = {name: record for name, record in records.items() if record and layout.is_run_of(record, out, runs)}
+    if run_id is not None and run_id not in results:
         raise InputError(f"{output} has no run {run_id}: `faceflow runs {output}` lists them")
-    if not found:
+    if not results:
         raise InputError(f"{output} holds no run: name the OUTPUT of a cluster command (and its --work-dir)")
-    spoken = {name: runs.read_json(f"{name}/{layout.PROGRESS}") or {} for name in ([run_id] if run_id else found)}
-    name = max(spoken, key=lambda each: (str(max(found[each]["updated"], spoken[each].get("updated", ""))), each))
-    record, state = found[name], spoken[name]
+    spoken = {name: runs.read_json(f"{name}/{layout.PROGRESS}") or {} for name in ([run_id] if run_id else results)}
+    name = max(spoken, key=lambda item: (str(max(results[item]["updated"], spoken[item].get("updated", ""))), item))
+    record, state = results[name], spoken[name]
     updated = datetime.datetime.fromisoformat(max(record["updated"], state.get("updated", "")))
     age = max(0.0, (datetime.datetime.now(datetime.UTC) - updated).total_seconds())
     kind = record["state"]
@@ -132,31 +132,31 @@ def status(
     )  # fmt: skip
 
 
-def lines(found: Status) -> list[str]:
+def lines(results: Status) -> list[str]:
     """The status as a person reads it."""
-    if found.state in ("at work", "stopped"):
-        shown = [f"run {found.run_id}: {found.state}, last heard of {found.age:.0f} s ago"]
-        if found.host:
-            shown[0] += f" (process {found.pid} on {found.host})"
+    if results.state in ("at work", "stopped"):
+        shown = [f"run {results.run_id}: {results.state}, last heard of {results.age:.0f} s ago"]
+        if results.host:
+            shown[0] += f" (process {results.pid} on {results.host})"
     else:
-        state = "published, its labels are in force" if found.state == "in force" else found.state
-        shown = [f"run {found.run_id}: {state}; ended {found.age:.0f} s ago"]
-    shown += [f"  {name:9} done in {seconds:,.1f} s" for name, seconds in found.seconds.items()]
-    if found.state in ("at work", "stopped") and found.stage and found.stage not in found.seconds:
-        shown.append(f"  {found.stage:9} at work for {found.stage_seconds:,.0f} s")
-        if found.step is not None and not found.step["finished"]:
-            step = found.step
-            text = f"    {step['label']}: {step['pieces_done']:,} of {step['pieces']:,} pieces"
+        state = "published, its labels are in force" if results.state == "in force" else results.state
+        shown = [f"run {results.run_id}: {state}; ended {results.age:.0f} s ago"]
+    shown += [f"  {name:9} done in {seconds:,.1f} s" for name, seconds in results.seconds.items()]
+    if results.state in ("at work", "stopped") and results.stage and results.stage not in results.seconds:
+        shown.append(f"  {results.stage:9} at work for {results.stage_seconds:,.0f} s")
+        if results.step is not None and not results.step["finished"]:
+            step = results.step
+            text = f"    {step['label']}: {step['tasks_done']:,} of {step['tasks']:,} tasks"
             if step["rows"]:
                 rate = step["rows_done"] / max(step["seconds"], 1e-3)
                 text += f", {step['rows_done']:,} of {step['rows']:,} rows, {rate:,.0f} rows/s"
             text += f"; {step['in_flight']} in flight, {step['waiting']} waiting"
             if step["retries"]:
                 text += f"; tried again: {', '.join(f'{count} x {cause}' for cause, count in step['retries'].items())}"
-            shown.append(text + (f"; about {found.left:,.0f} s left" if found.left is not None else ""))
-    if found.state == "stopped":
-        why = found.why or "it fell silent"
+            shown.append(text + (f"; about {results.left:,.0f} s left" if results.left is not None else ""))
+    if results.state == "stopped":
+        why = results.why or "it fell silent"
         shown.append(f"  {why}{'' if 'the same command' in why else '; the same command continues it'}")
-    elif found.state == "refused" and found.why:
-        shown += [f"  {line}" for line in found.why.splitlines()]
+    elif results.state == "refused" and results.why:
+        shown += [f"  {line}" for line in results.why.splitlines()]
     return shown

@@ -93,11 +93,11 @@ class Context:
         return LastNight(self.past.run, self.past.parts, sources)
 
     @property
-    def floors(self) -> tuple[float | None, float | None]:
+    def thresholds(self) -> tuple[float | None, float | None]:
         """Similarity from which faces are neighbors, and from which a table holds them in case others bear witness: both from
-        the quantize manifest; None: no floor."""
+        the quantize manifest; None: no threshold."""
         counts = self.done["quantize"].counts
-        return counts["floor"], counts["weak_floor"]
+        return counts["threshold"], counts["support_threshold"]
 
     @property
     def dim(self) -> int:
@@ -106,10 +106,10 @@ class Context:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a stage made: counts for the manifest, and the bytes of each piece by path in the run directory."""
+    """What a stage made: counts for the manifest, and the bytes of each file by path in the run directory."""
 
     counts: dict[str, Any]
-    pieces: dict[str, int]
+    files: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -134,6 +134,6 @@ class Stage:
     inputs: Callable[[Context], dict[str, Any]] = field(default=lambda context: {})
 
 
-def merge_pieces(results: list[dict[str, int]]) -> dict[str, int]:
-    """All pieces of a stage, from what each task returned."""
+def merge_sizes(results: list[dict[str, int]]) -> dict[str, int]:
+    """The files of a stage, from what each task returned."""
     return {path: size for result in results for path, size in result.items()}

@@ -44,7 +44,7 @@ def carried_table(run: Store, past: LastNight, parts: Parts, part: int, neighbor
         nothing = np.zeros(len(before) + 1, np.int64), np.empty(0, np.int32), np.empty(0, np.float32)
         return NeighborTable(first, *nothing), np.full(len(before), ACTIVE, np.uint8)
     source = past.sources[part]
-    table = NeighborTable.joined([past.run.read_batch(layout.part("neighbors", each)) for each in source])
+    table = NeighborTable.joined([past.run.read_batch(layout.part("neighbors", item)) for item in source])
     now = rows_tonight(run)
     kept = before - past.parts.starts[source.start]
     if np.array_equal(now, np.arange(past.parts.faces)):

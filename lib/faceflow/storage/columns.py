@@ -91,7 +91,7 @@ def readable(ids: pa.Array) -> tuple[pa.Array, np.ndarray]:
         ids.validate(full=True)
     except pa.ArrowInvalid:
         raw = ids.cast(BINARY)
-        wrong = np.array([not _is_utf8(each.as_py()) for each in raw], bool)
+        wrong = np.array([not _is_utf8(item.as_py()) for item in raw], bool)
         return pc.if_else(pa.array(wrong), pa.scalar(None, BINARY), raw).cast(TEXT), np.flatnonzero(wrong)
     return ids, np.empty(0, np.int64)
 
@@ -110,7 +110,7 @@ def as_published(ids: pa.Array, kind: pa.DataType) -> pa.Array:
     storage = plain(kind)
     slices = [ids.slice(begin, SLICE_ROWS).cast(storage) for begin in range(0, len(ids), SLICE_ROWS)]
     if isinstance(kind, pa.BaseExtensionType):
-        slices = [pa.ExtensionArray.from_storage(kind, each) for each in slices]
+        slices = [pa.ExtensionArray.from_storage(kind, item) for item in slices]
     return pa.chunked_array(slices, kind)
 
 

@@ -48,8 +48,8 @@ def list_faces(address: str, options: Mapping[str, Any] | None, snapshot: int | 
     except OSError:
         kind = None  # whatever is wrong, a plain listing says best
     if kind is not None:
-        found = table_formats.open_snapshot(store, kind, snapshot)
-        return Listing(store, found.files, {"format": kind, "snapshot": found.version})
+        results = table_formats.open_snapshot(store, kind, snapshot)
+        return Listing(store, results.files, {"format": kind, "snapshot": results.version})
     if snapshot is not None:
         raise SettingsError(f"snapshot is {snapshot}, but {address} is neither a Delta nor an Iceberg table")
     store, listed = list_parquet(address, options)
@@ -151,13 +151,13 @@ def _files_below(store: Store, folder: str) -> dict[str, Mapping[str, Any]]:
 
 def _folders_between(top: str, paths: Iterable[str]) -> list[str]:
     """Every folder below `top` that one of these files is in, at any depth."""
-    found: set[str] = set()
+    results: set[str] = set()
     for path in paths:
         folder = path.rpartition("/")[0]
-        while len(folder) > len(top) and folder not in found:
-            found.add(folder)
+        while len(folder) > len(top) and folder not in results:
+            results.add(folder)
             folder = folder.rpartition("/")[0]
-    return sorted(found)
+    return sorted(results)
 
 
 def _refuse_tables(store: Store, folders: Sequence[str]) -> None:
@@ -196,11 +196,11 @@ def _followed(path: str, info: Mapping[str, Any]) -> Mapping[str, Any]:
     if not os.path.islink(path):
         return info
     try:
-        found = os.stat(path)
+        results = os.stat(path)
     except FileNotFoundError:
         raise InputError(f"{one_line(path)} is a link to a file that is not there: restore it or remove the link") from None
-    kind = "directory" if stat.S_ISDIR(found.st_mode) else "file" if stat.S_ISREG(found.st_mode) else "other"
-    return {"type": kind, "size": found.st_size, "mtime": found.st_mtime}
+    kind = "directory" if stat.S_ISDIR(results.st_mode) else "file" if stat.S_ISREG(results.st_mode) else "other"
+    return {"type": kind, "size": results.st_size, "mtime": results.st_mtime}
 
 
 def list_file(address: str, options: Mapping[str, Any] | None) -> tuple[Store, FileInfo]:

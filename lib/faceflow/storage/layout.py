@@ -14,7 +14,7 @@ LATEST = "latest.json"
 STAGES = ("ingest", "quantize", "search", "link", "detect", "publish")
 """The stages of a run, in their order."""
 
-OUTPUT_FOLDERS = ("labels", "rejected", "events", "moves", "quality", "reports", "compare", "diffs")
+OUTPUT_FOLDERS = ("labels", "quarantined", "events", "moves", "quality", "reports", "compare", "diffs")
 """What lies in an OUTPUT beside its runs."""
 
 RUNS = "_runs"
@@ -30,9 +30,9 @@ def part(kind: str, index: int) -> str:
     return f"{kind}/part-{index:05d}.arrow"
 
 
-def gathered_ids(piece: int) -> str:
+def gathered_ids(task: int) -> str:
     """The ids of one ingest task, by bucket."""
-    return f"idcheck/ids-{piece:05d}.arrow"
+    return f"idcheck/ids-{task:05d}.arrow"
 
 
 def repeated_ids(bucket: int) -> str:
@@ -76,7 +76,7 @@ def manifest(stage: str) -> str:
 
 
 def plan(stage: str) -> str:
-    """What a stage was begun with: its fingerprint, before its first piece is written."""
+    """What a stage was begun with: its fingerprint, before its first task is written."""
     return f"manifests/{stage}.begun.json"
 
 
@@ -172,16 +172,16 @@ def label_part(run_id: str, index: int) -> str:
     return f"{label_folder(run_id)}/part-{index:05d}.parquet"
 
 
-def rejected_folder(run_id: str) -> str:
-    return f"rejected/run={run_id}"
+def quarantined_folder(run_id: str) -> str:
+    return f"quarantined/run={run_id}"
 
 
-def rejected_part(run_id: str, index: int) -> str:
+def quarantined_part(run_id: str, index: int) -> str:
     """Rows that were set aside; only parts with such rows have one."""
-    return f"{rejected_folder(run_id)}/part-{index:05d}.parquet"
+    return f"{quarantined_folder(run_id)}/part-{index:05d}.parquet"
 
 
-PUBLISHED = (label_folder, rejected_folder, moves_folder, quality_folder, report_folder)
+PUBLISHED = (label_folder, quarantined_folder, moves_folder, quality_folder, report_folder)
 """Folders of OUTPUT that are of no use without the run that wrote them."""
 
 
@@ -204,8 +204,10 @@ def read_latest(output: Store) -> dict[str, Any] | None:
     Raises InputError for a file of that name that is not faceflow's.
     """
     try:
-        found = output.read_json(LATEST)
-        whole = found is None or (isinstance(found, dict) and all(isinstance(found.get(k), str) for k in ("run_id", "labels")))
+        results = output.read_json(LATEST)
+        whole = results is None or (
+            isinstance(results, dict) and all(isinstance(results.get(k), str) for k in ("run_id", "labels"))
+        )
     except (RunError, UnicodeDecodeError):
         whole = False
     if not whole:
@@ -213,7 +215,7 @@ def read_latest(output: Store) -> dict[str, Any] | None:
             f"{output.address(LATEST)} was not written by faceflow: it has no run_id and labels; move it away, or name another "
             "OUTPUT"
         )
-    return found
+    return results
 
 
 def is_run_of(record: Mapping[str, Any], output: Store, runs: Store) -> bool:

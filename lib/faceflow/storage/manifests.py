@@ -17,7 +17,7 @@ from faceflow.storage.object_store import Store
 class Manifest:
     """The record a stage ends with.
 
-    fingerprint: everything the stage's result depends on; pieces: bytes of each file it wrote, by path in the run
+    fingerprint: everything the stage's result depends on; files: bytes of each file it wrote, by path in the run
     directory; counts: what later stages and the report need to know; seconds: wall time of the stage; begun: Unix time; steps:
     what its tasks did (`cluster.usage.Step`, as dictionaries).
     """
@@ -25,7 +25,7 @@ class Manifest:
     stage: str
     fingerprint: dict[str, Any]
     counts: dict[str, Any]
-    pieces: dict[str, int] = field(default_factory=dict)
+    files: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
     begun: float = 0.0
     steps: list[dict[str, Any]] = field(default_factory=list)
@@ -49,8 +49,8 @@ def load(run: Store, stage: str, fingerprint: Mapping[str, Any]) -> Manifest | N
     manifest = read(run, stage)
     if manifest is None:
         return None
-    if run.is_local and any(run.size(path) != size for path, size in manifest.pieces.items()):
-        return None  # a power cut after the stage: its pieces are made again
+    if run.is_local and any(run.size(path) != size for path, size in manifest.files.items()):
+        return None  # a power cut after the stage: its files are made again
     return manifest
 
 
@@ -64,7 +64,7 @@ def missing(run: Store, manifest: Manifest, scratch: Sequence[str]) -> str | Non
     """The first file of a finished stage that is not there, or on a disk has another size; None where all are. scratch: folders
     that the stage has removed itself."""
     folders: dict[str, set[str]] = {}
-    for path, size in manifest.pieces.items():
+    for path, size in manifest.files.items():
         folder, _, name = path.rpartition("/")
         if folder.split("/")[0] in scratch:
             continue
@@ -76,7 +76,7 @@ def missing(run: Store, manifest: Manifest, scratch: Sequence[str]) -> str | Non
 
 
 def begin(run: Store, stage: str, fingerprint: Mapping[str, Any]) -> None:
-    """Note what the stage is being made from, before its first piece."""
+    """Note what the stage is being made from, before its first file."""
     run.write_json(layout.plan(stage), {"stage": stage, "fingerprint": dict(fingerprint)})
 
 
@@ -109,7 +109,7 @@ def _short(value: Any) -> str:
 
 
 def is_whole(run: Store, relative: str) -> bool:
-    """Whether a finished Arrow piece lies there (a power cut can leave a short file on a disk)."""
+    """Whether a finished Arrow file lies there (a power cut can leave a short file on a disk)."""
     try:
         with run.open_arrow(relative):
             return True

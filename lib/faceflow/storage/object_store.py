@@ -132,10 +132,10 @@ class Store:
         with self._explained(relative):
             try:
                 self.fs.invalidate_cache()
-                found = self.fs.ls(self.address(relative), detail=False)
+                results = self.fs.ls(self.address(relative), detail=False)
             except (FileNotFoundError, NotADirectoryError):
                 return []
-        return sorted(name for name in (p.rstrip("/").rsplit("/", 1)[-1] for p in found) if _TEMPORARY not in name)
+        return sorted(name for name in (p.rstrip("/").rsplit("/", 1)[-1] for p in results) if _TEMPORARY not in name)
 
     def total_size(self, relative: str) -> int:
         """Bytes of all files below a folder; 0 where there is none."""
@@ -226,7 +226,7 @@ class Store:
     def write_arrow(self, relative: str, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> int:
         """Arrow IPC file of uncompressed batches (so that reads can be memory maps); returns its bytes.
 
-        Not flushed: after a power cut a piece may be gone or short, which its size in the manifest reveals.
+        Not flushed: after a power cut a task may be gone or short, which its size in the manifest reveals.
         """
         with self.open_write(relative) as file:
             with pa.ipc.new_file(file, schema) as writer:
@@ -253,8 +253,8 @@ class Store:
                     if not _is_precondition_failure(error):
                         raise
                     # A put whose answer was lost on the way is sent again, and then finds itself there.
-                    found, version = self.read_versioned(relative)
-                    if found != data or version is None:
+                    results, version = self.read_versioned(relative)
+                    if results != data or version is None:
                         raise lost from None
                     return version
             path = self.address(relative)
@@ -341,14 +341,14 @@ class Store:
         never completed, begun before `older_than` (Unix time); returns how many."""
         with self._explained(""):
             if self.is_local:
-                found = [
+                results = [
                     os.path.join(folder, name)
                     for folder, _, names in os.walk(self.root)
                     for name in names
                     if name.startswith(_TEMPORARY)
                 ]
                 removed = 0
-                for path in found:
+                for path in results:
                     with contextlib.suppress(FileNotFoundError):
                         if os.path.getmtime(path) < older_than:
                             os.unlink(path)

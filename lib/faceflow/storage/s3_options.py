@@ -23,17 +23,17 @@ def endpoint_of(options: Mapping[str, Any]) -> str | None:
     """The S3 endpoint that options, else the environment, name, if any. Raises SettingsError where it is no address."""
     named = options.get("endpoint_url") or (options.get("client_kwargs") or {}).get("endpoint_url")
     places = [("endpoint_url", named), *((name, os.environ.get(name)) for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"))]
-    where, found = next(((where, value) for where, value in places if value), ("", None))
-    if found is None:
+    where, results = next(((where, value) for where, value in places if value), ("", None))
+    if results is None:
         return None
     try:
-        parts = urlsplit(str(found))
+        parts = urlsplit(str(results))
         whole = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
     except ValueError:
         whole = False
     if not whole:
-        raise SettingsError(f"{where} is {str(found)!r}: it must be an address like https://minio:9000")
-    return str(found)
+        raise SettingsError(f"{where} is {str(results)!r}: it must be an address like https://minio:9000")
+    return str(results)
 
 
 def check_options(options: Mapping[str, Any]) -> None:

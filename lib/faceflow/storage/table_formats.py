@@ -51,10 +51,10 @@ def open_snapshot(store: Store, kind: str, version: int | None) -> Snapshot:
 
     Raises InputError for a snapshot that is not there, or one whose rows are not those of its files.
     """
-    found = (_delta if kind == "delta" else _iceberg)(store, version)
-    if not found.files:
-        raise InputError(f"{one_line(store.root)}: snapshot {found.version} of this {kind} table holds no data file")
-    return Snapshot(kind, found.version, sorted(found.files, key=lambda file: file.path))
+    results = (_delta if kind == "delta" else _iceberg)(store, version)
+    if not results.files:
+        raise InputError(f"{one_line(store.root)}: snapshot {results.version} of this {kind} table holds no data file")
+    return Snapshot(kind, results.version, sorted(results.files, key=lambda file: file.path))
 
 
 def _delta(store: Store, version: int | None) -> Snapshot:
@@ -131,8 +131,8 @@ def _metadata_of(store: Store) -> str:
 
 
 def _number(name: str) -> int:
-    found = re.match(r"v?(\d+)", name)
-    return int(found[1]) if found else -1
+    results = re.match(r"v?(\d+)", name)
+    return int(results[1]) if results else -1
 
 
 def _data_file(path: str, table: Store) -> str:
@@ -144,10 +144,10 @@ def _data_file(path: str, table: Store) -> str:
 
 def _address(path: str, table: Store) -> str:
     """A data file's address as a Store has it. A file elsewhere than the table's own kind of store cannot be read with it."""
-    found = Store.at(path)
-    if found.is_local != table.is_local:
+    results = Store.at(path)
+    if results.is_local != table.is_local:
         raise InputError(f"{one_line(table.root)} names {one_line(path)}, which lies on another kind of storage")
-    return found.root
+    return results.root
 
 
 def _options(store: Store) -> dict[str, Any]:
@@ -174,14 +174,14 @@ def _object_store(store: Store) -> dict[str, str] | None:
         "key": "AWS_ACCESS_KEY_ID", "secret": "AWS_SECRET_ACCESS_KEY", "token": "AWS_SESSION_TOKEN",
         "endpoint": "AWS_ENDPOINT_URL", "region": "AWS_REGION",
     }  # fmt: skip
-    found = {names[key]: value for key, value in _s3_settings(store).items() if value}
+    results = {names[key]: value for key, value in _s3_settings(store).items() if value}
     # A commit is a put that must not replace another's.
-    found["aws_conditional_put"] = "etag"
-    if found.get("AWS_ENDPOINT_URL", "").startswith("http:"):
-        found["AWS_ALLOW_HTTP"] = "true"
-    if "AWS_ENDPOINT_URL" in found and "AWS_REGION" not in found:
-        found["AWS_REGION"] = "us-east-1"
-    return found
+    results["aws_conditional_put"] = "etag"
+    if results.get("AWS_ENDPOINT_URL", "").startswith("http:"):
+        results["AWS_ALLOW_HTTP"] = "true"
+    if "AWS_ENDPOINT_URL" in results and "AWS_REGION" not in results:
+        results["AWS_REGION"] = "us-east-1"
+    return results
 
 
 def _iceberg_io(store: Store) -> dict[str, str]:

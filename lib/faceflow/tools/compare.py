@@ -22,7 +22,7 @@ from faceflow.errors import FaceflowError, InputError, SettingsError, did_you_me
 from faceflow.kernels.baselines import registry
 from faceflow.kernels.graph import edge_recipes
 from faceflow.runs.pipeline import execute
-from faceflow.stages.artifacts.faces import good_entries, id_type, label_table, read_ids, read_rejected
+from faceflow.stages.artifacts.faces import good_entries, id_type, label_table, read_ids, read_quarantined
 from faceflow.stages.base import open_executor
 from faceflow.stages.detect import method_input
 from faceflow.storage import layout, manifests
@@ -70,7 +70,7 @@ class _Run:
     run: Store
     parts: Parts
     dim: int
-    floor: float | None
+    threshold: float | None
     ids: pa.DataType
 
     @property
@@ -78,12 +78,12 @@ class _Run:
         return self.parts.faces
 
     def given(self, clusters: int, seed: int, threads: int) -> registry.Given:
-        return method_input.given(self.run, self.parts, self.dim, self.floor, clusters, seed, threads)
+        return method_input.given(self.run, self.parts, self.dim, self.threshold, clusters, seed, threads)
 
     def labeled(self, labels: np.ndarray) -> Iterator[pa.Table]:
         for part in range(len(self.parts)):
             ids = read_ids(self.run, part)
-            good = good_entries(read_rejected(self.run, part), len(ids))
+            good = good_entries(read_quarantined(self.run, part), len(ids))
             yield label_table(ids, self.ids, good, labels[self.parts.starts[part] : self.parts.starts[part + 1]])
 
 
@@ -93,18 +93,20 @@ class _File:
 
     path: str
     faces: int
-    floor: float
+    threshold: float
     recipe: str
 
     def given(self, clusters: int, seed: int, threads: int) -> registry.Given:
         block = import_neighbors(self.path)
-        block = edge_recipes.kept(block, (block[2] >= np.float32(self.floor)) & (block[2] > 0))
-        graph = block if self.recipe == "threshold" else edge_recipes.weighted(self.recipe, block, self.floor, self.floor)
+        block = edge_recipes.kept(block, (block[2] >= np.float32(self.threshold)) & (block[2] > 0))
+        graph = (
+            block if self.recipe == "threshold" else edge_recipes.weighted(self.recipe, block, self.threshold, self.threshold)
+        )
 
         def vectors(rows: np.ndarray) -> np.ndarray:
             raise InputError("needs the embeddings, and a neighbor table has none")
 
-        return registry.Given(block, graph, vectors, self.floor, clusters, seed, threads)
+        return registry.Given(block, graph, vectors, self.threshold, clusters, seed, threads)
 
     def labeled(self, labels: np.ndarray) -> Iterator[pa.Table]:
         yield pa.table([pa.array(np.arange(len(labels))), pa.array(labels)], names=["id", "cluster"])
@@ -120,8 +122,8 @@ def compare_methods(
 ) -> Comparison:
     """Cluster `config.input` once, then run every method on its neighbor table and score all against `truth`.
 
-    An input `.npz` is a neighbor table itself (`importing.import_neighbors`) on this machine's disk; the floor must be given.
-    wanted: names of methods (None: all that need not be told how many clusters there are). Methods that must be told the
+    An input `.npz` is a neighbor table itself (`importing.import_neighbors`) on this machine's disk; the threshold must be
+    given. wanted: names of methods (None: all that need not be told how many clusters there are). Methods that must be told the
     number of clusters are told the true one. A method that cannot be run here (a package is missing, the set or a component is
     too large) is a row that says why. Raises SettingsError for an unknown method, InputError for a truth that cannot be used,
     before anything is computed.
@@ -156,10 +158,10 @@ def compare_methods(
 def _table_of(config: ClusterConfig) -> _File | None:
     if not config.input.endswith(".npz") or Path(config.input).is_dir():
         return None
-    floor = config.min_similarity
-    if not isinstance(floor, (int, float)):
+    threshold = config.min_similarity
+    if not isinstance(threshold, (int, float)):
         raise SettingsError("a neighbor table does not show how alike strangers are: give --min-similarity as a cosine")
-    return _File(config.input, len(import_neighbors(config.input)[0]) - 1, float(floor), config.edges)
+    return _File(config.input, len(import_neighbors(config.input)[0]) - 1, float(threshold), config.edges)
 
 
 def _clustered(config: ClusterConfig, runs: Store, progress: bool) -> tuple[str, _Run]:
@@ -169,7 +171,8 @@ def _clustered(config: ClusterConfig, runs: Store, progress: bool) -> tuple[str,
     assert ingest is not None
     assert quantize is not None
     return run_id, _Run(
-        run, Parts(tuple(ingest.counts["starts"])), ingest.counts["dim"], quantize.counts["floor"], id_type(ingest.counts, run)
+        run, Parts(tuple(ingest.counts["starts"])), ingest.counts["dim"], quantize.counts["threshold"], id_type(ingest.counts,
+        run)
     )  # fmt: skip
 
 
@@ -206,8 +209,8 @@ def run_method(
             storage_options=config.storage_options,
         )
     )  # fmt: skip
-    found = {field.name: scores[field.name] for field in fields(Row) if field.name in scores}
-    return Row(name, **found, seconds=round(seconds, 3), peak_memory_bytes=peak)
+    results = {field.name: scores[field.name] for field in fields(Row) if field.name in scores}
+    return Row(name, **results, seconds=round(seconds, 3), peak_memory_bytes=peak)
 
 
 _HEAD = ("method", "pairwise P", "R", "F", "BCubed P", "R", "F", "NMI", "clusters", "seconds", "MiB")

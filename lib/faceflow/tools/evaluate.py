@@ -49,13 +49,13 @@ def evaluate(
     extra = ours.filter(pc.is_null(pc.index_in(ours["id"], value_set=real["id"])))
     if partial and real.num_rows == 0:
         raise InputError(f"{truth} names no face: there is nothing to score")
-    for rows, here, there, advice in (
+    for rows, selected, matched, advice in (
         (missing, truth, labels, ""),  # whatever part of the faces TRUTH names, it names no others
         (extra, labels, truth, ": use --partial to score only the faces that TRUTH names"),
     ):
         if rows.num_rows and not (partial and advice):
-            few = ", ".join(_quoted(each) for each in rows["id"].slice(0, 5).to_pylist())
-            raise InputError(f"{rows.num_rows} id(s) of {here} are not in {there}, for example {few}{advice}")
+            few = ", ".join(_quoted(item) for item in rows["id"].slice(0, 5).to_pylist())
+            raise InputError(f"{rows.num_rows} id(s) of {selected} are not in {matched}, for example {few}{advice}")
     clusters = (
         ours["value"].combine_chunks().take(position.combine_chunks() if isinstance(position, pa.ChunkedArray) else position)
     )
@@ -85,8 +85,8 @@ def read_labels(address: str, id_column: str, value_column: str, options: Mappin
                         )
                 if parquet.metadata.num_rows:
                     table = parquet.read(columns=[id_column, value_column])
-                    found = [_stored(table[name], name, info.path) for name in (id_column, value_column)]
-                    tables.append(pa.table(found, names=["id", "value"]))
+                    results = [_stored(table[name], name, info.path) for name in (id_column, value_column)]
+                    tables.append(pa.table(results, names=["id", "value"]))
         except (pa.ArrowException, OSError) as error:
             raise InputError(f"cannot read {one_line(info.path)}: {explain(error)}") from None
     if not tables:
@@ -158,7 +158,7 @@ def _refuse_repeats(table: pa.Table, name: str) -> None:
 def _codes(values: pa.Array) -> np.ndarray:
     """Dense codes int64[n]; each null is a value of its own."""
     codes = values.dictionary_encode().indices
-    found = codes.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
-    alone = found < 0
-    found[alone] = found.max(initial=-1) + 1 + np.arange(int(alone.sum()))
-    return found
+    results = codes.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+    alone = results < 0
+    results[alone] = results.max(initial=-1) + 1 + np.arange(int(alone.sum()))
+    return results

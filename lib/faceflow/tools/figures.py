@@ -87,19 +87,19 @@ def sizes(bands: Mapping[str, int]) -> Figure:
 
 
 def similarities(
-    pairs: np.ndarray | None, neighbors: np.ndarray, floor: float | None, weak: float | None, valley: float | None,
+    pairs: np.ndarray | None, neighbors: np.ndarray, threshold: float | None, weak: float | None, valley: float | None,
     flank: tuple[float, float] | None, flank_bins: int,
 ) -> Figure:  # fmt: skip
-    """Where the floor lies among the similarities of pairs.
+    """Where the threshold lies among the similarities of pairs.
 
     pairs: int64[b], histogram from -1 to 1 of a sample of all pairs (None: none was taken); neighbors: int64[2, b], of the
-    neighbors found, inside clusters and between; flank: fitted impostors (`kernels.threshold.valley.Floors`), for flank_bins
-    bins.
+    neighbors found, inside clusters and between; flank: fitted impostors (`kernels.threshold.valley.Thresholds`), for
+    flank_bins bins.
     """
     with mpl.rc_context(STYLE):
         panels = 1 if pairs is None else 2
         figure, axes = _figure(9.5, 2.5 * panels, nrows=panels, sharex=True, squeeze=False)
-        low, high = _range(neighbors.sum(axis=0), pairs, floor)
+        low, high = _range(neighbors.sum(axis=0), pairs, threshold)
         if pairs is not None:
             upper = axes[0, 0]
             middle = _middles(len(pairs))
@@ -107,17 +107,17 @@ def similarities(
             if flank is not None and valley is not None:
                 right = middle[(middle > valley - 0.35 * (high - low)) & (middle < high)]
                 level = np.exp(flank[0] - flank[1] * (right - valley)) * flank_bins / len(pairs)
-                here = pairs[(middle > valley - 0.35 * (high - low)) & (middle < high)]
-                drawn = (level > 0.5) & (level <= np.maximum(here, 1))
+                selected = pairs[(middle > valley - 0.35 * (high - low)) & (middle < high)]
+                drawn = (level > 0.5) & (level <= np.maximum(selected, 1))
                 upper.plot(right[drawn], level[drawn], "--", color=ORANGE, label="different people, as fitted")
             upper.set(yscale="log", ylabel="pairs", ylim=(0.5, None), title="a sample of all pairs of faces")
-            _mark(upper, floor, weak, valley)
+            _mark(upper, threshold, weak, valley)
         lower = axes[-1, 0]
         for counts, color, name in ((neighbors[0], TEAL, "of one cluster"), (neighbors[1], RED, "of two clusters")):
             _fill(lower, counts, (low, high), color=color, alpha=0.55, label=name)
         lower.set(yscale="log", ylabel="neighbors", xlabel="cosine similarity", xlim=(low, high), ylim=(0.5, None))
         lower.set_title("the neighbors found")
-        _mark(lower, floor, weak, None)
+        _mark(lower, threshold, weak, None)
     return figure
 
 
@@ -131,10 +131,10 @@ def _fill(axes: Any, counts: np.ndarray, ends: tuple[float, float], **look: Any)
     axes.fill_between(middle[seen], np.maximum(counts[seen], 0.5), 0.5, step="mid", linewidth=0, **look)
 
 
-def _range(neighbors: np.ndarray, pairs: np.ndarray | None, floor: float | None) -> tuple[float, float]:
+def _range(neighbors: np.ndarray, pairs: np.ndarray | None, threshold: float | None) -> tuple[float, float]:
     """Cosines between which there is something to see."""
     every = [counts for counts in (neighbors, pairs) if counts is not None and counts.sum()]
-    ends = [floor] if floor is not None else []
+    ends = [threshold] if threshold is not None else []
     for counts in every:
         share = counts.cumsum() / counts.sum()
         ends += np.interp([0.001, 0.9999], share, _middles(len(counts))).tolist()
@@ -144,10 +144,10 @@ def _range(neighbors: np.ndarray, pairs: np.ndarray | None, floor: float | None)
     return max(-1.0, min(ends) - margin), min(1.0, max(ends) + margin)
 
 
-def _mark(axes: Any, floor: float | None, weak: float | None, valley: float | None) -> None:
+def _mark(axes: Any, threshold: float | None, weak: float | None, valley: float | None) -> None:
     lines = (
-        (floor, "-", INK, "floor"),
-        (weak if weak != floor else None, ":", INK, "weak floor"),
+        (threshold, "-", INK, "threshold"),
+        (weak if weak != threshold else None, ":", INK, "weak threshold"),
         (valley, "-.", TEAL, "valley"),
     )
     for at, style, color, name in lines:
@@ -157,8 +157,8 @@ def _mark(axes: Any, floor: float | None, weak: float | None, valley: float | No
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8.5)
 
 
-def recall(certificate: Mapping[str, float], bands: np.ndarray, floor: float | None, wanted: float) -> Figure:
-    """The certificate, and which true neighbors were missed. bands: int64[2, b], true and found, from the floor to 1."""
+def recall(certificate: Mapping[str, float], bands: np.ndarray, threshold: float | None, wanted: float) -> Figure:
+    """The certificate, and which true neighbors were missed. bands: int64[2, b], true and found, from the threshold to 1."""
     with mpl.rc_context(STYLE):
         figure, (left, right) = _figure(9.5, 2.5, ncols=2, width_ratios=[2, 3])
         low, high, estimate = certificate["low"], certificate["high"], certificate["estimate"]
@@ -172,7 +172,7 @@ def recall(certificate: Mapping[str, float], bands: np.ndarray, floor: float | N
             xlim=(bottom - max(0.15 * (1 - bottom), 1e-3), 1 + max(0.05 * (1 - bottom), 5e-4)), ylim=(-0.6, 0.6), yticks=[],
             title="share of true edges found (95 % interval)",
         )  # fmt: skip
-        edges = np.linspace(floor if floor is not None else -1, 1, bands.shape[1] + 1)
+        edges = np.linspace(threshold if threshold is not None else -1, 1, bands.shape[1] + 1)
         share = np.divide(bands[1], bands[0], out=np.full(bands.shape[1], np.nan), where=bands[0] > 0)
         right.bar(edges[:-1], share, np.diff(edges) * 0.9, align="edge", color=TEAL)
         bottom = float(np.nanmin(share)) if np.isfinite(share).any() else 0.0
@@ -215,19 +215,19 @@ def scaling(medians: Mapping[tuple[str, int, int], float], stages: Sequence[str]
         middle.plot(workers, [count / workers[0] for count in workers], "--", color=MUTED, label="ideal")
         for name in look:
             times = [medians[name, count, largest] for count in workers]
-            gains = [times[0] / max(each, 1e-3) for each in times]
+            gains = [times[0] / max(item, 1e-3) for item in times]
             left.plot(workers, times, "o-", label=name, **look[name])
             middle.plot(workers, gains, "o-", label=f"{name}: efficiency {gains[-1] * workers[0] / most:.2f}", **look[name])
             right.plot(sizes, [medians[name, most, size] for size in sizes], "o-", **look[name])
-        beyond = [each for each in predictions if each.faces == largest]
-        for each in beyond:
+        beyond = [item for item in predictions if item.faces == largest]
+        for item in beyond:
             left.errorbar(
-                [each.workers], [each.seconds], yerr=[[max(0, each.seconds - each.low)], [max(0, each.high - each.seconds)]],
+                [item.workers], [item.seconds], yerr=[[max(0, item.seconds - item.low)], [max(0, item.high - item.seconds)]],
                 fmt="o", color=INK, markerfacecolor="white", capsize=3,
-                label="total, simulated (not measured)" if each is beyond[0] else None,
+                label="total, simulated (not measured)" if item is beyond[0] else None,
             )  # fmt: skip
         left.set(xscale="log", yscale="log", xlabel="workers", ylabel="seconds", title=f"time, {largest:,} faces")
-        ticks = sorted({*workers, *(each.workers for each in beyond)})
+        ticks = sorted({*workers, *(item.workers for item in beyond)})
         left.set_xticks(ticks, [str(tick) for tick in ticks])
         left.minorticks_off()
         middle.set(xlabel="workers", title=f"speed-up over {workers[0]} worker(s)", xticks=workers)

@@ -25,21 +25,21 @@ def faces(seed: int, people: int, photos: int, spread: float = 0.12, dim: int = 
     return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32), identity
 
 
-def table(vectors: np.ndarray, floor: float, k: int = 10**6) -> Block:
+def table(vectors: np.ndarray, threshold: float, k: int = 10**6) -> Block:
     product = vectors @ vectors.T
     product = np.minimum(product, product.T)
     np.fill_diagonal(product, -2)
     lists = []
     for i, row in enumerate(product):
-        lists.append([j for j in np.lexsort((np.arange(len(row)), -row)) if row[j] >= np.float32(floor) and j != i][:k])
-    offsets = np.concatenate([[0], np.cumsum([len(found) for found in lists])]).astype(np.int64)
-    targets = np.array([j for found in lists for j in found], np.int32)
+        lists.append([j for j in np.lexsort((np.arange(len(row)), -row)) if row[j] >= np.float32(threshold) and j != i][:k])
+    offsets = np.concatenate([[0], np.cumsum([len(results) for results in lists])]).astype(np.int64)
+    targets = np.array([j for results in lists for j in results], np.int32)
     return offsets, targets, product[np.repeat(np.arange(len(vectors)), np.diff(offsets)), targets]
 
 
-def given_of(vectors: np.ndarray, floor: float, clusters: int | None = None) -> registry.Given:
-    block = table(vectors, floor)
-    return registry.Given(block, block, lambda rows: vectors[rows], floor, clusters)
+def given_of(vectors: np.ndarray, threshold: float, clusters: int | None = None) -> registry.Given:
+    block = table(vectors, threshold)
+    return registry.Given(block, block, lambda rows: vectors[rows], threshold, clusters)
 
 
 def cosines(block: Block) -> Cosines:
@@ -52,8 +52,8 @@ def same(a: np.ndarray, b: np.ndarray) -> bool:
     return len(np.unique(a)) == len(np.unique(b)) == len(np.unique(np.column_stack([a, b]), axis=0))
 
 
-def links(found: tuple[np.ndarray, np.ndarray]) -> set[tuple[int, int]]:
-    return set(zip(*(each.tolist() for each in found), strict=True))
+def links(results: tuple[np.ndarray, np.ndarray]) -> set[tuple[int, int]]:
+    return set(zip(*(item.tolist() for item in results), strict=True))
 
 
 @pytest.mark.parametrize("name", registry.METHODS)
@@ -96,14 +96,14 @@ def test_density_peaks_equal_their_formula(seed: int, k: int, spread: float) -> 
         raw = {j: math.exp(-(1 - c) / 0.05) for j, c in row.items()}
         share[i] = {j: value / sum(raw.values()) for j, value in raw.items()}
     np.testing.assert_allclose(algorithms.ndde(block), [density[i] for i in near], rtol=1e-6)
-    found = dict(links(algorithms.density_peaks(block)))
+    results = dict(links(algorithms.density_peaks(block)))
     exact = algorithms.ndde(block)
     for i, row in near.items():
         distance = {j: 1 - sum(math.sqrt(share[i][t] * share[j][t]) for t in share[i].keys() & share[j].keys()) for j in row}
         allowed = {j: d for j, d in distance.items() if d < 0.7 - 1e-6 and (exact[j], i) > (exact[i], j)}
-        assert (i in found) == bool(allowed) or min(abs(d - 0.7) for d in distance.values()) < 1e-5
-        if i in found and allowed:
-            assert distance[found[i]] == pytest.approx(min(allowed.values()), abs=1e-5)
+        assert (i in results) == bool(allowed) or min(abs(d - 0.7) for d in distance.values()) < 1e-5
+        if i in results and allowed:
+            assert distance[results[i]] == pytest.approx(min(allowed.values()), abs=1e-5)
 
 
 @given(seed=st.integers(0, 10_000), k=st.integers(1, 40), spread=st.floats(0.05, 0.3))
@@ -114,9 +114,9 @@ def test_local_connectivity_equals_its_formula(seed: int, k: int, spread: float)
     weight: Cosines = {i: {} for i in near}
     for i in near:
         for j in near:
-            here, there = near[i].get(j, 0.0), near[j].get(i, 0.0)
-            if here or there:
-                weight[i][j] = (here + there) / 2
+            selected, target = near[i].get(j, 0.0), near[j].get(i, 0.0)
+            if selected or target:
+                weight[i][j] = (selected + target) / 2
     density = {i: sum(weight[i].values()) for i in near}
     expected = set()
     for i in near:
@@ -125,8 +125,8 @@ def test_local_connectivity_equals_its_formula(seed: int, k: int, spread: float)
             expected.add((i, min(denser, key=lambda j: (-denser[j], j))))
         three = list(near[i].values())[:3]
         expected |= {(i, j) for j, w in denser.items() if three and w > sum(three) / len(three)}
-    found = links(algorithms.local_connectivity(block))
-    odd = found ^ expected  # a comparison of two float sums may fall either way
+    results = links(algorithms.local_connectivity(block))
+    odd = results ^ expected  # a comparison of two float sums may fall either way
     assert len(odd) <= 0.02 * len(expected) + 1, odd
 
 
@@ -148,13 +148,13 @@ def test_rank_order_equals_its_formula(seed: int, k: int, spread: float) -> None
     assert links(algorithms.rank_order(block)) == expected
 
 
-@given(seed=st.integers(0, 10_000), spread=st.floats(0.1, 0.3), floor=st.floats(0.1, 0.6))
+@given(seed=st.integers(0, 10_000), spread=st.floats(0.1, 0.3), threshold=st.floats(0.1, 0.6))
 @settings(max_examples=25, deadline=None)
-def test_components_split_at_rising_thresholds(seed: int, spread: float, floor: float) -> None:
+def test_components_split_at_rising_thresholds(seed: int, spread: float, threshold: float) -> None:
     vectors, _ = faces(seed, 5, 10, spread)
-    block = table(vectors, floor)
+    block = table(vectors, threshold)
     label = np.zeros(len(vectors), int)
-    todo, threshold = [set(range(len(vectors)))], floor
+    todo, threshold = [set(range(len(vectors)))], threshold
     done: list[set[int]] = []
     near = cosines(block)
     while todo:
@@ -172,17 +172,17 @@ def test_components_split_at_rising_thresholds(seed: int, spread: float, floor: 
                 parts.append(part)
         done += [part for part in parts if len(part) <= 8 or threshold >= 1]
         todo = [part for part in parts if len(part) > 8 and threshold < 1]
-        threshold = min(1.0, threshold + algorithms.CDP_STEP * (1 - floor))
+        threshold = min(1.0, threshold + algorithms.CDP_STEP * (1 - threshold))
     for number, part in enumerate(done):
         label[list(part)] = number
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(algorithms, "CDP_LARGEST", 8)
-        assert same(algorithms.split_components(block, floor), label)
+        assert same(algorithms.split_components(block, threshold), label)
 
 
-@given(seed=st.integers(0, 10_000), spread=st.floats(0.05, 0.3), floor=st.floats(0.2, 0.8))
+@given(seed=st.integers(0, 10_000), spread=st.floats(0.05, 0.3), threshold=st.floats(0.2, 0.8))
 @settings(max_examples=25, deadline=None)
-def test_linkage_and_dbscan_equal_the_libraries_on_all_pairs(seed: int, spread: float, floor: float) -> None:
+def test_linkage_and_dbscan_equal_the_libraries_on_all_pairs(seed: int, spread: float, threshold: float) -> None:
     from scipy.cluster.hierarchy import fcluster, linkage
     from scipy.spatial.distance import squareform
     from sklearn.cluster import DBSCAN
@@ -191,14 +191,14 @@ def test_linkage_and_dbscan_equal_the_libraries_on_all_pairs(seed: int, spread: 
     product = vectors @ vectors.T
     distance = np.clip(1 - np.minimum(product, product.T), 0, 2).astype(np.float64)
     np.fill_diagonal(distance, 0)
-    if (np.abs(distance - (1 - floor)) < 1e-5).any():
+    if (np.abs(distance - (1 - threshold)) < 1e-5).any():
         return
-    known = given_of(vectors, floor)
+    known = given_of(vectors, threshold)
     for name, kind in (("hac-average", "average"), ("hac-single", "single")):
         tree = linkage(squareform(distance, checks=False), kind)
-        if np.abs(tree[:, 2] - (1 - floor)).min() > 1e-5:
-            assert same(registry.cluster(name, known), fcluster(tree, 1 - floor, "distance"))
-    truth = DBSCAN(eps=1 - floor, min_samples=registry.DBSCAN_LEAST, metric="precomputed").fit(distance).labels_
+        if np.abs(tree[:, 2] - (1 - threshold)).min() > 1e-5:
+            assert same(registry.cluster(name, known), fcluster(tree, 1 - threshold, "distance"))
+    truth = DBSCAN(eps=1 - threshold, min_samples=registry.DBSCAN_LEAST, metric="precomputed").fit(distance).labels_
     ours = registry.cluster("knn-dbscan", known)
     noise = truth < 0
     assert same(ours[~noise], truth[~noise]) or not (~noise).any()

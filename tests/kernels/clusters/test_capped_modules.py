@@ -30,14 +30,14 @@ def person(rng: np.random.Generator, count: int, center: np.ndarray, noise: floa
     ("law", "least", "most"),
     [("uniform", 0.8, 1.25), ("normal", 1.1, 1.7), ("random halves", 0.8, np.inf)],
 )
-def test_pieces_of_one_cloud(law: str, least: float, most: float) -> None:
+def test_tasks_of_one_cloud(law: str, least: float, most: float) -> None:
     rng = np.random.default_rng(4)
     along = rng.uniform(-0.8, 0.8, 4_000) if law != "normal" else 0.5 * rng.standard_normal(4_000)
     x = cloud(along)
     low = along < 0 if law != "random halves" else rng.random(len(x)) < 0.5
-    found = capped_modules.density_between(x[low], x[~low])
-    assert least <= found <= most
-    assert found == pytest.approx(capped_modules.density_between(x[~low], x[low]), rel=1e-9)
+    results = capped_modules.density_between(x[low], x[~low])
+    assert least <= results <= most
+    assert results == pytest.approx(capped_modules.density_between(x[~low], x[low]), rel=1e-9)
 
 
 @pytest.mark.parametrize("cosine", [0.0, 0.5, 0.8, 0.9])
@@ -46,8 +46,8 @@ def test_two_people_have_a_gap_however_alike_they_are(cosine: float) -> None:
     a, b = unit(rng.standard_normal((2, 256)))
     b = unit((cosine * a + np.sqrt(1 - cosine**2) * unit((b - (a @ b) * a)[None])[0])[None])[0]
     for sizes in ((200, 200), (256, 20)):
-        found = capped_modules.density_between(person(rng, sizes[0], a[None]), person(rng, sizes[1], b[None]))
-        assert found < capped_modules.LEAST_DENSITY / 2
+        results = capped_modules.density_between(person(rng, sizes[0], a[None]), person(rng, sizes[1], b[None]))
+        assert results < capped_modules.LEAST_DENSITY / 2
 
 
 def test_poor_photos_of_one_person_are_not_another() -> None:
@@ -60,7 +60,7 @@ def test_poor_photos_of_one_person_are_not_another() -> None:
     assert capped_modules.density_between(x[poor], x[~poor]) > capped_modules.LEAST_DENSITY
 
 
-def test_chains_of_pieces_are_one() -> None:
+def test_chains_of_tasks_are_one() -> None:
     pairs = np.array([[0, 1], [1, 2], [3, 4], [4, 5]])
     joined = capped_modules.join(pairs, np.array([1.0, 0.7, 0.59, 9.0]), 7)
     assert joined.tolist() == [0, 0, 0, 3, 4, 4, 6]
@@ -77,7 +77,7 @@ def test_people_of_a_real_set_are_apart(face_data: Path) -> None:
     assert max(apart) < capped_modules.LEAST_DENSITY
     rng = np.random.default_rng(0)
     halves = []
-    for each in faces:
-        first = rng.permutation(len(each)) < len(each) // 2
-        halves.append(capped_modules.density_between(each[first], each[~first]))
+    for item in faces:
+        first = rng.permutation(len(item)) < len(item) // 2
+        halves.append(capped_modules.density_between(item[first], item[~first]))
     assert np.mean(np.array(halves) >= capped_modules.LEAST_DENSITY) > 0.9

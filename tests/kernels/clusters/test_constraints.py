@@ -44,9 +44,9 @@ def test_what_is_imposed_holds(
     assert all(after[rows[a]] != after[rows[b]] for a, b in cannot)
     touched = set(before[rows[m.ravel()]].tolist()) | set(before[rows[c.ravel()]].tolist())
     for module in set(modules) - touched:  # other modules stay as they are
-        here = before == module
-        assert len(set(after[here].tolist())) == 1
-        assert not np.isin(after[~here], after[here]).any()
+        selected = before == module
+        assert len(set(after[selected].tolist())) == 1
+        assert not np.isin(after[~selected], after[selected]).any()
     np.testing.assert_array_equal(after, impose(before, rows, m, c, edges))
 
 
@@ -55,10 +55,10 @@ def test_a_module_is_split_along_its_edges() -> None:
     pairs = [(i, j) for block in (range(4), range(4, 8)) for i in block for j in block if i < j] + [(3, 4)]
     sources, targets = np.array(pairs).T
     edges = sources, targets, np.ones(len(pairs))
-    found = impose(np.zeros(8, np.int64), np.array([0, 7]), as_pairs([]), as_pairs([(0, 1)]), lambda mask: edges)
-    assert found[:4].tolist() == [found[0]] * 4
-    assert found[4:].tolist() == [found[7]] * 4
-    assert found[0] != found[7]
+    results = impose(np.zeros(8, np.int64), np.array([0, 7]), as_pairs([]), as_pairs([(0, 1)]), lambda mask: edges)
+    assert results[:4].tolist() == [results[0]] * 4
+    assert results[4:].tolist() == [results[7]] * 4
+    assert results[0] != results[7]
 
 
 def test_a_contradiction_is_told_by_its_chain() -> None:
@@ -90,9 +90,9 @@ def test_faces_of_one_photo_are_kept_apart(faces: list[tuple[int, int, bool]], s
     assert not (after != modules)[fixed | (photos == 0)].any()
     left = 0
     for photo in range(1, 5):
-        here = photos == photo
-        for module in set(after[here].tolist()):
-            crowd = here & (after == module)
+        selected = photos == photo
+        for module in set(after[selected].tolist()):
+            crowd = selected & (after == module)
             left += max(0, int(crowd.sum()) - 1)
             assert not crowd.any() or (crowd & ~fixed).sum() <= (0 if (crowd & fixed).any() else 1)
     assert left == stayed
@@ -150,6 +150,6 @@ def test_faces_of_one_photo_are_separated_as_described(n: int, clusters: int, ph
         kept = mask[sources] | mask[targets]
         return sources[kept], targets[kept], weights[kept]
 
-    found, moved, stayed = separate(modules, taken, fixed, edges)
+    results, moved, stayed = separate(modules, taken, fixed, edges)
     links = list(zip(sources.tolist(), targets.tolist(), weights.tolist(), strict=True))
-    assert (found.tolist(), moved, stayed) == separate_plainly(modules, taken, fixed, links)
+    assert (results.tolist(), moved, stayed) == separate_plainly(modules, taken, fixed, links)

@@ -19,15 +19,15 @@ def by_definition(modules: list[int], past: list[int], next_id: int) -> dict[int
         if p >= 0:
             shared[p, m] = shared.get((p, m), 0) + 1
     best_past = {m: min((p for p, q in shared if q == m), key=lambda p: (-shared[p, m], p), default=None) for m in set(modules)}
-    found = {}
+    results = {}
     for p in {p for p, _ in shared}:
         best = min((m for q, m in shared if q == p), key=lambda m: (-shared[p, m], order[m]))
         if best_past[best] == p:
-            found[best] = p
-    for m in sorted(set(modules) - set(found), key=lambda m: order[m]):
-        found[m] = next_id
+            results[best] = p
+    for m in sorted(set(modules) - set(results), key=lambda m: order[m]):
+        results[m] = next_id
         next_id += 1
-    return found
+    return results
 
 
 @settings(max_examples=200, deadline=None)
@@ -71,10 +71,10 @@ def test_events_tell_every_size_and_every_source(faces: list[tuple[int, int]]) -
 def test_a_merger_and_a_split() -> None:
     before = np.array([0, 0, 0, 1, 1, 2, 2, 2, 2, -1])
     after = np.array([0, 0, 0, 0, 0, 2, 2, 2, 3, 3])
-    found = [
+    results = [
         (row["event"], row["cluster"], row["from"], row["into"]) for row in events(*transitions(before, after)).to_pylist()
     ]
-    assert found == [
+    assert results == [
         ("grown", 0, [1], []), ("merged", 0, [1], []), ("vanished", 1, [], [0]), ("shrunk", 2, [], [3]), ("split", 2, [], [3]),
         ("created", 3, [2], []),
     ]  # fmt: skip

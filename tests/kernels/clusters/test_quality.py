@@ -15,13 +15,13 @@ def test_doubts_equal_brute_force_in_any_parts(seed: int, rows: int, clusters: i
     rng = np.random.default_rng(seed)
     cluster = rng.integers(0, clusters, rows)
     lists = [rng.choice(rows, int(rng.integers(0, min(rows, 9) + 1)), replace=False) for _ in range(rows)]
-    values = [rng.random(len(found)).astype(np.float32) for found in lists]
+    values = [rng.random(len(results)).astype(np.float32) for results in lists]
     total, cut, seen = Doubts.none(clusters), min(cut, rows), np.zeros((2, BINS), np.int64)
     for first, last in ((0, cut), (cut, rows)):
-        offsets = np.concatenate([[0], np.cumsum([len(found) for found in lists[first:last]])]).astype(np.int64)
-        flat = [np.concatenate([np.empty(0), *each[first:last]]) for each in (lists, values)]
-        known, found, histogram = doubts(offsets, flat[0].astype(np.int32), flat[1].astype(np.float32), first, cluster)
-        total.add(known, found)
+        offsets = np.concatenate([[0], np.cumsum([len(results) for results in lists[first:last]])]).astype(np.int64)
+        flat = [np.concatenate([np.empty(0), *item[first:last]]) for item in (lists, values)]
+        known, results, histogram = doubts(offsets, flat[0].astype(np.int32), flat[1].astype(np.float32), first, cluster)
+        total.add(known, results)
         seen += histogram
     for c in range(clusters):
         faces = np.flatnonzero(cluster == c)
@@ -49,8 +49,8 @@ def test_doubts_equal_brute_force_in_any_parts(seed: int, rows: int, clusters: i
 
 
 def test_histogram_counts_every_cluster_once() -> None:
-    found = size_histogram(np.array([1, 1, 2, 3, 4, 5, 8, 9, 16, 17]))
-    assert found == {"1": 2, "2": 1, "3-4": 2, "5-8": 2, "9-16": 2, "17-32": 1}
+    results = size_histogram(np.array([1, 1, 2, 3, 4, 5, 8, 9, 16, 17]))
+    assert results == {"1": 2, "2": 1, "3-4": 2, "5-8": 2, "9-16": 2, "17-32": 1}
     assert size_histogram(np.empty(0, int)) == {}
     assert size_histogram(np.array([2, 8])) == {"1": 0, "2": 1, "3-4": 0, "5-8": 1}
     sizes = np.arange(1, 1000)

@@ -23,16 +23,16 @@ def test_cliques_come_back_and_what_hangs_by_a_thread_does_not() -> None:
     # Two cliques apart; two that were put into one cluster; and two halves of one clique that were put into two.
     links = [*clique(0, 12), *clique(12, 12), *clique(24, 10), *clique(34, 10), *clique(44, 20)]
     clusters = np.repeat([0, 1, 2, 3, 4], [12, 12, 20, 10, 10])
-    found = stability(*graph(links, 64), clusters, 5, 0)
-    np.testing.assert_allclose(found, [1, 1, 0.5, 0.5, 0.5], atol=0.05)
-    np.testing.assert_array_equal(found, stability(*graph(links, 64), clusters, 5, 0))
+    results = stability(*graph(links, 64), clusters, 5, 0)
+    np.testing.assert_allclose(results, [1, 1, 0.5, 0.5, 0.5], atol=0.05)
+    np.testing.assert_array_equal(results, stability(*graph(links, 64), clusters, 5, 0))
 
 
 def test_a_chain_is_less_stable_than_a_clique() -> None:
     links = [*clique(0, 16), *((i, i + 1, 1.0) for i in range(16, 31))]
-    found = stability(*graph(links, 32), np.repeat([0, 1], 16), 8, 0)
-    assert found[0] == 1
-    assert found[1] < 0.7
+    results = stability(*graph(links, 32), np.repeat([0, 1], 16), 8, 0)
+    assert results[0] == 1
+    assert results[1] < 0.7
 
 
 @given(seed=st.integers(0, 10_000), n=st.integers(0, 40), a=st.integers(1, 8), b=st.integers(1, 8))

@@ -26,8 +26,8 @@ def table(seed: int, rows: int, k: int, groups: int = 4) -> edge_recipes.Block:
     for i in range(rows):
         others = [j for j in np.lexsort((np.arange(rows), -product[i])) if j != i and product[i, j] > 0]
         lists.append(others[: int(rng.integers(0, k + 1))])
-    offsets = np.concatenate([[0], np.cumsum([len(found) for found in lists])]).astype(np.int64)
-    targets = np.array([j for found in lists for j in found], np.int32)
+    offsets = np.concatenate([[0], np.cumsum([len(results) for results in lists])]).astype(np.int64)
+    targets = np.array([j for results in lists for j in results], np.int32)
     return offsets, targets, product[np.repeat(np.arange(rows), np.diff(offsets)), targets]
 
 
@@ -113,10 +113,10 @@ def auto(lists: Lists, strong: float, weak: float) -> Lists:
 @settings(max_examples=25, deadline=None)
 def test_recipe_equals_its_formula(name: str, seed: int, rows: int, k: int) -> None:
     block = table(seed, rows, k)
-    found, truth = lists_of(getattr(edge_recipes, name)(block)), globals()[name](lists_of(block))
+    results, truth = lists_of(getattr(edge_recipes, name)(block)), globals()[name](lists_of(block))
     for i in range(rows):
-        assert list(found[i]) == list(truth[i]), i
-        np.testing.assert_allclose(list(found[i].values()), list(truth[i].values()), rtol=2e-5, atol=1e-6)
+        assert list(results[i]) == list(truth[i]), i
+        np.testing.assert_allclose(list(results[i].values()), list(truth[i].values()), rtol=2e-5, atol=1e-6)
 
 
 @given(
@@ -128,10 +128,10 @@ def test_auto_equals_its_formula(seed: int, rows: int, k: int, strong: float, be
     block = table(seed, rows, k)
     strong, weak = float(np.float32(strong)), float(np.float32(strong - below))
     truth = auto(lists_of(block), strong, weak)
-    found = lists_of(edge_recipes.auto(block, strong, weak))  # in the block's memory
+    results = lists_of(edge_recipes.auto(block, strong, weak))  # in the block's memory
     for i in range(rows):
-        assert list(found[i]) == list(truth[i]), i
-        np.testing.assert_allclose(list(found[i].values()), list(truth[i].values()), rtol=1e-5, atol=2e-6)
+        assert list(results[i]) == list(truth[i]), i
+        np.testing.assert_allclose(list(results[i].values()), list(truth[i].values()), rtol=1e-5, atol=2e-6)
 
 
 @given(seed=st.integers(0, 10_000), rows=st.integers(1, 200), k=st.integers(0, 30), share=st.floats(0, 1))
@@ -140,21 +140,21 @@ def test_closing_up_keeps_what_kept_keeps(seed: int, rows: int, k: int, share: f
     block = table(seed, rows, k)
     keep = np.random.default_rng(seed).random(len(block[1])) < share
     expected = edge_recipes.kept(block, keep)
-    for found, wanted in zip(edge_recipes.close_up(block, keep), expected, strict=True):
-        np.testing.assert_array_equal(found, wanted)
+    for results, wanted in zip(edge_recipes.close_up(block, keep), expected, strict=True):
+        np.testing.assert_array_equal(results, wanted)
 
 
 def test_recipes_do_not_depend_on_threads_or_on_the_rows_order() -> None:
     block = table(1, 400, 60, groups=9)
-    found = {}
+    results = {}
     for threads in (1, 2):
         for by_locality in (False, True):
             offsets, rows, values, order = csr.compress([block], threads, by_locality)
             ends, targets, weights = edge_recipes.auto((offsets, rows, values), 0.7, 0.6)
             triples = sorted(zip(order[np.repeat(np.arange(len(order)), np.diff(ends))], order[targets], weights, strict=True))
-            found[threads, by_locality] = triples
-    assert len(found[1, False]) > 1_000
-    assert all(triples == found[1, False] for triples in found.values())
+            results[threads, by_locality] = triples
+    assert len(results[1, False]) > 1_000
+    assert all(triples == results[1, False] for triples in results.values())
 
 
 def test_no_edges_at_all() -> None:

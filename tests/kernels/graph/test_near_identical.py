@@ -27,25 +27,25 @@ def table(n: int, k: int, levels: int, seed: int) -> Block:
 def near_lists(block: Block, near: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     offsets, rows, _ = block
     ends = near_identical.near_prefix(block[0], block[2], near)
-    here = np.flatnonzero(ends)
-    targets = np.concatenate([np.empty(0, np.int32), *(rows[offsets[i] : offsets[i] + ends[i]] for i in here)])
-    return here, np.concatenate([[0], np.cumsum(ends[here])]), targets
+    selected = np.flatnonzero(ends)
+    targets = np.concatenate([np.empty(0, np.int32), *(rows[offsets[i] : offsets[i] + ends[i]] for i in selected)])
+    return selected, np.concatenate([[0], np.cumsum(ends[selected])]), targets
 
 
 def test_the_prefix_is_what_is_near() -> None:
     block = table(40, 12, 5, 1)
-    found = near_identical.near_prefix(block[0], block[2], 0.8)
+    results = near_identical.near_prefix(block[0], block[2], 0.8)
     for i, (a, b) in enumerate(itertools.pairwise(block[0])):
-        assert found[i] == (block[2][a:b] >= np.float32(0.8)).sum()
+        assert results[i] == (block[2][a:b] >= np.float32(0.8)).sum()
 
 
 @given(st.integers(2, 60), st.integers(1, 20), st.integers(2, 8), st.integers(0, 10_000))
 def test_every_follower_is_near_its_leader(n: int, k: int, levels: int, seed: int) -> None:
     block = table(n, k, levels, seed)
-    here, offsets, targets = near_lists(block, 0.75)
-    leader = near_identical.lead(here, offsets, targets, n)
+    selected, offsets, targets = near_lists(block, 0.75)
+    leader = near_identical.lead(selected, offsets, targets, n)
     assert (leader[leader] == leader).all()
-    lists = {int(i): set(targets[a:b].tolist()) for i, (a, b) in zip(here, itertools.pairwise(offsets), strict=True)}
+    lists = {int(i): set(targets[a:b].tolist()) for i, (a, b) in zip(selected, itertools.pairwise(offsets), strict=True)}
     for i, j in enumerate(leader.tolist()):
         assert i == j or j in lists.get(i, set()) or i in lists[j]
     # Whoever leads nobody's neighbor could have followed none that comes before it.
@@ -63,14 +63,14 @@ def test_copies_beyond_the_cap_have_one_leader() -> None:
 
 def plain_collapse(block: Block, leader: np.ndarray) -> list[dict[int, float]]:
     offsets, rows, values = block
-    found: list[dict[int, float]] = [{} for _ in leader]
+    results: list[dict[int, float]] = [{} for _ in leader]
     for i in range(len(leader)):
-        mine = found[leader[i]]
+        mine = results[leader[i]]
         for e in range(offsets[i], offsets[i + 1]):
             other = int(leader[rows[e]])
             if other != leader[i]:
                 mine[other] = max(mine.get(other, -2.0), float(values[e]))
-    return found
+    return results
 
 
 @given(st.integers(2, 60), st.integers(1, 20), st.integers(2, 8), st.floats(0.5, 1), st.integers(0, 10_000))

@@ -44,11 +44,11 @@ class _Index:
         assert 1 <= k <= 2048
         product = queries @ self._members.T
         best = np.argsort(-product, axis=1, kind="stable")[:, :k]
-        found = np.full((len(queries), k), -1, np.int64)
+        results = np.full((len(queries), k), -1, np.int64)
         similarities = np.full((len(queries), k), -np.inf, np.float32)
-        found[:, : best.shape[1]] = best
+        results[:, : best.shape[1]] = best
         similarities[:, : best.shape[1]] = np.take_along_axis(product, best, axis=1)
-        return similarities, found
+        return similarities, results
 
 
 def _knn(resources: _Resources, queries: np.ndarray, members: np.ndarray, k: int, metric: int) -> Any:
@@ -88,21 +88,21 @@ def faces(count: int, dim: int, people: int, seed: int) -> np.ndarray:
 
 def sets_of(table: tuple[np.ndarray, np.ndarray, np.ndarray]) -> list[dict[int, float]]:
     offsets, rows, values = table
-    found = [dict(zip(rows[a:b].tolist(), values[a:b].tolist(), strict=True)) for a, b in itertools.pairwise(offsets)]
-    assert all(len(each) == b - a for each, (a, b) in zip(found, itertools.pairwise(offsets), strict=True))  # nobody twice
-    return found
+    results = [dict(zip(rows[a:b].tolist(), values[a:b].tolist(), strict=True)) for a, b in itertools.pairwise(offsets)]
+    assert all(len(item) == b - a for item, (a, b) in zip(results, itertools.pairwise(offsets), strict=True))  # nobody twice
+    return results
 
 
-def same(x: np.ndarray, ours: Any, theirs: Any, k: int, floor: float | None) -> None:
-    """Two tables hold the same neighbors, but for ties with the floor, or with the last of a full list."""
+def same(x: np.ndarray, ours: Any, theirs: Any, k: int, threshold: float | None) -> None:
+    """Two tables hold the same neighbors, but for ties with the threshold, or with the last of a full list."""
     for i, (mine, other) in enumerate(zip(sets_of(ours), sets_of(theirs), strict=True)):
-        last = min(mine.values(), default=0.0) if len(mine) >= k else (floor if floor is not None else -2.0)
+        last = min(mine.values(), default=0.0) if len(mine) >= k else (threshold if threshold is not None else -2.0)
         odd = set(mine) ^ set(other)
         assert all(abs(float(x[i] @ x[j]) - last) < 2e-6 for j in odd), (i, odd)
 
 
-@pytest.mark.parametrize("floor", [0.3, None])
-def test_the_exact_plan_finds_what_the_cpu_finds(gpu: Any, floor: float | None) -> None:
+@pytest.mark.parametrize("threshold", [0.3, None])
+def test_the_exact_plan_finds_what_the_cpu_finds(gpu: Any, threshold: float | None) -> None:
     x, k = faces(2_000, 32, 60, seed=9), 9
     blocks = list(tile_search.blocks_of(len(x), 300))
     assert len(blocks) > 5
@@ -116,14 +116,14 @@ def test_the_exact_plan_finds_what_the_cpu_finds(gpu: Any, floor: float | None) 
         for i, (begin, end) in enumerate(blocks):
             ring = tile_search.ring(i, len(blocks))[1:] if engine is tile_search else [j for j in range(len(blocks)) if j != i]
             others = [(blocks[j][0], x[slice(*blocks[j])]) for j in ring]
-            engine.search_blocks(x[begin:end], begin, others, k, floor, take)
+            engine.search_blocks(x[begin:end], begin, others, k, threshold, take)
         tables.append(topk.merge(lists, len(x), k))
-    same(x, *tables, k, floor)
+    same(x, *tables, k, threshold)
     assert _Resources.made <= 1
 
 
-@pytest.mark.parametrize(("k", "floor"), [(9, 0.3), (200, 0.3), (9, None)])
-def test_the_cells_plan_finds_what_the_cpu_finds(gpu: Any, k: int, floor: float | None) -> None:
+@pytest.mark.parametrize(("k", "threshold"), [(9, 0.3), (200, 0.3), (9, None)])
+def test_the_cells_plan_finds_what_the_cpu_finds(gpu: Any, k: int, threshold: float | None) -> None:
     """Many cells, and faces that probe different numbers of them: a pair that one side's probes find serves both."""
     x = faces(3_000, 32, 90, seed=8)
     centroids, _ = quantizer.train(x, 60, seed=0, threads=1)
@@ -136,23 +136,24 @@ def test_the_cells_plan_finds_what_the_cpu_finds(gpu: Any, k: int, floor: float 
     for engine in (tile_search, gpu):
         lists = []
         for cells in (range(25), range(25, 60)):
-            here = np.flatnonzero(_probe_any(probes, cells))
-            mine = _of(probes, here)
-            buffers: Buffers = engine.search_cells(np.ascontiguousarray(x[here]), rows[here], mine, cells, k, floor)
-            lists.append((here.astype(np.int32), *buffers.take(np.arange(len(here)))))
+            selected = np.flatnonzero(_probe_any(probes, cells))
+            mine = _of(probes, selected)
+            buffers: Buffers = engine.search_cells(np.ascontiguousarray(x[selected]), rows[selected], mine, cells, k, threshold)
+            lists.append((selected.astype(np.int32), *buffers.take(np.arange(len(selected)))))
         tables.append(topk.merge(lists, len(x), k))
-    if floor is not None:
-        same(x, *tables, k, floor)
-    # Without a floor no visitors are joined, and both engines find exactly the pairs of which one side probes the other's home.
+    if threshold is not None:
+        same(x, *tables, k, threshold)
+    # Without a threshold no visitors are joined, and both engines find exactly the pairs of which one side probes the other's
+    # home.
     homes = probes[1][probes[0][:-1]]
     probed = [set(probes[1][a:b].tolist()) for a, b in itertools.pairwise(probes[0])]
-    found = sets_of(tables[1])
+    results = sets_of(tables[1])
     product = x @ x.T
     for i in range(0, len(x), 37):
         near = np.argsort(-product[i])
         met = [j for j in near.tolist() if j != i and (homes[j] in probed[i] or homes[i] in probed[j])]
-        met = [j for j in met if floor is None or product[i, j] >= floor + 2e-6][: k - 1]
-        missed = [j for j in met if j not in found[i]]
+        met = [j for j in met if threshold is None or product[i, j] >= threshold + 2e-6][: k - 1]
+        missed = [j for j in met if j not in results[i]]
         assert not missed, (i, missed)
     assert _Resources.made <= 1
 
@@ -164,4 +165,4 @@ def _probe_any(probes: tile_search.Probes, cells: range) -> np.ndarray:
 
 def _of(probes: tile_search.Probes, rows: np.ndarray) -> tile_search.Probes:
     lists = [probes[1][probes[0][i] : probes[0][i + 1]] for i in rows.tolist()]
-    return np.concatenate([[0], np.cumsum([len(each) for each in lists])]), np.concatenate(lists)
+    return np.concatenate([[0], np.cumsum([len(item) for item in lists])]), np.concatenate(lists)

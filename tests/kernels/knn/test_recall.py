@@ -27,8 +27,8 @@ def test_search_part_is_exact() -> None:
 
 def best(similarities: np.ndarray, row: int, among: np.ndarray, k: int) -> np.ndarray:
     """The keys of a row's k + 1 best of these rows from a similarity of 0.3 on."""
-    here = among[similarities[row, among] >= 0.3]
-    return np.sort(topk.encode(similarities[row, here], here))[: k + 1]
+    selected = among[similarities[row, among] >= 0.3]
+    return np.sort(topk.encode(similarities[row, selected], selected))[: k + 1]
 
 
 @given(st.integers(0, 10_000), st.integers(1, 5), st.integers(0, 12), st.integers(0, 12))
@@ -53,23 +53,23 @@ def test_truth_that_is_carried_over_is_that_of_an_exact_search(seed: int, k: int
     )
     assert rows.tolist() == sorted([*now[sampled][now[sampled] >= 0], *drawn])
     assert not known[np.isin(rows, drawn)].any()
-    there = similarities[np.ix_(tonight, tonight)]
+    target = similarities[np.ix_(tonight, tonight)]
     fresh = np.arange(len(stay), len(tonight))
     for i, row in enumerate(rows.tolist()):
         mine = keys[ends[i] : ends[i + 1]]
         if known[i]:
-            found = np.sort(np.concatenate([mine, best(there, row, fresh, k)]))[: k + 1]
-            assert found.tolist() == best(there, row, np.arange(len(tonight)), k).tolist()
+            results = np.sort(np.concatenate([mine, best(target, row, fresh, k)]))[: k + 1]
+            assert results.tolist() == best(target, row, np.arange(len(tonight)), k).tolist()
         else:
             assert len(mine) == 0
         if not gone and row < len(stay):
             assert known[i]
 
 
-def counted(truth: Any, found: Any, k: int, floor: float | None) -> tuple[int, int]:
-    similarities, hit = recall.check(truth, found, k, floor)
+def counted(truth: Any, results: Any, k: int, threshold: float | None) -> tuple[int, int]:
+    similarities, hit = recall.check(truth, results, k, threshold)
     bands = np.zeros((2, recall.BANDS), np.int64)
-    recall.add_bands(bands, similarities, hit, floor)
+    recall.add_bands(bands, similarities, hit, threshold)
     assert bands.sum(axis=1).tolist() == [len(hit), hit.sum()]
     return len(hit), int(hit.sum())
 
@@ -86,12 +86,12 @@ def test_interval_covers_the_truth() -> None:
     rng = np.random.default_rng(0)
     true = rng.integers(0, 60, 20_000)
     rate = np.where(rng.random(20_000) < 0.03, 0.6, 1.0)
-    found = rng.binomial(true, rate)
-    real = found.sum() / true.sum()
+    results = rng.binomial(true, rate)
+    real = results.sum() / true.sum()
     covered = 0
     for _ in range(300):
         some = rng.choice(20_000, 1000, replace=False)
-        c = recall.certify(true[some], found[some])
+        c = recall.certify(true[some], results[some])
         covered += c.low <= real <= c.high
     assert 0.92 <= covered / 300 <= 0.99
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from faceflow.kernels.ivf import neighbor_join, probing, quantizer
 from faceflow.kernels.knn import incremental_search, tile_search, tiles, topk
 
-FLOORS = [None, 0.3, -0.2]
+THRESHOLDS = [None, 0.3, -0.2]
 
 
 def unit(n: int, dim: int, seed: int, spread: float = 0.7) -> np.ndarray:
@@ -23,17 +23,17 @@ def unit(n: int, dim: int, seed: int, spread: float = 0.7) -> np.ndarray:
     return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
 
 
-def oracle(x: np.ndarray, k: int, floor: float | None) -> list[set[int]]:
+def oracle(x: np.ndarray, k: int, threshold: float | None) -> list[set[int]]:
     s = x.astype(np.float64) @ x.astype(np.float64).T
     np.fill_diagonal(s, -np.inf)
     out = []
     for i in range(len(x)):
         order = np.lexsort((np.arange(len(x)), -s[i]))[:k]
-        out.append({int(j) for j in order if j != i and (floor is None or s[i, j] >= floor)})
+        out.append({int(j) for j in order if j != i and (threshold is None or s[i, j] >= threshold)})
     return out
 
 
-def exact(x: np.ndarray, k: int, floor: float | None, block: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def exact(x: np.ndarray, k: int, threshold: float | None, block: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     blocks = list(tile_search.blocks_of(len(x), block))
     lists = []
     for i, (begin, end) in enumerate(blocks):
@@ -43,31 +43,31 @@ def exact(x: np.ndarray, k: int, floor: float | None, block: int) -> tuple[np.nd
             rows = np.arange(first, first + len(offsets) - 1, dtype=np.int32)
             lists.append((rows, offsets, keys))
 
-        tile_search.search_blocks(x[begin:end], begin, others, k, floor, take)
+        tile_search.search_blocks(x[begin:end], begin, others, k, threshold, take)
     return topk.merge(lists, len(x), k)
 
 
-def check_table(x: np.ndarray, table: tuple[np.ndarray, np.ndarray, np.ndarray], k: int, floor: float | None) -> None:
+def check_table(x: np.ndarray, table: tuple[np.ndarray, np.ndarray, np.ndarray], k: int, threshold: float | None) -> None:
     offsets, rows, similarities = table
-    for i, want in enumerate(oracle(x, k, floor)):
-        here = slice(offsets[i], offsets[i + 1])
-        got, s = rows[here].tolist(), similarities[here]
+    for i, want in enumerate(oracle(x, k, threshold)):
+        selected = slice(offsets[i], offsets[i + 1])
+        got, s = rows[selected].tolist(), similarities[selected]
         assert i not in got
         assert len(set(got)) == len(got)
         assert (np.diff(s) <= 0).all()
         exact_s = x[got].astype(np.float64) @ x[i].astype(np.float64)
         np.testing.assert_allclose(s, exact_s, atol=1e-5)
         # The same set, but for faces tied at the cut to within rounding.
-        edge = min(exact_s, default=-2.0) if len(got) == k else (floor if floor is not None else -2.0)
+        edge = min(exact_s, default=-2.0) if len(got) == k else (threshold if threshold is not None else -2.0)
         for j in set(got) ^ want:
             assert abs(float(x[j].astype(np.float64) @ x[i].astype(np.float64)) - edge) < 1e-5
 
 
-@pytest.mark.parametrize("floor", FLOORS)
+@pytest.mark.parametrize("threshold", THRESHOLDS)
 @pytest.mark.parametrize(("n", "block"), [(1, 10), (2, 1), (300, 300), (300, 70), (301, 43), (700, 300)])
-def test_exact_plan_finds_what_float64_finds(n: int, block: int, floor: float | None) -> None:
+def test_exact_plan_finds_what_float64_finds(n: int, block: int, threshold: float | None) -> None:
     x = unit(n, 24, seed=n)
-    check_table(x, exact(x, 9, floor, block), 9, floor)
+    check_table(x, exact(x, 9, threshold, block), 9, threshold)
 
 
 @pytest.mark.parametrize("blocks", range(1, 12))
@@ -76,29 +76,33 @@ def test_ring_meets_every_pair_of_blocks_once(blocks: int) -> None:
     assert len(pairs) == len(set(pairs)) == blocks * (blocks + 1) // 2
 
 
-def cells_tables(x: np.ndarray, probes: tile_search.Probes, cells: int, shards: int, k: int, floor: float | None):  # type: ignore[no-untyped-def]
+def cells_tables(  # type: ignore[no-untyped-def]
+    x: np.ndarray, probes: tile_search.Probes, cells: int, shards: int, k: int, threshold: float | None
+):
     lists = []
     offsets, flat = probes
     owner = np.repeat(np.arange(len(x)), np.diff(offsets))
     for shard in range(shards):
         span = range(cells * shard // shards, cells * (shard + 1) // shards)
-        here = np.unique(owner[(flat >= span.start) & (flat < span.stop)])
-        counts = np.diff(offsets)[here]
+        selected = np.unique(owner[(flat >= span.start) & (flat < span.stop)])
+        counts = np.diff(offsets)[selected]
         mine = (
             np.concatenate([[0], np.cumsum(counts)]),
-            np.concatenate([flat[offsets[i] : offsets[i + 1]] for i in here] or [flat[:0]]),
+            np.concatenate([flat[offsets[i] : offsets[i + 1]] for i in selected] or [flat[:0]]),
         )
-        found = tile_search.search_cells(np.ascontiguousarray(x[here]), here.astype(np.int32), mine, span, k, floor)
-        lists.append((here.astype(np.int32), *found.take(np.arange(len(here)))))
+        results = tile_search.search_cells(
+            np.ascontiguousarray(x[selected]), selected.astype(np.int32), mine, span, k, threshold
+        )
+        lists.append((selected.astype(np.int32), *results.take(np.arange(len(selected)))))
     return topk.merge(lists, len(x), k)
 
 
-@pytest.mark.parametrize("floor", FLOORS)
-def test_probing_every_cell_is_exact(floor: float | None) -> None:
+@pytest.mark.parametrize("threshold", THRESHOLDS)
+def test_probing_every_cell_is_exact(threshold: float | None) -> None:
     x = unit(400, 16, seed=3)
     centroids, _ = quantizer.train(x, 12, seed=0, threads=1)
     probes = probing.probe(x, centroids, probing.ProbeRule(None, 12))
-    check_table(x, cells_tables(x, probes, 12, 3, 9, floor), 9, floor)
+    check_table(x, cells_tables(x, probes, 12, 3, 9, threshold), 9, threshold)
 
 
 def probed(
@@ -132,8 +136,8 @@ def test_cells_find_exactly_the_pairs_that_meet(n: int, cells: int, k: int, seed
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(2, 30), st.integers(2, 6), st.integers(0, 1000), st.floats(0, 0.5), st.floats(0.0, 0.6))
-def test_visitors_that_share_a_neighbor_at_home_meet(n: int, cells: int, seed: int, margin: float, floor: float) -> None:
-    """With a floor, two visitors of a cell are compared when one member is among the nearest of both; nobody twice."""
+def test_visitors_that_share_a_neighbor_at_home_meet(n: int, cells: int, seed: int, margin: float, threshold: float) -> None:
+    """With a threshold, two visitors of a cell are compared when one member is among the nearest of both; nobody twice."""
     cells = min(cells, n)
     x, probes, home, visits = probed(n, cells, seed, margin, 4)
     s = x.astype(np.float64) @ x.astype(np.float64).T
@@ -141,15 +145,17 @@ def test_visitors_that_share_a_neighbor_at_home_meet(n: int, cells: int, seed: i
     for cell in range(cells):
         links: dict[int, set[int]] = {}
         for v in np.flatnonzero(visits[:, cell] & (home != cell)):
-            near = [m for m in np.argsort(-s[v], kind="stable") if home[m] == cell and s[v, m] >= floor][: neighbor_join.LINKS]
+            near = [m for m in np.argsort(-s[v], kind="stable") if home[m] == cell and s[v, m] >= threshold][
+                : neighbor_join.LINKS
+            ]
             for m in near:
                 links.setdefault(int(m), set()).add(int(v))
         for introduced in links.values():
             for v in introduced:
                 meet[v, list(introduced)] = True
     np.fill_diagonal(meet, False)
-    meet &= s >= floor
-    offsets_found, rows, _ = cells_tables(x, probes, cells, 1, n, floor)
+    meet &= s >= threshold
+    offsets_found, rows, _ = cells_tables(x, probes, cells, 1, n, threshold)
     for i in range(n):
         assert sorted(rows[offsets_found[i] : offsets_found[i + 1]]) == np.flatnonzero(meet[i]).tolist()
 
@@ -219,8 +225,8 @@ def test_predicted_recall_is_what_the_rule_reaches() -> None:
     assert 0.95 <= predicted < 0.97
     probes = probing.probe(x, centroids, rule)
     assert mean_probes == pytest.approx(len(probes[1]) / len(x), rel=0.01)
-    found = len(cells_tables(x, probes, 60, 2, 50, 0.6)[1])
-    assert found / len(exact(x, 50, 0.6, 1000)[1]) == pytest.approx(predicted, abs=0.01)
+    results = len(cells_tables(x, probes, 60, 2, 50, 0.6)[1])
+    assert results / len(exact(x, 50, 0.6, 1000)[1]) == pytest.approx(predicted, abs=0.01)
 
 
 def test_who_must_find_its_neighbors_alone_probes_their_homes() -> None:
@@ -232,8 +238,8 @@ def test_who_must_find_its_neighbors_alone_probes_their_homes() -> None:
     probes = [set(cells[a:b].tolist()) for a, b in itertools.pairwise(offsets)]
     homes = cells[offsets[:-1]]
     ends, neighbors, _ = exact(x, 50, 0.6, 1000)
-    found = [homes[j] in probes[i] for i in range(len(x)) for j in neighbors[ends[i] : ends[i + 1]]]
-    assert 0.95 <= np.mean(found) < 0.98
+    results = [homes[j] in probes[i] for i in range(len(x)) for j in neighbors[ends[i] : ends[i + 1]]]
+    assert 0.95 <= np.mean(results) < 0.98
 
 
 def test_no_pair_to_tell_by() -> None:
@@ -259,11 +265,11 @@ def test_locality_order_and_shards() -> None:
 
 @given(
     n=st.integers(2, 200), share=st.floats(0, 1), cells=st.integers(1, 12), parts=st.integers(1, 4), ranges=st.integers(1, 3),
-    floor=st.sampled_from(FLOORS), seed=st.integers(0, 10_000), most=st.sampled_from([3, 2_048]),
+    threshold=st.sampled_from(THRESHOLDS), seed=st.integers(0, 10_000), most=st.sampled_from([3, 2_048]),
 )  # fmt: skip
 @settings(max_examples=60, deadline=None)
 def test_active_faces_meet_everybody_in_the_cells_they_probe(
-    n: int, share: float, cells: int, parts: int, ranges: int, floor: float | None, seed: int, most: int
+    n: int, share: float, cells: int, parts: int, ranges: int, threshold: float | None, seed: int, most: int
 ) -> None:
     """However the others are cut into parts, and the cells into ranges: each pair with an active face once a side."""
     rng = np.random.default_rng(seed)
@@ -276,9 +282,9 @@ def test_active_faces_meet_everybody_in_the_cells_they_probe(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(incremental_search, "MOST_RESIDENTS", most)
         for p, (low, high) in itertools.product(range(parts), itertools.pairwise(np.arange(ranges + 1) * cells // ranges)):
-            here = [a for a, probes in enumerate(probed) if any(low <= c < high for c in probes)]
-            offsets = np.concatenate([[0], np.cumsum([len(probed[a]) for a in here])]).astype(np.int64)
-            flat = np.array([c for a in here for c in probed[a]], np.int32)
+            selected = [a for a, probes in enumerate(probed) if any(low <= c < high for c in probes)]
+            offsets = np.concatenate([[0], np.cumsum([len(probed[a]) for a in selected])]).astype(np.int64)
+            flat = np.array([c for a in selected for c in probed[a]], np.int32)
 
             def residents(cell: int, p: int = p) -> Iterator[tuple[np.ndarray, np.ndarray]]:
                 rows = np.setdiff1d(np.flatnonzero((home == cell) & (part == p)), active)
@@ -287,8 +293,8 @@ def test_active_faces_meet_everybody_in_the_cells_they_probe(
 
             own = range(cells * p // parts, cells * (p + 1) // parts)
             lists = incremental_search.search_cells(
-                np.ascontiguousarray(x[active[here]]), active[here].astype(np.int32), (offsets, flat), range(low, high), own,
-                residents, k, floor,
+                np.ascontiguousarray(x[active[selected]]), active[selected].astype(np.int32), (offsets, flat), range(low, high),
+                own, residents, k, threshold,
             )  # fmt: skip
             rows, ends, keys = incremental_search.joined(list(lists))
             similarities, others = topk.decode(keys)
@@ -297,13 +303,13 @@ def test_active_faces_meet_everybody_in_the_cells_they_probe(
             met += zip(owner.tolist(), others.tolist(), strict=True)
     probes_of = {int(i): set(map(int, probes)) for i, probes in zip(active, probed, strict=True)}
     s = x.astype(float) @ x.T.astype(float)
-    near = s >= (-2 if floor is None else floor)
+    near = s >= (-2 if threshold is None else threshold)
     expected = {
         (i, j) for i in range(n) for j in range(n)
         if i != j and near[i, j] and (home[j] in probes_of.get(i, ()) or home[i] in probes_of.get(j, ()))
     }  # fmt: skip
     assert len(met) == len(set(met))
-    assert all(abs(s[i, j] - (floor or 0)) < 1e-5 for i, j in set(met) ^ expected)
+    assert all(abs(s[i, j] - (threshold or 0)) < 1e-5 for i, j in set(met) ^ expected)
 
 
 def test_lists_of_nobody_are_one_of_nobody() -> None:

@@ -61,6 +61,6 @@ def test_merge_equals_sorting_everything(k: int, shards: list[list[tuple[int, fl
     offsets, neighbors, similarities = topk.merge(lists, 4, k)
     for row in range(4):
         want_s, want = topk.decode(np.array(sorted(every[row])[:k], np.uint64))
-        here = slice(offsets[row], offsets[row + 1])
-        np.testing.assert_array_equal(neighbors[here], want)
-        np.testing.assert_array_equal(similarities[here], want_s)
+        selected = slice(offsets[row], offsets[row + 1])
+        np.testing.assert_array_equal(neighbors[selected], want)
+        np.testing.assert_array_equal(similarities[selected], want_s)

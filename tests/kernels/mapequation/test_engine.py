@@ -112,10 +112,10 @@ def test_flow_and_codelength_equal_the_package(name: str, directed: bool, packag
     for row, module in reference["modules"].items():
         modules[int(row)] = module
     assert mapequation.codelength(graph, ours, modules) == pytest.approx(reference["codelength"], abs=1e-9)
-    found = mapequation.detect([compressed(links, n)], directed=directed)
-    assert found.codelength <= reference["codelength"] * 1.0001 + 1e-12
-    score = infomap_package.score([edge_list(links, n)], found.modules, directed=directed)
-    assert score == pytest.approx(found.codelength, abs=1e-9)
+    results = mapequation.detect([compressed(links, n)], directed=directed)
+    assert results.codelength <= reference["codelength"] * 1.0001 + 1e-12
+    score = infomap_package.score([edge_list(links, n)], results.modules, directed=directed)
+    assert score == pytest.approx(results.codelength, abs=1e-9)
 
 
 def test_many_blocks_and_threads_make_the_same_modules(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,6 +283,6 @@ def test_flow_of_many_pairs_converges() -> None:
     expected = walk.T @ visits
     offsets = np.concatenate([[0], np.cumsum((matrix > 0).sum(axis=1))])
     ends = np.nonzero(matrix)
-    found = flows.directed_flow(csr.build_graph([(offsets, ends[1].astype(np.int32), matrix[ends].astype(np.float32))]))
-    assert found.iterations < 180
-    np.testing.assert_allclose(found.rows, expected / expected.sum(), atol=1e-11)
+    results = flows.directed_flow(csr.build_graph([(offsets, ends[1].astype(np.int32), matrix[ends].astype(np.float32))]))
+    assert results.iterations < 180
+    np.testing.assert_allclose(results.rows, expected / expected.sum(), atol=1e-11)

@@ -52,20 +52,20 @@ def test_weighted_pairs() -> None:
 
 def test_neighbors_and_weights() -> None:
     x = people([300, 50, 10, 1], noise=0.3)
-    found = sample_weights.neighbors_at(x, x, 0.6) - 1
-    assert found[0] == 299
-    weights = sample_weights.weights(found)
+    results = sample_weights.neighbors_at(x, x, 0.6) - 1
+    assert results[0] == 299
+    weights = sample_weights.weights(results)
     assert weights[0] * 299 == pytest.approx(sample_weights.CROWD)
     assert weights[355] == weights[-1] == 1
 
 
 def test_near_identical_follows_the_scale_of_the_embedding() -> None:
     x = people([3] * 1_000, noise=0.7)
-    here = sample_weights.near_identical(x, len(x))
-    assert 0.85 < here < 0.97
+    selected = sample_weights.near_identical(x, len(x))
+    assert 0.85 < selected < 0.97
     # All cosines squeezed towards 1, as in embeddings that are not centred: the same faces are near-identical.
     shifted = unit(np.concatenate([x, np.full((len(x), 1), 2.0, np.float32)], axis=1))
-    assert sample_weights.near_identical(shifted, len(x)) == pytest.approx((here + 4) / 5, abs=0.004)
+    assert sample_weights.near_identical(shifted, len(x)) == pytest.approx((selected + 4) / 5, abs=0.004)
     # Where chance reaches far, as in few dimensions, they are nearer to each other.
     assert sample_weights.near_identical(unit(np.random.default_rng(0).standard_normal((2_000, 8))), 2_000) > 0.98
     assert sample_weights.near_identical(x[:1], 1) == 1.0
@@ -96,9 +96,9 @@ def test_the_weighted_pairs_are_believed_where_they_have_a_valley() -> None:
     rows = np.arange(len(x))
     plain = valley.count_pairs(x, rows, x, rows)
     flat = np.histogram(np.random.default_rng(0).normal(0, 0.1, 10**6), valley.BINS, (-1, 1))[0].astype(float)
-    found, histogram = sample_weights.choose(plain, flat, len(x))
-    assert found == valley.choose_floors(plain, len(x))
+    results, histogram = sample_weights.choose(plain, flat, len(x))
+    assert results == valley.choose_thresholds(plain, len(x))
     assert histogram is plain
-    found, histogram = sample_weights.choose(np.rint(flat).astype(np.int64), plain.astype(float), len(x))
-    assert found.valley is not None
+    results, histogram = sample_weights.choose(np.rint(flat).astype(np.int64), plain.astype(float), len(x))
+    assert results.valley is not None
     assert (histogram == plain).all()

@@ -1,4 +1,4 @@
-"""The automatic floor: on pairs with a known law, on real faces, and where there is nothing to find."""
+"""The automatic threshold: on pairs with a known law, on real faces, and where there is nothing to find."""
 
 from __future__ import annotations
 
@@ -41,25 +41,25 @@ def test_blocks_add_up_to_the_whole() -> None:
 
 
 @pytest.mark.parametrize("photos", [3, 30])
-def test_the_floor_lies_between_impostors_and_one_person(photos: int) -> None:
+def test_the_threshold_lies_between_impostors_and_one_person(photos: int) -> None:
     vectors = people(np.random.default_rng(2), 3_000 // photos, photos, 64, 0.7)
-    floors = valley.choose_floors(all_pairs(vectors), len(vectors))
+    thresholds = valley.choose_thresholds(all_pairs(vectors), len(vectors))
     labels = np.repeat(np.arange(3_000 // photos), photos)
     product = (vectors @ vectors.T)[np.triu_indices(3_000, 1)]
     same = (labels[:, None] == labels)[np.triu_indices(3_000, 1)]
-    assert floors.valley is not None
-    assert (product[~same] >= floors.strong).sum() < 0.05 * (product >= floors.strong).sum()
-    assert (product[same] >= floors.strong).mean() > 0.95
-    assert floors.weak <= floors.strong
+    assert thresholds.valley is not None
+    assert (product[~same] >= thresholds.strong).sum() < 0.05 * (product >= thresholds.strong).sum()
+    assert (product[same] >= thresholds.strong).mean() > 0.95
+    assert thresholds.weak <= thresholds.strong
 
 
-def test_an_embedding_that_is_not_centred_moves_the_floor_with_it() -> None:
+def test_an_embedding_that_is_not_centred_moves_the_threshold_with_it() -> None:
     vectors = people(np.random.default_rng(3), 200, 15, 64, 0.7)
-    here = valley.choose_floors(all_pairs(vectors), len(vectors))
+    selected = valley.choose_thresholds(all_pairs(vectors), len(vectors))
     shifted = np.concatenate([vectors, np.full((len(vectors), 1), 2.0, np.float32)], axis=1)
     shifted /= np.linalg.norm(shifted, axis=1, keepdims=True)
-    there = valley.choose_floors(all_pairs(shifted), len(vectors))
-    assert there.strong == pytest.approx((here.strong + 4) / 5, abs=0.004)
+    target = valley.choose_thresholds(all_pairs(shifted), len(vectors))
+    assert target.strong == pytest.approx((selected.strong + 4) / 5, abs=0.004)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_an_embedding_that_is_not_centred_moves_the_floor_with_it() -> None:
     [([3] * 700, 0.1, 0.0), ([3] * 700, 0.5, 0.0), ([3] * 700, 0.1, 0.02), ([400] + [50] * 2, 0.0, 0.0), ([300, 300], 0.0, 0.0),
      ([1000] + [20] * 20, 0.0, 0.0)],
 )  # fmt: skip
-def test_copies_of_photos_and_people_with_most_photos_do_not_move_the_floor(
+def test_copies_of_photos_and_people_with_most_photos_do_not_move_the_threshold(
     sizes: list[int], copies: float, noise: float
 ) -> None:
     rng = np.random.default_rng(5)
@@ -79,48 +79,50 @@ def test_copies_of_photos_and_people_with_most_photos_do_not_move_the_floor(
     vectors = np.concatenate([vectors, vectors[again] + noise * rng.standard_normal((len(again), 128)) / np.sqrt(128)])
     labels = np.concatenate([labels, labels[again]])
     vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
-    floors = valley.choose_floors(all_pairs(vectors), len(vectors))
+    thresholds = valley.choose_thresholds(all_pairs(vectors), len(vectors))
     product = (vectors @ vectors.T)[np.triu_indices(len(labels), 1)]
     same = (labels[:, None] == labels)[np.triu_indices(len(labels), 1)]
-    assert (product[same] >= floors.strong).mean() > 0.95
-    assert (product[~same] >= floors.strong).mean() < 1e-3
+    assert (product[same] >= thresholds.strong).mean() > 0.95
+    assert (product[~same] >= thresholds.strong).mean() < 1e-3
 
 
-def test_strangers_only_leave_the_floor_to_their_own_law() -> None:
+def test_strangers_only_leave_the_threshold_to_their_own_law() -> None:
     rng = np.random.default_rng(4)
     vectors = rng.standard_normal((4_000, 64)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    floors = valley.choose_floors(all_pairs(vectors), len(vectors))
-    assert floors.valley is None
-    assert floors.weak == floors.strong
+    thresholds = valley.choose_thresholds(all_pairs(vectors), len(vectors))
+    assert thresholds.valley is None
+    assert thresholds.weak == thresholds.strong
     product = (vectors @ vectors.T)[np.triu_indices(4_000, 1)]
-    assert (product >= floors.strong).sum() <= 40
+    assert (product >= thresholds.strong).sum() <= 40
 
 
 @pytest.mark.parametrize("faces", [1, 2, 3])
-def test_next_to_nothing_gives_some_floor(faces: int) -> None:
+def test_next_to_nothing_gives_some_threshold(faces: int) -> None:
     vectors = np.eye(faces, 8, dtype=np.float32)
-    floors = valley.choose_floors(all_pairs(vectors), faces)
-    assert -1 <= floors.weak <= floors.strong <= 1
+    thresholds = valley.choose_thresholds(all_pairs(vectors), faces)
+    assert -1 <= thresholds.weak <= thresholds.strong <= 1
 
 
-def test_one_point_gives_some_floor() -> None:
+def test_one_point_gives_some_threshold() -> None:
     vectors = np.ones((50, 4), np.float32) / 2
-    floors = valley.choose_floors(all_pairs(vectors), 50)
-    assert -1 <= floors.weak <= floors.strong <= 1
+    thresholds = valley.choose_thresholds(all_pairs(vectors), 50)
+    assert -1 <= thresholds.weak <= thresholds.strong <= 1
 
 
 @pytest.mark.parametrize(
     ("name", "low", "high"),
     [("lfw_mobilefacenet128", 0.49, 0.54), ("lfw_dlib128", 0.9465, 0.953), ("celeba_dev_mobilefacenet128", 0.47, 0.50)],
 )
-def test_floor_of_real_faces_lies_where_the_best_one_does(face_data: Path, name: str, low: float, high: float) -> None:
-    # The ranges are those of fixed floors within .003 of the best one's F.
+def test_threshold_of_real_faces_lies_where_the_best_one_does(face_data: Path, name: str, low: float, high: float) -> None:
+    # The ranges are those of fixed thresholds within .003 of the best one's F.
     column = pq.read_table(face_data / f"{name}.parquet")["embedding"].combine_chunks()
     vectors = column.flatten().to_numpy().reshape(len(column), -1)
     vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-    floors = valley.choose_floors(all_pairs(vectors), len(vectors))
-    assert low <= floors.strong <= high
+    thresholds = valley.choose_thresholds(all_pairs(vectors), len(vectors))
+    assert low <= thresholds.strong <= high
     # Two halves of the faces agree with each other.
-    halves = [valley.choose_floors(all_pairs(np.ascontiguousarray(vectors[i::2])), len(vectors) // 2).strong for i in (0, 1)]
+    halves = [
+        valley.choose_thresholds(all_pairs(np.ascontiguousarray(vectors[i::2])), len(vectors) // 2).strong for i in (0, 1)
+    ]
     assert abs(halves[0] - halves[1]) < 0.03

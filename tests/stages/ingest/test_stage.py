@@ -16,7 +16,7 @@ from faceflow.errors import InputError
 from faceflow.stages.artifacts.faces import read_ids, read_vectors
 from faceflow.stages.ingest import parquet_input as cutting
 from faceflow.stages.ingest import reading, row_checks
-from faceflow.stages.ingest.parquet_input import Footer, plan_pieces
+from faceflow.stages.ingest.parquet_input import Footer, plan_tasks
 from faceflow.storage import columns
 from faceflow.storage.inputs import list_parquet
 from faceflow.storage.object_store import Store
@@ -33,19 +33,19 @@ def ingest_all(folder: Path, run: Path) -> tuple[np.ndarray, pa.Array]:
     names = cutting.Columns("id", "embedding", None, types.stored)
     cutting.check_dimensions(footers)
     dim = next((f.dim for f in footers if f.dim), None) or cutting.first_dimension(store, [f.path for f in files], "embedding")
-    pieces = plan_pieces(footers, cutting.part_faces(10**9, dim))
+    tasks = plan_tasks(footers, cutting.part_faces(10**9, dim))
     out = Store.at(str(run))
     buckets = 3
-    for i, piece in enumerate(pieces):
-        reading.gather_ids(i, piece, store, out, names, buckets)
+    for i, task in enumerate(tasks):
+        reading.gather_ids(i, task, store, out, names, buckets)
     for bucket in range(buckets):
-        reading.find_repeated(out, len(pieces), bucket)
+        reading.find_repeated(out, len(tasks), bucket)
     tally = row_checks.Tally()
-    for piece in pieces:
-        tally.include(reading.ingest_piece(piece, tuple(range(len(piece.spans))), store, out, names, dim, buckets)[2])
+    for task in tasks:
+        tally.include(reading.ingest_rows(task, tuple(range(len(task.spans))), store, out, names, dim, buckets)[2])
     if tally.total:
         raise InputError(tally.text())
-    parts = range(sum(len(p.starts) - 1 for p in pieces))
+    parts = range(sum(len(p.starts) - 1 for p in tasks))
     return np.concatenate([read_vectors(out, p, dim) for p in parts]), pa.concat_arrays([read_ids(out, p) for p in parts])
 
 
@@ -82,9 +82,9 @@ def test_ids_keep_their_type(tmp_path: Path, kind: pa.DataType) -> None:
     footers = cutting.read_footers(store, [f.path for f in files], "id", "embedding")
     types = cutting.settle_ids(footers, None)
     assert types.published == kind == columns.type_of(columns.name_of(kind))
-    _, found = ingest_all(tmp_path / "in", tmp_path / "run")
-    assert found.type == types.stored
-    published = columns.as_published(found, kind)
+    _, results = ingest_all(tmp_path / "in", tmp_path / "run")
+    assert results.type == types.stored
+    published = columns.as_published(results, kind)
     assert published.type == kind
     assert published.to_pylist() == ids.to_pylist()
 
@@ -105,9 +105,9 @@ def test_files_of_other_writers_hold_one_type(tmp_path: Path, kinds: list[pa.Dat
         ids = pa.array([4 * i + j for j in range(4)])
         ids = ids.cast(kind) if pa.types.is_integer(kind) else ids.cast(pa.string()).cast(kind)
         write_faces(tmp_path / "in" / f"{i}.parquet", X, ids)
-    _, found = ingest_all(tmp_path / "in", tmp_path / "run")
-    assert found.type == stored
-    assert [int(each) for each in found.to_pylist()] == list(range(4 * len(kinds)))
+    _, results = ingest_all(tmp_path / "in", tmp_path / "run")
+    assert results.type == stored
+    assert [int(item) for item in results.to_pylist()] == list(range(4 * len(kinds)))
     again = pa.array([5, 100, 101, 102])
     write_faces(tmp_path / "in" / "z.parquet", X, again if stored == columns.INTEGER else again.cast(pa.string()))
     with pytest.raises(InputError, match=r"z\.parquet, row 0: the id occurred before"):
@@ -140,8 +140,8 @@ def test_shards_without_rows_or_values_have_no_type(tmp_path: Path) -> None:
     empty = pa.table({"id": pa.nulls(0), "embedding": pa.nulls(0)})
     pq.write_table(empty, tmp_path / "in" / "a.parquet")
     pq.write_table(pa.table({"anything": pa.array([], pa.int8())}), tmp_path / "in" / "c.parquet")
-    vectors, found = ingest_all(tmp_path / "in", tmp_path / "run")
-    assert (len(vectors), found.type) == (4, columns.TEXT)
+    vectors, results = ingest_all(tmp_path / "in", tmp_path / "run")
+    assert (len(vectors), results.type) == (4, columns.TEXT)
     pq.write_table(pa.table({"id": ["x", "y"], "embedding": pa.nulls(2)}), tmp_path / "in" / "d.parquet")
     with pytest.raises(InputError, match=r"d\.parquet, row 0: the embedding is null"):
         ingest_all(tmp_path / "in", tmp_path / "nulls")
@@ -164,10 +164,10 @@ def test_an_id_that_is_not_utf8_is_a_bad_row(tmp_path: Path) -> None:
 def test_integer_ids_of_any_stride_spread_over_all_buckets(stride: int, buckets: int) -> None:
     """Snowflake ids have low bits that hardly vary."""
     ids = pa.array(np.arange(50_000, dtype=np.int64) * stride + 5)
-    found = np.bincount(reading.buckets_of(ids, buckets), minlength=buckets)
+    results = np.bincount(reading.buckets_of(ids, buckets), minlength=buckets)
     expected = len(ids) / buckets
-    assert found.max() <= expected + 6 * expected**0.5
-    assert found.min() >= expected - 6 * expected**0.5
+    assert results.max() <= expected + 6 * expected**0.5
+    assert results.min() >= expected - 6 * expected**0.5
 
 
 def test_long_ids_get_buckets_by_their_bytes() -> None:
@@ -180,9 +180,9 @@ def test_a_file_of_many_row_groups_is_cut_in_linear_time() -> None:
     """131,072 row groups of one row: with a tuple that grows, a minute; lists take a fraction of a second of CPU."""
     footers = [Footer("f", (1,) * 131_072, pa.string(), 0, 2)]
     begun = time.process_time()
-    pieces = plan_pieces(footers, 131_072)
+    tasks = plan_tasks(footers, 131_072)
     assert time.process_time() - begun < 5
-    assert pieces[0].spans == (("f", tuple(range(131_072)), 0),)
+    assert tasks[0].spans == (("f", tuple(range(131_072)), 0),)
 
 
 def test_rows_follow_sorted_path_then_row_whatever_the_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,13 +208,13 @@ def test_parts_are_of_about_equal_size_and_cover_all_rows() -> None:
         Footer(f"f{i}", tuple(int(n) for n in rng.choice([0, 1, 900, 70_000, 1_048_576], 4)), pa.int64(), 0, 2)
         for i in range(40)
     ]
-    pieces = plan_pieces(footers, cutting.PART_FACES)
-    starts = [0, *[s for p in pieces for s in p.starts[1:]]]
+    tasks = plan_tasks(footers, cutting.PART_FACES)
+    starts = [0, *[s for p in tasks for s in p.starts[1:]]]
     assert starts[-1] == sum(sum(f.group_rows) for f in footers)
     sizes = np.diff(starts)
     assert sizes.max() <= 1.5 * cutting.PART_FACES
     assert sizes[:-1].min() >= cutting.PART_FACES // 2
-    read = [(path, g) for p in pieces for path, groups, _ in p.spans for g in groups]
+    read = [(path, g) for p in tasks for path, groups, _ in p.spans for g in groups]
     assert read == [(f.path, g) for f in footers for g, n in enumerate(f.group_rows) if n]
 
 

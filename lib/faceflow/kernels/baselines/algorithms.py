@@ -112,10 +112,10 @@ def _missing(offsets: np.ndarray, rows: np.ndarray, a: int, b: int, rank: int, k
     count = 0
     for r in range(rank + 1):
         t = a if r == 0 else rows[offsets[a] + r - 1]
-        found = t == b
+        results = t == b
         for f in range(offsets[b], min(offsets[b + 1], offsets[b] + k)):
-            found |= rows[f] == t
-        count += not found
+            results |= rows[f] == t
+        count += not results
     return count
 
 
@@ -123,33 +123,33 @@ def _missing(offsets: np.ndarray, rows: np.ndarray, a: int, b: int, rank: int, k
 def _rank_order(offsets: np.ndarray, rows: np.ndarray, k: int, most: float, keep: np.ndarray) -> None:
     for a in numba.prange(len(offsets) - 1):
         for e in range(offsets[a], min(offsets[a + 1], offsets[a] + k)):
-            b, there = rows[e], 0
+            b, matched = rows[e], 0
             for f in range(offsets[b], min(offsets[b + 1], offsets[b] + k)):
                 if rows[f] == a:
-                    there = f - offsets[b] + 1
-            if there:
-                here = e - offsets[a] + 1
-                apart = _missing(offsets, rows, a, b, here, k) + _missing(offsets, rows, b, a, there, k)
-                keep[e] = apart / min(here, there) < most
+                    matched = f - offsets[b] + 1
+            if matched:
+                selected = e - offsets[a] + 1
+                apart = _missing(offsets, rows, a, b, selected, k) + _missing(offsets, rows, b, a, matched, k)
+                keep[e] = apart / min(selected, matched) < most
 
 
-def split_components(block: Block, floor: float) -> np.ndarray:
-    """Labels of consensus-driven propagation's last step: components at the floor; those of more than 300 rows again at a
+def split_components(block: Block, threshold: float) -> np.ndarray:
+    """Labels of consensus-driven propagation's last step: components at the threshold; those of more than 300 rows again at a
     threshold higher by a twentieth of the way to 1, until none is so large. Source: Zhan et al., "Consensus-Driven
     Propagation in Massive Unlabeled Data for Face Recognition", ECCV 2018 (its threshold rises by 0.05)."""
     n = len(block[0]) - 1
     sources, targets, values = sources_of(block), block[1], block[2]
-    label, threshold = np.empty(n, np.int64), floor
+    label, threshold = np.empty(n, np.int64), threshold
     open_rows, used = np.ones(n, bool), 0
     while open_rows.any():
         keep = (values >= np.float32(threshold)) & open_rows[sources]
         sources, targets, values = sources[keep], targets[keep], values[keep]
-        found = components(n, sources, targets)
-        final = open_rows & (np.bincount(found)[found] <= (CDP_LARGEST if threshold < 1 else n))
-        label[final] = used + found[final]
+        results = components(n, sources, targets)
+        final = open_rows & (np.bincount(results)[results] <= (CDP_LARGEST if threshold < 1 else n))
+        label[final] = used + results[final]
         used += n
         open_rows &= ~final
-        threshold = min(1.0, threshold + CDP_STEP * (1 - floor))
+        threshold = min(1.0, threshold + CDP_STEP * (1 - threshold))
     return np.unique(label, return_inverse=True)[1].astype(np.int64)
 
 

@@ -32,15 +32,15 @@ KMEANS_BATCH = 16_384
 class Given:
     """What a method may use.
 
-    table: each row's neighbors at the floor or above, by falling cosine; edges: the pruned graph, as weighted by the recipe;
-    vectors: (rows int64[r]) -> float32[r, d], their unit embeddings; floor: the cosine from which faces are neighbors;
-    clusters: how many are wanted, for methods that must be told; seed: of everything random; threads: CPU threads.
+    table: each row's neighbors at the threshold or above, by falling cosine; edges: the pruned graph, as weighted by the
+    recipe; vectors: (rows int64[r]) -> float32[r, d], their unit embeddings; threshold: the cosine from which faces are
+    neighbors; clusters: how many are wanted, for methods that must be told; seed: of everything random; threads: CPU threads.
     """
 
     table: Block
     edges: Block
     vectors: Callable[[np.ndarray], np.ndarray]
-    floor: float
+    threshold: float
     clusters: int | None = None
     seed: int = 0
     threads: int = 1
@@ -105,7 +105,7 @@ def _linked(find: str) -> Callable[[Given], np.ndarray]:
 def _cdp(given: Given) -> np.ndarray:
     from faceflow.kernels.baselines import algorithms
 
-    return algorithms.split_components(given.table, given.floor)
+    return algorithms.split_components(given.table, given.threshold)
 
 
 def _chinese_whispers(given: Given) -> np.ndarray:
@@ -122,7 +122,7 @@ def _dbscan(given: Given) -> np.ndarray:
     distance = algorithms.symmetric(given.table)
     distance.data = np.maximum(1 - distance.data, 1e-7)
     # scikit-learn takes a sparse matrix without its diagonal as "not a neighbor of itself", and counts it all the same.
-    reach = float(np.float32(1 - given.floor)) + 1e-6
+    reach = float(np.float32(1 - given.threshold)) + 1e-6
     labels = DBSCAN(eps=reach, min_samples=DBSCAN_LEAST, metric="precomputed").fit(distance).labels_
     return _alone(labels)
 
@@ -136,9 +136,9 @@ def _within_components(split: Callable[[np.ndarray, Given], np.ndarray], least: 
     """A method that divides each component of `least` rows or more by itself: split(rows, given) -> labels."""
 
     def run(given: Given) -> np.ndarray:
-        found = _components(given)
-        order = np.argsort(found, kind="stable")
-        ends = np.concatenate([[0], np.cumsum(np.bincount(found))])
+        results = _components(given)
+        order = np.argsort(results, kind="stable")
+        ends = np.concatenate([[0], np.cumsum(np.bincount(results))])
         labels, used = np.empty(len(given), np.int64), 0
         for begin, end in zip(ends[:-1], ends[1:], strict=True):
             rows = order[begin:end]
@@ -154,8 +154,8 @@ def _distances(rows: np.ndarray, given: Given) -> np.ndarray:
     """float32[r, r]: 1 - cosine of all pairs of a component's rows."""
     if len(rows) > LARGEST_DENSE:
         raise InputError(
-            f"{len(rows)} faces are connected above the floor of {given.floor:.3f}, and this method holds all pairs of a "
-            f"component, of {LARGEST_DENSE} faces at most: raise --min-similarity"
+            f"{len(rows)} faces are connected above the threshold of {given.threshold:.3f}, and this method holds all pairs of "
+            f"a component, of {LARGEST_DENSE} faces at most: raise --min-similarity"
         )
     vectors = given.vectors(rows)
     distance = np.clip(1 - vectors @ vectors.T, 0, 2)
@@ -164,12 +164,13 @@ def _distances(rows: np.ndarray, given: Given) -> np.ndarray:
 
 
 def _average(rows: np.ndarray, given: Given) -> np.ndarray:
-    # Clusters in two components have no pair above the floor, so their average is below it: each component stands by itself.
+    # Clusters in two components have no pair above the threshold, so their average is below it: each component stands by
+    # itself.
     from scipy.cluster.hierarchy import fcluster, linkage
     from scipy.spatial.distance import squareform
 
     tree = linkage(squareform(_distances(rows, given), checks=False), "average")
-    return fcluster(tree, 1 - given.floor, "distance").astype(np.int64) - 1
+    return fcluster(tree, 1 - given.threshold, "distance").astype(np.int64) - 1
 
 
 def _hdbscan(rows: np.ndarray, given: Given) -> np.ndarray:
@@ -244,8 +245,8 @@ def _leiden(given: Given) -> np.ndarray:
     import leidenalg
 
     graph, weights = _graph(given)
-    found = leidenalg.find_partition(graph, leidenalg.ModularityVertexPartition, weights=weights.tolist(), seed=given.seed)
-    return np.array(found.membership)
+    results = leidenalg.find_partition(graph, leidenalg.ModularityVertexPartition, weights=weights.tolist(), seed=given.seed)
+    return np.array(results.membership)
 
 
 def _minibatch_kmeans(given: Given) -> np.ndarray:
@@ -261,13 +262,13 @@ ANY = 2**31
 
 METHODS = {
     "infomap": Method(_infomap, "two-level map equation of the weighted graph", ANY, "numba"),
-    "components": Method(_components, "connected components of all pairs above the floor", ANY),
-    "hac-single": Method(_components, "single linkage cut at the floor, which is the components by another name", ANY),
-    "hac-average": Method(_within_components(_average, 3), "average linkage over all pairs, cut at the floor", 300_000),
+    "components": Method(_components, "connected components of all pairs above the threshold", ANY),
+    "hac-single": Method(_components, "single linkage cut at the threshold, which is the components by another name", ANY),
+    "hac-average": Method(_within_components(_average, 3), "average linkage over all pairs, cut at the threshold", 300_000),
     "chinese-whispers": Method(_chinese_whispers, "every face takes the label heard most among its neighbors", ANY),
     "label-propagation": Method(_label_propagation, "igraph's label propagation", 2_000_000, "igraph"),
     "leiden": Method(_leiden, "modularity, by leidenalg", 2_000_000, "leidenalg"),
-    "knn-dbscan": Method(_dbscan, "DBSCAN on the table: reach 1 - floor, a core has 4 faces", 5_000_000, "scikit-learn"),
+    "knn-dbscan": Method(_dbscan, "DBSCAN on the table: reach 1 - threshold, a core has 4 faces", 5_000_000, "scikit-learn"),
     "hdbscan": Method(_within_components(_hdbscan, 3), "HDBSCAN within components", 300_000, "scikit-learn"),
     "rank-order": Method(_linked("rank_order"), "approximate rank-order distance below 1", ANY),
     "cdp": Method(_cdp, "components, those of more than 300 faces split at rising thresholds", ANY),

@@ -188,8 +188,8 @@ class _Held:
     def __init__(self, modules: np.ndarray, photos: np.ndarray, chosen: np.ndarray) -> None:
         self._chosen, self._width = chosen, int(modules.max(initial=-1)) + 1
         at = np.searchsorted(chosen, photos).clip(max=len(chosen) - 1)
-        here = chosen[at] == photos
-        self._keys = np.unique(at[here] * self._width + modules[here])
+        selected = chosen[at] == photos
+        self._keys = np.unique(at[selected] * self._width + modules[selected])
         self._added: set[tuple[int, int]] = set()
 
     def has(self, module: int, photo: int) -> bool:
@@ -214,14 +214,14 @@ class _Pulls:
         self._rows, width = np.flatnonzero(mask), int(modules.max(initial=-1)) + 1
         keys, weight = [], []
         for ends, others in ((sources, targets), (targets, sources)):
-            here = mask[ends]
-            keys.append(np.searchsorted(self._rows, ends[here]) * width + modules[others[here]])
-            weight.append(weights[here].astype(np.float64))
+            selected = mask[ends]
+            keys.append(np.searchsorted(self._rows, ends[selected]) * width + modules[others[selected]])
+            weight.append(weights[selected].astype(np.float64))
         pairs, at = np.unique(np.concatenate(keys), return_inverse=True)
         self._modules, self._weights = pairs % width, np.bincount(at, np.concatenate(weight), minlength=len(pairs))
         self._starts = np.searchsorted(pairs, np.arange(len(self._rows) + 1) * width)
 
     def of(self, row: int) -> dict[int, float]:
         at = int(np.searchsorted(self._rows, row))
-        here = slice(self._starts[at], self._starts[at + 1])
-        return dict(zip(self._modules[here].tolist(), self._weights[here].tolist(), strict=True))
+        selected = slice(self._starts[at], self._starts[at + 1])
+        return dict(zip(self._modules[selected].tolist(), self._weights[selected].tolist(), strict=True))

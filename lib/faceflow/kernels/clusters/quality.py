@@ -55,15 +55,15 @@ def doubts(
     offsets: int64[r + 1]; rows: int32[m]; similarities: float32[m]; first_row: of the part; cluster: int64[N], of every row. A
     face without a neighbor inside is not doubtful: there is nothing to compare.
     """
-    here = cluster[first_row : first_row + len(offsets) - 1]
-    known, number = np.unique(here, return_inverse=True)
-    found, histogram = Doubts.none(len(known)), np.zeros(2 * BINS, np.int64)
+    selected = cluster[first_row : first_row + len(offsets) - 1]
+    known, number = np.unique(selected, return_inverse=True)
+    results, histogram = Doubts.none(len(known)), np.zeros(2 * BINS, np.int64)
     _sum_doubts(
         offsets, rows, similarities, first_row, cluster, number,
-        found.faces, found.inside, found.within, found.outside, found.between, found.doubtful, found.nearest,
-        found.face, found.other, histogram,
+        results.faces, results.inside, results.within, results.outside, results.between, results.doubtful, results.nearest,
+        results.face, results.other, histogram,
     )  # fmt: skip
-    return known, found, histogram.reshape(2, BINS)
+    return known, results, histogram.reshape(2, BINS)
 
 
 @numba.njit(cache=True, nogil=True)

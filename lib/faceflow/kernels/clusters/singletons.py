@@ -63,9 +63,9 @@ def nearest(faces: np.ndarray, people: np.ndarray, k: int) -> tuple[np.ndarray, 
     product = np.empty((len(faces), min(PEOPLE_BLOCK, len(people))), np.float32)
     for begin in range(0, len(people), PEOPLE_BLOCK):
         block = people[begin : begin + PEOPLE_BLOCK]
-        here = product if len(block) == product.shape[1] else np.empty((len(faces), len(block)), np.float32)
-        np.matmul(faces, block.T, out=here)
-        _keep_nearest(here, begin, values, top)
+        selected = product if len(block) == product.shape[1] else np.empty((len(faces), len(block)), np.float32)
+        np.matmul(faces, block.T, out=selected)
+        _keep_nearest(selected, begin, values, top)
     return values, top
 
 

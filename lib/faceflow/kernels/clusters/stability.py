@@ -32,8 +32,8 @@ def stability(
         kept = np.concatenate([[0], np.cumsum(drawn)])[offsets]
         graph = kept, rows[drawn], weights[drawn] * times[drawn]
         # Once begun is enough: with the best of several starts the stability of LFW's clusters is the same to .001.
-        found = mapequation.detect([graph], seed + trial + 1, directed=directed, starts=1)
-        total += best_jaccard(clusters, found.modules)
+        results = mapequation.detect([graph], seed + trial + 1, directed=directed, starts=1)
+        total += best_jaccard(clusters, results.modules)
     return total / max(1, trials)
 
 

@@ -82,11 +82,11 @@ def compress(
 def taken_back(block: Part, order: np.ndarray, number: np.ndarray, rows: range) -> Part:
     """Consecutive rows of `compress`'s parts, by their old numbers, from its block (or one with fewer edges): number: int64[n],
     the new row of each old one."""
-    here = number[rows.start : rows.stop]
-    offsets = np.zeros(len(here) + 1, np.int64)
-    np.cumsum(np.diff(block[0])[here], out=offsets[1:])
+    selected = number[rows.start : rows.stop]
+    offsets = np.zeros(len(selected) + 1, np.int64)
+    np.cumsum(np.diff(block[0])[selected], out=offsets[1:])
     targets, weights = np.empty(offsets[-1], np.int32), np.empty(offsets[-1], np.float32)
-    _copy_back(*block, here, order, offsets, targets, weights)
+    _copy_back(*block, selected, order, offsets, targets, weights)
     return offsets, targets, weights
 
 
@@ -235,9 +235,9 @@ def _start_chunks(before: np.ndarray, in_offsets: np.ndarray) -> None:
     for t in range(before.shape[1]):
         total = 0
         for c in range(before.shape[0]):
-            here = before[c, t]
+            selected = before[c, t]
             before[c, t] = total
-            total += here
+            total += selected
         in_offsets[t + 1] = in_offsets[t] + total
 
 

@@ -21,15 +21,15 @@ FACEMAP_NEIGHBORS, FACEMAP_WINDOW = 256, 20
 TPDI_TEMPERATURE, TPDI_MOST = 0.05, 0.7
 
 WITNESSED = 0.5
-"""Share of a neighbor's own neighbors that must be near a face for the two to be joined by an edge below the floor."""
+"""Share of a neighbor's own neighbors that must be near a face for the two to be joined by an edge below the threshold."""
 
 BASE_WEIGHT, DENSE_POWER, DENSE_NEIGHBORS = 0.15, 3, 60
-"""Of `auto`: weight of an edge at the weak floor, in units of the excess over it; the power of the excess, which grows from 1
-with the number of neighbors; and the number at which it has grown to that."""
+"""Of `auto`: weight of an edge at the weak threshold, in units of the excess over it; the power of the excess, which grows from
+1 with the number of neighbors; and the number at which it has grown to that."""
 
 SCALE = 0.4
-"""Unit of the excess, in parts of the way from the weak floor to 1: about the mean excess (.50, .32 and .39 of the way on three
-labeled sets), but the same whatever faces come and go."""
+"""Unit of the excess, in parts of the way from the weak threshold to 1: about the mean excess (.50, .32 and .39 of the way on
+three labeled sets), but the same whatever faces come and go."""
 
 LEAST_WEIGHT = 1e-6
 
@@ -49,7 +49,7 @@ def threshold(table: NeighborTable, neighbors: int, min_similarity: float | None
 
 
 def weighted(recipe: str, block: Block, strong: float, weak: float) -> Block:
-    """The edges of a recipe that takes all rows at once; the floors are for `auto`."""
+    """The edges of a recipe that takes all rows at once; the thresholds are for `auto`."""
     if recipe == "auto":
         return auto(block, strong, weak)
     return {"shared": shared, "nep": nep, "facemap": facemap, "tpdi": tpdi}[recipe](block)
@@ -105,12 +105,12 @@ def tpdi(block: Block) -> Block:
 
 
 def auto(block: Block, strong: float, weak: float) -> Block:
-    """Our own, without a parameter of the data set: the floors come from the data (`impostors.Floors`).
+    """Our own, without a parameter of the data set: the thresholds come from the data (`impostors.Thresholds`).
 
     Edges from `strong` on are kept, and those from `weak` on that are `supported`. The weight is (excess + 0.15)^p x Jaccard
-    overlap of the neighbor sets, excess the similarity over the weak floor in units of 0.4 of the way from there to 1, p from 1
-    for rows of few neighbors to 3 for rows of 60: in dense sets the flow must prefer near faces to the many less near ones, and
-    can afford to. The block's memory is used for the result.
+    overlap of the neighbor sets, excess the similarity over the weak threshold in units of 0.4 of the way from there to 1, p
+    from 1 for rows of few neighbors to 3 for rows of 60: in dense sets the flow must prefer near faces to the many less near
+    ones, and can afford to. The block's memory is used for the result.
     """
     offsets, rows, values = close_up(block, supported(block, strong, weak))
     weight = overlap(offsets, rows)
@@ -203,9 +203,9 @@ def close_up(block: Block, keep: np.ndarray) -> Block:
         cuts = cut_by_edges(offsets, CHUNKS)
         _close_up(offsets, rows, values, keep, cuts)
         for first, last in itertools.pairwise(cuts.tolist()):
-            here, there = slice(new[first], new[last]), slice(offsets[first], offsets[first] + new[last] - new[first])
+            selected, target = slice(new[first], new[last]), slice(offsets[first], offsets[first] + new[last] - new[first])
             for column in (rows, values):
-                column[here] = column[there]
+                column[selected] = column[target]
     return new, rows[: new[-1]], values[: new[-1]]
 
 

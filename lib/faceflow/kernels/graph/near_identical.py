@@ -17,18 +17,18 @@ CHUNKS = 4
 
 def near_prefix(offsets: np.ndarray, values: np.ndarray, near: float) -> np.ndarray:
     """int64[n]: how many neighbors of each row, the first of its list (which falls), have a similarity of `near` or more."""
-    found = np.zeros(len(offsets) - 1, np.int64)
-    _near_prefix(offsets, values, np.float32(near), found)
-    return found
+    results = np.zeros(len(offsets) - 1, np.int64)
+    _near_prefix(offsets, values, np.float32(near), results)
+    return results
 
 
 @numba.njit(cache=True, nogil=True)
-def _near_prefix(offsets: np.ndarray, values: np.ndarray, near: np.float32, found: np.ndarray) -> None:
-    for i in range(len(found)):
+def _near_prefix(offsets: np.ndarray, values: np.ndarray, near: np.float32, results: np.ndarray) -> None:
+    for i in range(len(results)):
         e = offsets[i]
         while e < offsets[i + 1] and values[e] >= near:
             e += 1
-        found[i] = e - offsets[i]
+        results[i] = e - offsets[i]
 
 
 def lead(rows: np.ndarray, offsets: np.ndarray, targets: np.ndarray, faces: int) -> np.ndarray:
@@ -65,18 +65,18 @@ def _lead(rows: np.ndarray, offsets: np.ndarray, targets: np.ndarray, leader: np
 
 def distinct_neighbors(own: np.ndarray, offsets: np.ndarray, leaders: np.ndarray) -> np.ndarray:
     """int64[n]: how many leaders other than its own (own int64[n]) the neighbors of each face have, leaders[offsets[i]:…]."""
-    found = np.zeros(len(offsets) - 1, np.int64)
-    _distinct(own, offsets, leaders, found)
-    return found
+    results = np.zeros(len(offsets) - 1, np.int64)
+    _distinct(own, offsets, leaders, results)
+    return results
 
 
 @numba.njit(cache=True, nogil=True)
-def _distinct(own: np.ndarray, offsets: np.ndarray, leaders: np.ndarray, found: np.ndarray) -> None:
-    for i in range(len(found)):
+def _distinct(own: np.ndarray, offsets: np.ndarray, leaders: np.ndarray, results: np.ndarray) -> None:
+    for i in range(len(results)):
         mine = np.sort(leaders[offsets[i] : offsets[i + 1]])
         for e in range(len(mine)):
             if mine[e] != own[i] and (e == 0 or mine[e] != mine[e - 1]):
-                found[i] += 1
+                results[i] += 1
 
 
 def collapse(block: Block, leader: np.ndarray) -> Block:

@@ -128,20 +128,22 @@ def _overlap(
                 near[rows[e] >> 6] = 0
 
 
-def shared_sum(block: Block, here: np.ndarray, there: np.ndarray, own_here: np.ndarray, own_there: np.ndarray) -> np.ndarray:
+def shared_sum(
+    block: Block, selected: np.ndarray, target: np.ndarray, own_here: np.ndarray, own_there: np.ndarray
+) -> np.ndarray:
     """For each edge (i, j) the sum of here[i, t] x there[j, t] over all t in both rows' lists, a row itself being in its own
     with own_here, own_there: float32[m]."""
     offsets, rows, _ = block
     out = np.zeros(len(rows), np.float32)
     cuts = cut_by_edges(offsets, CHUNKS)
-    _sum_shared(offsets, rows, here, there, own_here, own_there, cuts, out)
+    _sum_shared(offsets, rows, selected, target, own_here, own_there, cuts, out)
     return out
 
 
 @numba.njit(cache=True, nogil=True, parallel=True)
 def _sum_shared(
-    offsets: np.ndarray, rows: np.ndarray, here: np.ndarray, there: np.ndarray, own_here: np.ndarray, own_there: np.ndarray,
-    cuts: np.ndarray, out: np.ndarray,
+    offsets: np.ndarray, rows: np.ndarray, selected: np.ndarray, target: np.ndarray, own_here: np.ndarray, own_there:
+    np.ndarray, cuts: np.ndarray, out: np.ndarray,
 ) -> None:  # fmt: skip
     for c in numba.prange(len(cuts) - 1):
         at = np.zeros(len(offsets), np.int64)  # 1 + the edge by which the row in hand reaches a row; 0 for none
@@ -154,10 +156,10 @@ def _sum_shared(
                 for f in range(offsets[j], offsets[j + 1]):
                     t = rows[f]
                     if t == i:
-                        total += np.float64(own_here[i]) * there[f]
+                        total += np.float64(own_here[i]) * target[f]
                     elif at[t] > 0:
-                        total += np.float64(here[at[t] - 1]) * there[f]
-                total += np.float64(here[e]) * own_there[j]
+                        total += np.float64(selected[at[t] - 1]) * target[f]
+                total += np.float64(selected[e]) * own_there[j]
                 out[e] = total
             for e in range(offsets[i], offsets[i + 1]):
                 at[rows[e]] = 0

@@ -32,7 +32,7 @@ def join_visitors(
     links: np.ndarray,
     members: int,
 ) -> None:
-    """Compare visitors of one cell that share a link, and push what is above both ends' floors.
+    """Compare visitors of one cell that share a link, and push what is above both ends' thresholds.
 
     vectors, rows, buffers, probes: as `tiles.TileKernel`; visitors: intp[v], ascending positions; links: uint64[v, LINKS], as
     `TileKernel.between` gives them for the cell's `members` members. Pairs that a tile finds, as one probes the other's home,
@@ -44,7 +44,7 @@ def join_visitors(
     s = np.empty(1, np.float32)
     _join(
         vectors, rows, *probes, visitors, links, counts, lists, np.full(len(visitors), -1, np.int32),
-        buffers.keys, buffers.counts, buffers.floors, buffers.k, np.empty(LANES, np.float32), s, s.view(np.uint32),
+        buffers.keys, buffers.counts, buffers.thresholds, buffers.k, np.empty(LANES, np.float32), s, s.view(np.uint32),
     )  # fmt: skip
 
 
@@ -70,10 +70,10 @@ def _lists(links: np.ndarray, begin: np.ndarray) -> np.ndarray:
                 cursor[at] += 1
     kept = 0
     for m in range(members):
-        found = sizes[m + 1] - sizes[m]
-        n = min(found, MOST_MET)
-        if n < found:
-            select_smallest(every, sizes[m], found, n)
+        results = sizes[m + 1] - sizes[m]
+        n = min(results, MOST_MET)
+        if n < results:
+            select_smallest(every, sizes[m], results, n)
         for j in range(n):
             every[kept + j] = every[sizes[m] + j]
         kept += n
@@ -83,10 +83,10 @@ def _lists(links: np.ndarray, begin: np.ndarray) -> np.ndarray:
 
 @numba.njit(cache=True, nogil=True, _nrt=False)
 def _probes(offsets: np.ndarray, cells: np.ndarray, face: int, cell: int) -> bool:
-    found = False
+    results = False
     for p in range(offsets[face], offsets[face + 1]):
-        found |= cells[p] == cell
-    return found
+        results |= cells[p] == cell
+    return results
 
 
 @numba.njit(cache=True, nogil=True, _nrt=False)
@@ -111,7 +111,7 @@ def _dot(vectors: np.ndarray, a: int, b: int, lanes: np.ndarray) -> np.float32:
 def _join(
     vectors: np.ndarray, rows: np.ndarray, offsets: np.ndarray, cells: np.ndarray, visitors: np.ndarray, links: np.ndarray,
     begin: np.ndarray, lists: np.ndarray, seen: np.ndarray,
-    keys: np.ndarray, counts: np.ndarray, floors: np.ndarray, k: int, lanes: np.ndarray, s: np.ndarray, bits: np.ndarray,
+    keys: np.ndarray, counts: np.ndarray, thresholds: np.ndarray, k: int, lanes: np.ndarray, s: np.ndarray, bits: np.ndarray,
 ) -> None:  # fmt: skip
     for i in range(len(visitors)):
         a = visitors[i]
@@ -129,7 +129,7 @@ def _join(
                 if _probes(offsets, cells, a, cells[offsets[b]]) or _probes(offsets, cells, b, home):
                     continue
                 s[0] = _dot(vectors, a, b, lanes)
-                if s[0] >= floors[a]:
-                    push_new(keys, counts, floors, k, a, key_of(bits[0], rows[b]))
-                if s[0] >= floors[b]:
-                    push_new(keys, counts, floors, k, b, key_of(bits[0], rows[a]))
+                if s[0] >= thresholds[a]:
+                    push_new(keys, counts, thresholds, k, a, key_of(bits[0], rows[b]))
+                if s[0] >= thresholds[b]:
+                    push_new(keys, counts, thresholds, k, b, key_of(bits[0], rows[a]))

@@ -11,12 +11,12 @@ EXACT_WORK = 2e11
 """Floating-point operations up to which all pairs are compared in any case: about 2 s on two cores, and nothing missed."""
 
 CROWDED_CELL = 250.0
-"""Without a floor: faces a cell from which the probes that a recall takes begin to rise, with the third power, as cells that
-hold many people describe none of them. Measured on synthetic faces of 68 a person, recall 0.997, pairs that only meet in the
-home of one of them: 226 faces a cell need 1.2 probes a face on average, 285: 1.3, 539: 9.2, 1054: 71."""
+"""Without a threshold: faces a cell from which the probes that a recall takes begin to rise, with the third power, as cells
+that hold many people describe none of them. Measured on synthetic faces of 68 a person, recall 0.997, pairs that only meet in
+the home of one of them: 226 faces a cell need 1.2 probes a face on average, 285: 1.3, 539: 9.2, 1054: 71."""
 
 JOINED_CELL, JOINED_POWER, JOINED_GROWTH = 265.0, 1.3, 0.4
-"""With a floor (`joins`): probes beyond the first = (faces a cell / JOINED_CELL)^JOINED_POWER * (faces / 1M)^JOINED_GROWTH.
+"""With a threshold (`joins`): probes beyond the first = (faces a cell / JOINED_CELL)^JOINED_POWER * (faces / 1M)^JOINED_GROWTH.
 Measured on the same faces, recall 0.998: 1M faces in cells of 250, 357, 500, 714, 1000, 1429: 1.6, 2.5, 3.4, 5.1, 8.1, 9.5
 probes a face; 100k in cells of 357, 714, 1429: 1.7, 2.6, 4.1."""
 
@@ -96,7 +96,7 @@ def choose(
     """The plan for `faces` faces of dimension `dim`; `index`, `cells` and `probes` as the settings give them.
 
     iterations, sample: Lloyd iterations and training faces a cell of the quantizer; joined: whether visitors of a cell meet,
-    as they do with a floor; on_gpu: whether tiles run on GPUs.
+    as they do with a threshold; on_gpu: whether tiles run on GPUs.
     """
     exact = float(dim) * faces * faces
     candidates = np.unique(np.geomspace(1, max(1, faces // 8), 2000).astype(np.int64)).astype(np.float64)
@@ -139,7 +139,7 @@ def shard_count(faces: int, dim: int, neighbors: int, cells: int, mean_probes: f
 
 
 def pairs_counted(faces: int) -> int:
-    """Faces of which all pairs are counted to find the floor."""
+    """Faces of which all pairs are counted to find the threshold."""
     return min(faces, int(COUNTED_FACES * max(1.0, faces / 1e6) ** 0.25))
 
 

@@ -11,7 +11,7 @@ from faceflow.kernels.knn.tiles import CHUNK, QUERY_BLOCK, TileKernel
 from faceflow.kernels.knn.topk import Buffers, decode, key_of, select_smallest
 
 UNTOLD_PROBES = 8
-"""Probes where a sample holds no pair above the floor: there is next to nothing to find."""
+"""Probes where a sample holds no pair above the threshold: there is next to nothing to find."""
 
 FEWEST_ALONE = 50
 """Pairs without a common neighbor in the sample from which on they say something."""
@@ -79,7 +79,7 @@ def _within_margin(
     total = 0
     for i in range(product.shape[0]):
         row = product[i]
-        found = 0
+        results = 0
         for begin in range(0, len(row), CHUNK):
             start, end = np.uint64(begin), np.uint64(min(begin + CHUNK, len(row)))  # unsigned, as in `tiles`
             near = np.int32(0)
@@ -88,16 +88,16 @@ def _within_margin(
             if near:
                 for j in range(start, end):
                     if row[j] >= least[i]:
-                        scratch[found] = key_of(bits[i, j], np.int32(j))
-                        found += 1
-        if found > most:
-            select_smallest(scratch, 0, found, most)
-            found = most
-        nearest = scratch[:found]
+                        scratch[results] = key_of(bits[i, j], np.int32(j))
+                        results += 1
+        if results > most:
+            select_smallest(scratch, 0, results, most)
+            results = most
+        nearest = scratch[:results]
         nearest.sort()
-        out[total : total + found] = nearest
-        total += found
-        counts[i] = found
+        out[total : total + results] = nearest
+        total += results
+        counts[i] = results
     return total
 
 
@@ -121,27 +121,28 @@ def choose_rule(
     faces: int,
     centroids: np.ndarray,
     neighbors: int,
-    floor: float | None,
+    threshold: float | None,
     most: int,
     target: float,
     target_alone: float,
 ) -> Choice:
     """The smallest margin with a predicted edge recall of `target`.
 
-    vectors: float32[n, d], a uniform sample of the `faces` faces: pairs of it above the floor (with floor None: each
-    face's nearest in it) are a sample of the edges. A pair is found when one face probes the other's home cell. With a floor it
-    is also found when both visit a third cell and somebody at home there introduces them (`kernels.ivf.neighbor_join`), which
-    people of many photos can count on. Two photos that are all there is of a person cannot: of pairs without a common neighbor
-    in the sample, `target_alone` must be found without introduction. A face with more neighbors than k keeps only k of them, so
-    its pairs weigh less: without that, the easy faces amid a large cluster would outvote the hard ones at its edge.
+    vectors: float32[n, d], a uniform sample of the `faces` faces: pairs of it above the threshold (with threshold None: each
+    face's nearest in it) are a sample of the edges. A pair is found when one face probes the other's home cell. With a
+    threshold it is also found when both visit a third cell and somebody at home there introduces them
+    (`kernels.ivf.neighbor_join`), which people of many photos can count on. Two photos that are all there is of a person
+    cannot: of pairs without a common neighbor in the sample, `target_alone` must be found without introduction. A face with
+    more neighbors than k keeps only k of them, so its pairs weigh less: without that, the easy faces amid a large cluster would
+    outvote the hard ones at its edge.
     """
     n = len(vectors)
-    # Without a floor, only as many of the sample's faces are neighbors as the sample has of all faces.
-    k = neighbors if floor is not None else -(-neighbors * n // faces)
-    buffers = Buffers.empty(n, min(k, max(1, n - 1)), floor)
-    here = np.arange(n)
-    TileKernel(vectors, here.astype(np.int32), buffers).within(here, vectors)
-    offsets, keys = buffers.take(here)
+    # Without a threshold, only as many of the sample's faces are neighbors as the sample has of all faces.
+    k = neighbors if threshold is not None else -(-neighbors * n // faces)
+    buffers = Buffers.empty(n, min(k, max(1, n - 1)), threshold)
+    selected = np.arange(n)
+    TileKernel(vectors, selected.astype(np.int32), buffers).within(selected, vectors)
+    offsets, keys = buffers.take(selected)
     if len(keys) == 0:
         rule = ProbeRule(None, min(most, UNTOLD_PROBES))
         return Choice(rule, rule, float(rule.most), None)
@@ -151,10 +152,10 @@ def choose_rule(
     home, met, own = (np.empty(len(keys), np.float32) for _ in range(3))
     alone = np.empty(len(keys), np.bool_)
     _margins(offsets, decode(keys)[1], probed, cells, short, len(centroids), home, met, own, alone)
-    owner = np.repeat(here, np.diff(offsets))
+    owner = np.repeat(selected, np.diff(offsets))
     weights = np.minimum(1.0, neighbors * n / (faces * np.diff(offsets)[owner]))
-    margin, recall = _quantile(home if floor is None else met, weights, target)
-    if floor is not None and alone.sum() >= FEWEST_ALONE:
+    margin, recall = _quantile(home if threshold is None else met, weights, target)
+    if threshold is not None and alone.sum() >= FEWEST_ALONE:
         margin = max(margin, _quantile(home[alone], weights[alone], target_alone)[0])
         recall = float(weights[met <= margin].sum() / weights.sum())
     if not np.isfinite(margin):

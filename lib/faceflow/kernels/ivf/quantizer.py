@@ -42,9 +42,9 @@ def nearest_cell(vectors: np.ndarray, centroids: np.ndarray, threads: int = 1) -
         product = np.empty((QUERY_BLOCK, len(centroids)), np.float32)
         for i in range(begin, end, QUERY_BLOCK):
             block = vectors[i : i + QUERY_BLOCK]
-            here = np.matmul(block, centroids.T, out=product[: len(block)])
-            cells[i : i + len(block)] = here.argmax(axis=1)
-            similarities[i : i + len(block)] = here[np.arange(len(block)), cells[i : i + len(block)]]
+            selected = np.matmul(block, centroids.T, out=product[: len(block)])
+            cells[i : i + len(block)] = selected.argmax(axis=1)
+            similarities[i : i + len(block)] = selected[np.arange(len(block)), cells[i : i + len(block)]]
 
     step = max(1, -(-len(vectors) // (QUERY_BLOCK * 4 * threads))) * QUERY_BLOCK
     with threadpool_limits(limits=1, user_api="blas"), ThreadPoolExecutor(threads) as pool:

@@ -37,10 +37,10 @@ def check_device() -> None:
         )
     try:
         unit = np.eye(4, 8, dtype=np.float32)
-        similarities, found = faiss.knn_gpu(faiss.StandardGpuResources(), unit, unit, 1, metric=faiss.METRIC_INNER_PRODUCT)
+        similarities, results = faiss.knn_gpu(faiss.StandardGpuResources(), unit, unit, 1, metric=faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
         raise SettingsError(f"gpus_per_worker is above 0, but the GPU does not work: {str(error).splitlines()[0]}") from None
-    if not (np.array_equal(found[:, 0], np.arange(4)) and np.allclose(similarities, 1)):
+    if not (np.array_equal(results[:, 0], np.arange(4)) and np.allclose(similarities, 1)):
         raise SettingsError("gpus_per_worker is above 0, but the GPU returned a wrong product: check driver and wheel")
 
 
@@ -51,22 +51,22 @@ def _resources() -> Any:
 
 
 class _GpuIndex:
-    def __init__(self, members: np.ndarray, rows: np.ndarray, k: int, floor: float | None, float16: bool) -> None:
+    def __init__(self, members: np.ndarray, rows: np.ndarray, k: int, threshold: float | None, float16: bool) -> None:
         config = faiss.GpuIndexFlatConfig()
         config.useFloat16 = float16
         self._index = faiss.GpuIndexFlatIP(_resources(), members.shape[1], config)
         self._index.add(members)
         self._rows, self._k = rows, min(k + 1, len(members))
-        self._floor = np.float32(-np.inf if floor is None else floor)
+        self._threshold = np.float32(-np.inf if threshold is None else threshold)
 
     def search(self, queries: np.ndarray, query_rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(query positions int64[m], keys uint64[m]) of the hits above the floor, the query itself left out."""
+        """(query positions int64[m], keys uint64[m]) of the hits above the threshold, the query itself left out."""
         positions, keys = [], []
         for begin in range(0, len(queries), QUERY_BATCH):
             batch = slice(begin, begin + QUERY_BATCH)
-            similarities, found = self._index.search(queries[batch], self._k)
-            neighbor = self._rows[found]
-            good = (found >= 0) & (similarities >= self._floor) & (neighbor != query_rows[batch, None])
+            similarities, results = self._index.search(queries[batch], self._k)
+            neighbor = self._rows[results]
+            good = (results >= 0) & (similarities >= self._threshold) & (neighbor != query_rows[batch, None])
             positions.append(np.nonzero(good)[0] + begin)
             keys.append(encode(similarities[good], neighbor[good]))
         return np.concatenate(positions), np.concatenate(keys)
@@ -83,36 +83,38 @@ def search_blocks(
     first_row: int,
     others: Iterable[tuple[int, np.ndarray]],
     k: int,
-    floor: float | None,
+    threshold: float | None,
     take: Callable[[int, np.ndarray, np.ndarray], None],
     float16: bool = False,
 ) -> None:
     """As `kernels.knn.tile_search.search_blocks`, but each block of `others` and `members` itself only receive `members`."""
-    index = _GpuIndex(members, np.arange(first_row, first_row + len(members), dtype=np.int32), k, floor, float16)
+    index = _GpuIndex(members, np.arange(first_row, first_row + len(members), dtype=np.int32), k, threshold, float16)
     for row, queries in [(first_row, members), *others]:
         positions, keys = index.search(queries, np.arange(row, row + len(queries), dtype=np.int32))
         take(row, _offsets(positions, len(queries)), keys)
 
 
 def search_cells(
-    vectors: np.ndarray, rows: np.ndarray, probes: Probes, cells: range, k: int, floor: float | None, float16: bool = False
+    vectors: np.ndarray, rows: np.ndarray, probes: Probes, cells: range, k: int, threshold: float | None, float16: bool = False
 ) -> Buffers:
     """As `kernels.knn.tile_search.search_cells`: members and visitors are searched among the members, and members among the
     visitors, as a pair serves both ends; visitors are joined on the CPU."""
-    buffers = Buffers.empty(len(rows), k, floor)
+    buffers = Buffers.empty(len(rows), k, threshold)
     homes = probes[1][probes[0][:-1]]
     for members, visitors in by_cell(probes, cells):
         queries = np.concatenate([members, visitors])
-        positions, keys = _GpuIndex(vectors[members], rows[members], k, floor, float16).search(vectors[queries], rows[queries])
+        positions, keys = _GpuIndex(vectors[members], rows[members], k, threshold, float16).search(
+            vectors[queries], rows[queries]
+        )
         buffers.extend(queries, _offsets(positions, len(queries)), keys)
         if len(visitors):
-            index = _GpuIndex(vectors[visitors], rows[visitors], k, floor, float16)
+            index = _GpuIndex(vectors[visitors], rows[visitors], k, threshold, float16)
             back, back_keys = index.search(vectors[members], rows[members])
             visitor = np.searchsorted(rows[visitors], (back_keys & ROW).astype(np.int64))
             # The tile of the visitor's home finds the pair where the member probes it, and no pair may be found twice.
             new = ~_probe(probes, members[back], homes[visitors[visitor]])
             buffers.extend(members, _offsets(back[new], len(members)), back_keys[new])
-        if floor is not None:
+        if threshold is not None:
             links = _links(positions - len(members), keys, rows[members], len(visitors))
             join_visitors(vectors, rows, buffers, probes, visitors, links, len(members))
     return buffers

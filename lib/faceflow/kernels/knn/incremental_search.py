@@ -24,7 +24,7 @@ Residents = Callable[[int], Iterable[tuple[np.ndarray, np.ndarray]]]
 
 def search_cells(
     vectors: np.ndarray, rows: np.ndarray, probes: Probes, cells: range, own: range, residents: Residents, k: int,
-    floor: float | None, keys: np.ndarray | None = None,
+    threshold: float | None, keys: np.ndarray | None = None,
 ) -> tuple[CandidateList, CandidateList]:  # fmt: skip
     """Search a range of cells: the active faces that probe a cell against those that live there.
 
@@ -35,25 +35,25 @@ def search_cells(
     Returns the candidates of the active faces, and of others those who have any: the pair's other face, at both ends.
     """
     n = len(rows)
-    buffers = Buffers.empty(n + MOST_RESIDENTS, k, floor, keys)
+    buffers = Buffers.empty(n + MOST_RESIDENTS, k, threshold, keys)
     rows = np.concatenate([rows, np.zeros(MOST_RESIDENTS, np.int32)])
     kernel = TileKernel(vectors, rows, buffers, probes)
-    found: list[CandidateList] = []
-    for cell, here, home in visits(probes, cells):
-        new = here[home]
+    results: list[CandidateList] = []
+    for cell, selected, home in visits(probes, cells):
+        new = selected[home]
         if cell in own and len(new):
             kernel.within(new, vectors[new])
             # An active member that probes the visitor's home finds it there.
-            kernel.between(here[~home], new, vectors[new])
+            kernel.between(selected[~home], new, vectors[new])
         for their_rows, their_vectors in residents(cell):
             slots = np.arange(n, n + len(their_rows))
             rows[slots] = their_rows
-            buffers.clear(n, floor)
-            kernel.across(here, slots, their_vectors)
+            buffers.clear(n, threshold)
+            kernel.across(selected, slots, their_vectors)
             offsets, keys = buffers.take(slots)
             met = np.flatnonzero(np.diff(offsets))
-            found.append((their_rows[met], np.append(offsets[met], offsets[-1]), keys))
-    return (rows[:n], *buffers.take(np.arange(n))), joined(found)
+            results.append((their_rows[met], np.append(offsets[met], offsets[-1]), keys))
+    return (rows[:n], *buffers.take(np.arange(n))), joined(results)
 
 
 def joined(lists: list[CandidateList]) -> CandidateList:
@@ -67,7 +67,7 @@ def joined(lists: list[CandidateList]) -> CandidateList:
 
 def search_part(
     queries: np.ndarray, query_rows: np.ndarray, members: np.ndarray, first_row: int, active: np.ndarray, k: int,
-    floor: float | None,
+    threshold: float | None,
 ) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:  # fmt: skip
     """All active faces against one part, for the exact plan: (offsets, keys) of the queries, and of the part's faces.
 
@@ -75,8 +75,8 @@ def search_part(
     start at first_row; active: bool[m], which of them are among the queries: their candidates come as queries' only.
     """
     q, m = len(queries), len(members)
-    buffers = Buffers.empty(q + m, k + 1, floor)  # one more, as a query may meet itself
-    buffers.floors[q:][active] = np.inf
+    buffers = Buffers.empty(q + m, k + 1, threshold)  # one more, as a query may meet itself
+    buffers.thresholds[q:][active] = np.inf
     rows = np.concatenate([query_rows, np.arange(first_row, first_row + m)]).astype(np.int32)
     kernel = TileKernel(queries, rows, buffers)
     kernel.between(np.arange(q), np.arange(q, q + m), members)

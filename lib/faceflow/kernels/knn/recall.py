@@ -24,7 +24,7 @@ Z = 1.959964
 class Certificate:
     """Share of the true edges of a sample of faces that the neighbor table holds, with a 95 % interval.
 
-    estimate, low, high: in 0..1; faces: sampled; edges: their true neighbors above the floor and within k.
+    estimate, low, high: in 0..1; faces: sampled; edges: their true neighbors above the threshold and within k.
     """
 
     estimate: float
@@ -60,10 +60,10 @@ def carry_truth(
     before, offsets, keys = truth
     similarities, neighbors = topk.decode(keys)
     owner = np.repeat(np.arange(len(before)), np.diff(offsets))
-    there = now[neighbors] >= 0
-    lost = np.bincount(owner, weights=~there, minlength=len(before)) > 0
+    target = now[neighbors] >= 0
+    lost = np.bincount(owner, weights=~target, minlength=len(before)) > 0
     known = (now[before] >= 0) & ~(lost & (np.diff(offsets) > k))
-    kept = there & known[owner]
+    kept = target & known[owner]
     stay = np.flatnonzero(now[before] >= 0)
     rows = np.sort(np.concatenate([now[before[stay]].astype(np.int64), drawn]))
     places = np.searchsorted(rows, now[before[stay]])
@@ -76,49 +76,49 @@ def carry_truth(
 
 
 def search_part(
-    queries: np.ndarray, query_rows: np.ndarray, members: np.ndarray, first_row: int, k: int, floor: float | None
+    queries: np.ndarray, query_rows: np.ndarray, members: np.ndarray, first_row: int, k: int, threshold: float | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Each query's k + 1 best among one part's rows, the query itself possibly among them: (offsets, keys).
 
     queries: float32[q, d]; query_rows: int32[q]; members: float32[m, d], whose rows start at first_row; all unit rows.
     """
     q, m = len(queries), len(members)
-    buffers = Buffers.empty(q + m, k + 1, floor)
-    buffers.floors[q:] = np.inf  # members collect nothing
+    buffers = Buffers.empty(q + m, k + 1, threshold)
+    buffers.thresholds[q:] = np.inf  # members collect nothing
     rows = np.concatenate([query_rows, np.arange(first_row, first_row + m)]).astype(np.int32)
     TileKernel(queries, rows, buffers).between(np.arange(q), np.arange(q, q + m), members)
     return buffers.take(np.arange(q))
 
 
 def check(
-    truth: tuple[np.ndarray, np.ndarray], found: tuple[np.ndarray, np.ndarray], k: int, floor: float | None
+    truth: tuple[np.ndarray, np.ndarray], results: tuple[np.ndarray, np.ndarray], k: int, threshold: float | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """(similarities float32[n] of the true neighbors of one face, which of them are found bool[n]).
 
-    truth: (rows, similarities) of its k nearest above the floor by exact search; found: the same from the table. A
-    neighbor tied with the floor, or with the last of a full table, is not counted missing: either choice is right.
+    truth: (rows, similarities) of its k nearest above the threshold by exact search; found: the same from the table. A
+    neighbor tied with the threshold, or with the last of a full table, is not counted missing: either choice is right.
     """
     rows, similarities = truth
-    if floor is not None:
-        clear = similarities >= np.float32(floor) + TIE
+    if threshold is not None:
+        clear = similarities >= np.float32(threshold) + TIE
         rows, similarities = rows[clear], similarities[clear]
-    hit = np.isin(rows, found[0])
-    if len(found[0]) >= k:
-        hit |= similarities <= found[1].min() + TIE
+    hit = np.isin(rows, results[0])
+    if len(results[0]) >= k:
+        hit |= similarities <= results[1].min() + TIE
     return similarities, hit
 
 
-def add_bands(bands: np.ndarray, similarities: np.ndarray, hit: np.ndarray, floor: float | None) -> None:
-    """Add one face's true neighbors, and those found (`check`), to bands int64[2, b] of equal width from the floor (none: -1)
-    to a similarity of 1."""
-    low = floor if floor is not None else -1.0
+def add_bands(bands: np.ndarray, similarities: np.ndarray, hit: np.ndarray, threshold: float | None) -> None:
+    """Add one face's true neighbors, and those found (`check`), to bands int64[2, b] of equal width from the threshold (none:
+    -1) to a similarity of 1."""
+    low = threshold if threshold is not None else -1.0
     width = max(1e-6, 1 - low) / bands.shape[1]
     band = ((similarities - low) / width).astype(np.int64).clip(0, bands.shape[1] - 1)
     for row, chosen in zip(bands, (band, band[hit]), strict=True):
         row += np.bincount(chosen, minlength=len(row))
 
 
-def certify(true: np.ndarray, found: np.ndarray) -> Certificate:
+def certify(true: np.ndarray, results: np.ndarray) -> Certificate:
     """The certificate from counts per sampled face, int64[n] each.
 
     A Wilson interval at the effective number of edges: edges of one face are missed together, so the variance is taken
@@ -128,10 +128,10 @@ def certify(true: np.ndarray, found: np.ndarray) -> Certificate:
     edges, faces = int(true.sum()), len(true)
     if edges == 0:
         return Certificate(1.0, 0.0, 1.0, faces, 0)
-    p = int(found.sum()) / edges
+    p = int(results.sum()) / edges
     effective = float((true > 0).sum())
     if p < 1 and faces > 1:
-        variance = float(((found - p * true) ** 2).sum()) / edges**2 * faces / (faces - 1)
+        variance = float(((results - p * true) ** 2).sum()) / edges**2 * faces / (faces - 1)
         effective = min(float(edges), p * (1 - p) / variance) if variance > 0 else effective
     center = (p + Z**2 / (2 * effective)) / (1 + Z**2 / effective)
     half = Z / (1 + Z**2 / effective) * np.sqrt(p * (1 - p) / effective + Z**2 / (4 * effective**2))

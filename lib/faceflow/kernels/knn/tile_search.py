@@ -21,33 +21,33 @@ def search_cells(
     probes: Probes,
     cells: range,
     k: int,
-    floor: float | None,
+    threshold: float | None,
     keys: np.ndarray | None = None,
 ) -> Buffers:
-    """Search every cell of one shard: its members against each other and against the faces that probe it; with a floor,
+    """Search every cell of one shard: its members against each other and against the faces that probe it; with a threshold,
     those visitors that resemble the same member against each other too (`kernels.ivf.neighbor_join`).
 
     vectors: float32[n, d], unit rows: every face that probes a cell of the shard; rows: int32[n], ascending; cells: the
     shard's; keys: memory for the buffers (`topk.Buffers.empty`). Returns buffers with one slot per face: its candidates among
     the faces it was compared with, in either direction.
     """
-    buffers = Buffers.empty(len(rows), k, floor, keys)
+    buffers = Buffers.empty(len(rows), k, threshold, keys)
     kernel = TileKernel(vectors, rows, buffers, probes)
     for members, visitors in by_cell(probes, cells):
         member_vectors = vectors[members]
         kernel.within(members, member_vectors)
-        links = np.empty((len(visitors), 0 if floor is None else LINKS), np.uint64)
-        kernel.between(visitors, members, member_vectors, links, np.inf if floor is None else floor)
-        if floor is not None:
+        links = np.empty((len(visitors), 0 if threshold is None else LINKS), np.uint64)
+        kernel.between(visitors, members, member_vectors, links, np.inf if threshold is None else threshold)
+        if threshold is not None:
             join_visitors(vectors, rows, buffers, probes, visitors, links, len(members))
     return buffers
 
 
 def by_cell(probes: Probes, cells: range) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(members, visitors) of each cell that has members: positions of the faces at home there and of those that probe it."""
-    for _, here, home in visits(probes, cells):
+    for _, selected, home in visits(probes, cells):
         if home.any():
-            yield here[home], here[~home]
+            yield selected[home], selected[~home]
 
 
 def visits(probes: Probes, cells: range) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
@@ -91,7 +91,7 @@ def search_blocks(
     first_row: int,
     others: Iterable[tuple[int, np.ndarray]],
     k: int,
-    floor: float | None,
+    threshold: float | None,
     take: Callable[[int, np.ndarray, np.ndarray], None],
 ) -> None:
     """Compare one block of faces with itself and with other blocks, each pair serving both ends.
@@ -100,22 +100,22 @@ def search_blocks(
     blocks, one at a time. take(first_row, offsets, keys) receives each block's candidates, `members`' own last.
     """
     m, dim = members.shape
-    buffers = Buffers.empty(m, k, floor)
+    buffers = Buffers.empty(m, k, threshold)
     vectors, rows = members, np.arange(first_row, first_row + m, dtype=np.int32)
-    here = np.arange(m)
-    TileKernel(vectors, rows, buffers).within(here, members)
+    selected = np.arange(m)
+    TileKernel(vectors, rows, buffers).within(selected, members)
     for other_row, other in others:
         q = len(other)
         if len(vectors) < m + q:  # at most a few times: blocks are of about equal size
             buffers = buffers.resized(m + q)
             vectors = np.concatenate([members, np.empty((q, dim), np.float32)])
             rows = np.concatenate([rows[:m], np.empty(q, np.int32)])
-        there = np.arange(m, m + q)
-        buffers.clear(m, floor)
-        vectors[there], rows[there] = other, np.arange(other_row, other_row + q)
-        TileKernel(vectors, rows, buffers).between(there, here, members)
-        take(other_row, *buffers.take(there))
-    take(first_row, *buffers.take(here))
+        target = np.arange(m, m + q)
+        buffers.clear(m, threshold)
+        vectors[target], rows[target] = other, np.arange(other_row, other_row + q)
+        TileKernel(vectors, rows, buffers).between(target, selected, members)
+        take(other_row, *buffers.take(target))
+    take(first_row, *buffers.take(selected))
 
 
 def blocks_of(rows: int, block_rows: int) -> Iterator[tuple[int, int]]:

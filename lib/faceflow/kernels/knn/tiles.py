@@ -1,7 +1,7 @@
 """The tile kernel: exact similarities of (queries x members), pushed to both sides' top-k buffers. One per CPU core.
 
 Why not faiss here: `IndexFlatIP.range_search` runs at the same speed (88 against 87 GFLOP/s for 2,000 x 500 x 256 on one
-AVX-512 core) but returns every hit above one radius; pushing straight from the product lets each row's floor rise to its
+AVX-512 core) but returns every hit above one radius; pushing straight from the product lets each row's threshold rise to its
 running k-th best and serves both ends of a pair at once, so memory does not follow the hits.
 """
 
@@ -52,56 +52,56 @@ def _push_block(
     m_rows: np.ndarray,
     taken_of: np.ndarray,
     taken: np.ndarray,
-    m_floors: np.ndarray,
+    m_thresholds: np.ndarray,
     hits: np.ndarray,
     keys: np.ndarray,
     counts: np.ndarray,
-    floors: np.ndarray,
+    thresholds: np.ndarray,
     k: int,
     links: np.ndarray,
     links_from: int,
-    link_floor: np.float32,
+    link_threshold: np.float32,
 ) -> None:
     # first: the pairs j <= i + first are left out (the lower triangle of a tile with itself); -len(queries) for none.
     # taken: whether the member's own tiles find the pair; its line for the query's home cell is taken_of[home], 0 is for none.
     # links: each query's nearest members so far, as keys of similarity and links_from + j, ascending. Which they are must not
-    # depend on what else the query has found, so they have a floor of their own, link_floor or the last link.
+    # depend on what else the query has found, so they have a threshold of their own, link_threshold or the last link.
     n, m = product.shape
     wanted = links.shape[1]
     for j in range(m):
-        m_floors[j] = floors[m_slots[j]]
+        m_thresholds[j] = thresholds[m_slots[j]]
     for i in range(n):
         slot = q_slots[i]
-        floor = floors[slot]
-        linked = link_floor
+        threshold = thresholds[slot]
+        linked = link_threshold
         if wanted > 0:
             linked = max(linked, similarity_of(links[i, wanted - 1]))
-        lowest = min(floor, linked)
+        lowest = min(threshold, linked)
         # Most chunks hold no hit, and the first loop is nearly all the work for them: it vectorises, as unsigned indices cannot
         # be meant from the end. Where there are hits, their places are collected without a branch to guess wrong.
-        found = 0
+        results = 0
         row = product[i]
         for begin in range(max(0, i + first + 1), m, CHUNK):
             start, end = np.uint64(begin), np.uint64(min(begin + CHUNK, m))
             near = np.int32(0)
             for u in range(start, end):
-                near += np.int32(row[u] >= min(lowest, m_floors[u]))
+                near += np.int32(row[u] >= min(lowest, m_thresholds[u]))
             if near:
                 for u in range(start, end):
-                    hits[found] = u
-                    found += int(row[u] >= min(lowest, m_floors[u]))
+                    hits[results] = u
+                    results += int(row[u] >= min(lowest, m_thresholds[u]))
         line = taken[taken_of[q_homes[i]]]
-        for h in range(found):
+        for h in range(results):
             u = hits[h]
             s = row[u]
             if s >= linked:
-                linked = max(link_floor, _link(links, i, key_of(bits[i, u], np.int32(links_from + u))))
-            if s >= floor:
-                push(keys, counts, floors, k, slot, key_of(bits[i, u], m_rows[u]))
-                floor = floors[slot]
-            if s >= m_floors[u] and not line[u]:
-                push(keys, counts, floors, k, m_slots[u], key_of(bits[i, u], q_rows[i]))
-                m_floors[u] = floors[m_slots[u]]
+                linked = max(link_threshold, _link(links, i, key_of(bits[i, u], np.int32(links_from + u))))
+            if s >= threshold:
+                push(keys, counts, thresholds, k, slot, key_of(bits[i, u], m_rows[u]))
+                threshold = thresholds[slot]
+            if s >= m_thresholds[u] and not line[u]:
+                push(keys, counts, thresholds, k, m_slots[u], key_of(bits[i, u], q_rows[i]))
+                m_thresholds[u] = thresholds[m_slots[u]]
 
 
 @numba.njit(cache=True, nogil=True)
@@ -154,20 +154,20 @@ class TileKernel:
         self._nowhere = np.zeros(QUERY_BLOCK, np.int32), np.zeros(1, np.int32), np.zeros((1, MEMBER_BLOCK), np.bool_)
         self._product = np.empty(QUERY_BLOCK * MEMBER_BLOCK, np.float32)
         self._queries = np.empty((QUERY_BLOCK, vectors.shape[1]), np.float32)
-        self._floors = np.empty(MEMBER_BLOCK, np.float32)
+        self._thresholds = np.empty(MEMBER_BLOCK, np.float32)
         self._hits = np.empty(MEMBER_BLOCK + 1, np.int32)
 
     def _block(
         self, queries: np.ndarray, members: np.ndarray, first: int, q: np.ndarray, m: np.ndarray,
         taken: tuple[np.ndarray, np.ndarray, np.ndarray],
-        links: np.ndarray = NO_LINKS, links_from: int = 0, link_floor: float = np.inf,
+        links: np.ndarray = NO_LINKS, links_from: int = 0, link_threshold: float = np.inf,
     ) -> None:  # fmt: skip
         product = self._product[: len(queries) * len(members)].reshape(len(queries), len(members))
         np.matmul(queries, members.T, out=product)
         b = self.buffers
         _push_block(
             product, product.view(np.uint32), first, q, self.rows[q], taken[0], m, self.rows[m], taken[1], taken[2],
-            self._floors, self._hits, b.keys, b.counts, b.floors, b.k, links, links_from, np.float32(link_floor),
+            self._thresholds, self._hits, b.keys, b.counts, b.thresholds, b.k, links, links_from, np.float32(link_threshold),
         )  # fmt: skip
 
     def within(self, positions: np.ndarray, vectors: np.ndarray) -> None:
@@ -190,11 +190,11 @@ class TileKernel:
 
     def between(
         self, queries: np.ndarray, members: np.ndarray, member_vectors: np.ndarray, links: np.ndarray | None = None,
-        floor: float = np.inf,
+        threshold: float = np.inf,
     ) -> None:  # fmt: skip
         """All pairs (queries x members), two sets of positions without a common one; each pair serves both ends.
 
-        links: if given, uint64[len(queries), t], receives each query's t nearest members of similarity `floor` at least, as
+        links: if given, uint64[len(queries), t], receives each query's t nearest members of similarity `threshold` at least, as
         `topk` keys of similarity and index into `members`, ascending; NO_LINK where there are fewer.
         """
         if links is None:
@@ -210,7 +210,7 @@ class TileKernel:
                 block = np.take(self.vectors, q, axis=0, out=self._queries[: len(q)], mode="clip")
                 self._block(
                     block, member_vectors[j : j + MEMBER_BLOCK], -QUERY_BLOCK - 1, q, m,
-                    (self._homes[q], self._taken_of, taken), links[i : i + QUERY_BLOCK], j, floor,
+                    (self._homes[q], self._taken_of, taken), links[i : i + QUERY_BLOCK], j, threshold,
                 )  # fmt: skip
         _unlist_cells(*self._probes, members, self._taken_of)
 

@@ -86,8 +86,8 @@ def select_smallest(a: np.ndarray, first: int, n: int, k: int) -> None:
 
 
 @numba.njit(cache=True, nogil=True, _nrt=False)
-def push(keys: np.ndarray, counts: np.ndarray, floors: np.ndarray, k: int, slot: int, key: np.uint64) -> None:
-    """Add a candidate to a slot; a full slot falls back to its k best and raises its floor to the k-th of them."""
+def push(keys: np.ndarray, counts: np.ndarray, thresholds: np.ndarray, k: int, slot: int, key: np.uint64) -> None:
+    """Add a candidate to a slot; a full slot falls back to its k best and raises its threshold to the k-th of them."""
     c = counts[slot]
     first = slot * room_for(k)
     keys[first + c] = key
@@ -95,37 +95,37 @@ def push(keys: np.ndarray, counts: np.ndarray, floors: np.ndarray, k: int, slot:
     if c == room_for(k):
         select_smallest(keys, first, c, k)
         c = k
-        floors[slot] = similarity_of(keys[first + k - 1])
+        thresholds[slot] = similarity_of(keys[first + k - 1])
     counts[slot] = c
 
 
 @numba.njit(cache=True, nogil=True, _nrt=False)
-def push_new(keys: np.ndarray, counts: np.ndarray, floors: np.ndarray, k: int, slot: int, key: np.uint64) -> None:
+def push_new(keys: np.ndarray, counts: np.ndarray, thresholds: np.ndarray, k: int, slot: int, key: np.uint64) -> None:
     """`push`, unless the slot holds this very key. One that it held and dropped ranks behind the k best: it may come again."""
     for i in range(counts[slot]):
         if keys[slot * room_for(k) + i] == key:
             return
-    push(keys, counts, floors, k, slot, key)
+    push(keys, counts, thresholds, k, slot, key)
 
 
 @dataclass(frozen=True)
 class Buffers:
     """Bounded candidate lists of n rows.
 
-    keys: uint64[n * r], r = `room_for(k)` a row, of which counts[i] are in use; counts: int32[n]; floors: float32[n], the
-    similarity below which a candidate cannot enter row i any more: the given floor at first, the running k-th best later. The
-    memory is reserved here but touched only as candidates arrive.
+    keys: uint64[n * r], r = `room_for(k)` a row, of which counts[i] are in use; counts: int32[n]; thresholds: float32[n], the
+    similarity below which a candidate cannot enter row i any more: the given threshold at first, the running k-th best later.
+    The memory is reserved here but touched only as candidates arrive.
     """
 
     keys: np.ndarray
     counts: np.ndarray
-    floors: np.ndarray
+    thresholds: np.ndarray
     k: int
 
     @classmethod
-    def empty(cls, n: int, k: int, floor: float | None, keys: np.ndarray | None = None) -> Buffers:
+    def empty(cls, n: int, k: int, threshold: float | None, keys: np.ndarray | None = None) -> Buffers:
         """Without a candidate; keys: memory for them, uint64[n * room_for(k)], if it is not to be new."""
-        lowest = np.float32(-np.inf if floor is None else floor)
+        lowest = np.float32(-np.inf if threshold is None else threshold)
         keys = keys if keys is not None else np.empty(n * room_for(k), np.uint64)
         return cls(keys, np.zeros(n, np.int32), np.full(n, lowest), k)
 
@@ -135,18 +135,18 @@ class Buffers:
         return Buffers(
             np.concatenate([self.keys, more.keys]),
             np.concatenate([self.counts, more.counts]),
-            np.concatenate([self.floors, more.floors]),
+            np.concatenate([self.thresholds, more.thresholds]),
             self.k,
         )
 
-    def clear(self, first: int, floor: float | None) -> None:
+    def clear(self, first: int, threshold: float | None) -> None:
         """Empty the lists from slot `first` on."""
         self.counts[first:] = 0
-        self.floors[first:] = np.float32(-np.inf if floor is None else floor)
+        self.thresholds[first:] = np.float32(-np.inf if threshold is None else threshold)
 
     def extend(self, slots: np.ndarray, offsets: np.ndarray, keys: np.ndarray) -> None:
         """Add candidates: `keys[offsets[i]:offsets[i + 1]]` to slot slots[i]."""
-        _extend(self.keys, self.counts, self.floors, self.k, slots, offsets, keys)
+        _extend(self.keys, self.counts, self.thresholds, self.k, slots, offsets, keys)
 
     def take(self, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(offsets int64[len(slots) + 1], keys uint64[...]) of the slots' at most k best candidates, unsorted."""
@@ -160,12 +160,12 @@ class Buffers:
 
 @numba.njit(cache=True, nogil=True, _nrt=False)
 def _extend(
-    keys: np.ndarray, counts: np.ndarray, floors: np.ndarray, k: int,
+    keys: np.ndarray, counts: np.ndarray, thresholds: np.ndarray, k: int,
     slots: np.ndarray, offsets: np.ndarray, new: np.ndarray,
 ) -> None:  # fmt: skip
     for i in range(len(slots)):
         for j in range(offsets[i], offsets[i + 1]):
-            push(keys, counts, floors, k, slots[i], new[j])
+            push(keys, counts, thresholds, k, slots[i], new[j])
 
 
 @numba.njit(cache=True, nogil=True, _nrt=False)

@@ -99,8 +99,8 @@ def optimize(
     network = network or network_of(graph, flow)
     if active is not None:
         begin = dense(np.asarray(start, np.int64))[0] if start is not None else np.arange(n)
-        found = settle(network, begin, np.asarray(active, np.int32))
-        return found, codelength(graph, flow, found)
+        results = settle(network, begin, np.asarray(active, np.int32))
+        return results, codelength(graph, flow, results)
     restarts = 1 if start is not None else int(np.clip(RESTART_EDGES // max(1, len(graph.targets)), 1, starts))
     best, length = np.zeros(n, np.int64), codelength(graph, flow, np.zeros(n, np.int64))
     for attempt in range(restarts):
@@ -108,9 +108,9 @@ def optimize(
         if seed or attempt:
             np.random.default_rng([seed, attempt]).shuffle(order)
         begin = first_modules(network, order) if start is None else dense(np.asarray(start, np.int64))[0].copy()
-        found, new = _tuned(graph, flow, network, settle(network, begin, order, search=True), order)
+        results, new = _tuned(graph, flow, network, settle(network, begin, order, search=True), order)
         if new < length:
-            best, length = found, new
+            best, length = results, new
     return best, length
 
 
@@ -151,16 +151,16 @@ def _continued(
     graph: Graph, flow: Flow, network: Network, earlier: Earlier, order: np.ndarray, seed: int
 ) -> tuple[np.ndarray, float]:
     active = np.flatnonzero(earlier.active[order])
-    found, length = optimize(graph, flow, start=earlier.modules[order], active=active, network=network)
+    results, length = optimize(graph, flow, start=earlier.modules[order], active=active, network=network)
     if not earlier.check and len(graph.targets) >= PARALLEL_EDGES:  # of a small graph it costs next to nothing
-        return found, length
-    tried = _coarse_tune(network, found, np.arange(len(graph), dtype=np.int32))
+        return results, length
+    tried = _coarse_tune(network, results, np.arange(len(graph), dtype=np.int32))
     new = codelength(graph, flow, tried)
     if length - new > MOST_LOST * length:
         other, anew = optimize(graph, flow, seed, network=network)
         if anew < new:
             return other, anew
-    return (tried, new) if new < length else (found, length)
+    return (tried, new) if new < length else (results, length)
 
 
 def detect(
@@ -188,14 +188,14 @@ def detect(
         if earlier is not None:
             best, length = _continued(graph, flow, network, earlier, order, seed)
         for trial in range(trials if earlier is None else 0):
-            found, new = optimize(graph, flow, seed + trial, network=network, starts=starts)
+            results, new = optimize(graph, flow, seed + trial, network=network, starts=starts)
             if trial == 0 or new < length:
-                best, length = found, new
+                best, length = results, new
     modules = np.where(linked, best, -1)
     modules[~linked] = modules.max(initial=-1) + 1 + np.arange(int((~linked).sum()))
-    found, visits = np.empty(n, np.int64), np.empty(n)
-    found[order], visits[order] = modules, flow.rows
-    return Partition(dense(found)[0] if n else found, length, visits)
+    results, visits = np.empty(n, np.int64), np.empty(n)
+    results[order], visits[order] = modules, flow.rows
+    return Partition(dense(results)[0] if n else results, length, visits)
 
 
 def measure(parts: Iterable[Part], modules: np.ndarray, threads: int = 1, directed: bool = True) -> Partition:
@@ -246,7 +246,7 @@ def map_equation(
             "(sources, targets)"
         )
     sources, targets = (np.asarray(x) for x in graph)
-    if not all(each.ndim == 1 and np.issubdtype(each.dtype, np.integer) for each in (sources, targets)) and len(sources):
+    if not all(item.ndim == 1 and np.issubdtype(item.dtype, np.integer) for item in (sources, targets)) and len(sources):
         raise InputError("sources and targets must be vectors of integers")
     values = np.ones(len(sources), np.float32) if weights is None else np.asarray(weights, np.float32)
     if not len(sources) == len(targets) == len(values):

@@ -50,8 +50,8 @@ def detect(edges: Iterable[EdgeList], faces: int, seed: int, trials: int = 1, di
     codelength = 0.0
     if count:
         result = infomap.run(network, two_level=True, directed=directed, num_trials=trials, seed=seed + 1)
-        found = result.modules()
-        modules[np.fromiter(found.keys(), np.int64, len(found))] = np.fromiter(found.values(), np.int64, len(found))
+        results = result.modules()
+        modules[np.fromiter(results.keys(), np.int64, len(results))] = np.fromiter(results.values(), np.int64, len(results))
         codelength = float(result.codelength)
         if not np.isfinite(codelength):
             raise RunError(f"infomap returned a codelength of {codelength}: the edge weights are out of range")

@@ -42,7 +42,7 @@ def _term(enter: float, leave: float, flow: float) -> float:
 @numba.njit(cache=True, nogil=True, inline="always")
 def _collect(
     offsets: np.ndarray, others: np.ndarray, weights: np.ndarray, scale: float, i: int, module: np.ndarray, group: Any,
-    sums: np.ndarray, seen: np.ndarray, touched: np.ndarray, first: int, found: int,
+    sums: np.ndarray, seen: np.ndarray, touched: np.ndarray, first: int, results: int,
 ) -> int:  # fmt: skip
     # Adds the flow between unit i and each neighboring module to sums; returns how many modules are now touched.
     for e in range(offsets[i], offsets[i + 1]):
@@ -55,10 +55,10 @@ def _collect(
         m = module[j]
         if not seen[m]:
             seen[m] = 1
-            touched[first + found] = m
-            found += 1
+            touched[first + results] = m
+            results += 1
         sums[m] += weights.dtype.type(weights[e] * scale)
-    return found
+    return results
 
 
 @numba.njit(cache=True, nogil=True, inline="always")
@@ -99,8 +99,8 @@ def _drain(
         size -= 1
         waiting[i] = 0
         a = module[i]
-        found = _collect(out_offsets, targets, out_weights, out_scale[i], i, module, group, to, seen, touched, first, 0)
-        found = _collect(in_offsets, sources, in_weights, in_scale[i], i, module, group, come, seen, touched, first, found)
+        results = _collect(out_offsets, targets, out_weights, out_scale[i], i, module, group, to, seen, touched, first, 0)
+        results = _collect(in_offsets, sources, in_weights, in_scale[i], i, module, group, come, seen, touched, first, results)
         # Leaving a: what went out of i into a now leaves a's rest the other way round.
         enter_a = m_enter[a] - (enter[i] - come[a]) + to[a]
         leave_a = m_leave[a] - (leave[i] - to[a]) + come[a]
@@ -112,11 +112,11 @@ def _drain(
         best, best_gain = a, SMALLEST_GAIN
         best_enter = best_leave = best_term = best_change = 0.0
         strongest = 0.0
-        for t in range(first, first + found):
+        for t in range(first, first + results):
             if touched[t] != a:
                 strongest = max(strongest, to[touched[t]] + come[touched[t]])
-        for t in range(first, first + found + 1):
-            if t < first + found:
+        for t in range(first, first + results + 1):
+            if t < first + results:
                 b = touched[t]
                 if b == a or to[b] + come[b] < share * strongest:
                     continue
@@ -132,7 +132,7 @@ def _drain(
             if gain > best_gain:
                 best, best_gain = b, gain
                 best_enter, best_leave, best_term, best_change = enter_b, leave_b, term_b, change
-        for t in range(first, first + found):
+        for t in range(first, first + results):
             to[touched[t]] = 0.0
             come[touched[t]] = 0.0
             seen[touched[t]] = 0
@@ -169,20 +169,20 @@ def _find_movers(
     base = plogp(total)
     for i in range(begin, end):
         a = module[i]
-        found = _collect(out_offsets, targets, out_weights, out_scale[i], i, module, None, to, seen, touched, 0, 0)
-        found = _collect(in_offsets, sources, in_weights, in_scale[i], i, module, None, come, seen, touched, 0, found)
+        results = _collect(out_offsets, targets, out_weights, out_scale[i], i, module, None, to, seen, touched, 0, 0)
+        results = _collect(in_offsets, sources, in_weights, in_scale[i], i, module, None, come, seen, touched, 0, results)
         movers[i] = 0
-        if found > 1 or (found == 1 and touched[0] != a):
+        if results > 1 or (results == 1 and touched[0] != a):
             enter_a = m_enter[a] - (enter[i] - come[a]) + to[a]
             leave_a = m_leave[a] - (leave[i] - to[a]) + come[a]
             flow_a = m_flow[a] - flow[i]
             if members[a] == 1:
                 enter_a = leave_a = flow_a = 0.0
             stay = base + term[a] - _term(enter_a, leave_a, flow_a) - SMALLEST_GAIN
-            for t in range(found + 1):
+            for t in range(results + 1):
                 enter_b, leave_b, flow_b, term_b = 0.0, 0.0, 0.0, 0.0
                 to_b, come_b = 0.0, 0.0
-                if t < found:
+                if t < results:
                     b = touched[t]
                     if b == a:
                         continue
@@ -197,7 +197,7 @@ def _find_movers(
                 if stay + term_b - plogp(total + change) - new_term > 0.0:
                     movers[i] = 1
                     break
-        for t in range(found):
+        for t in range(results):
             to[touched[t]] = 0.0
             come[touched[t]] = 0.0
             seen[touched[t]] = 0

@@ -98,7 +98,7 @@ def _sum_modules(
     sums: np.ndarray, seen: np.ndarray, touched: np.ndarray, new_targets: np.ndarray, new_flow: np.ndarray, used: np.ndarray,
 ) -> None:  # fmt: skip
     for m in range(first, last):
-        found = 0
+        results = 0
         for u in range(begin[m], begin[m + 1]):
             i = units[u]
             for e in range(offsets[i], offsets[i + 1]):
@@ -107,16 +107,16 @@ def _sum_modules(
                     continue
                 if not seen[b]:
                     seen[b] = 1
-                    touched[found] = b
-                    found += 1
+                    touched[results] = b
+                    results += 1
                 sums[b] += weights.dtype.type(weights[e] * scale[i])
-        for t in range(found):
+        for t in range(results):
             b = touched[t]
             new_targets[starts[m] + t] = b
             new_flow[starts[m] + t] = sums[b]
             sums[b] = 0.0
             seen[b] = 0
-        used[m] = found
+        used[m] = results
 
 
 @numba.njit(cache=True, nogil=True, parallel=True)

@@ -10,7 +10,7 @@ import numba
 import numpy as np
 
 from faceflow.kernels.knn.tiles import QUERY_BLOCK
-from faceflow.kernels.threshold.valley import BINS, Floors, chance_level, choose_floors, count_pairs, impostor_hill
+from faceflow.kernels.threshold.valley import BINS, Thresholds, chance_level, choose_thresholds, count_pairs, impostor_hill
 
 PILOT_FACES = 2_048
 """Faces whose pairs tell where chance reaches to."""
@@ -22,7 +22,7 @@ look-alikes cluster with the same F (within .001) for shares of .1 to .3."""
 
 CROWD = 30.0
 """Neighbors that a sampled face may have before its pairs weigh less. On LFW, its variants and CelebA F is the same within .003
-for 10, 30 and 100; beside a person of 3,000 photos, or people in films, the floor is that of the others for all three."""
+for 10, 30 and 100; beside a person of 3,000 photos, or people in films, the threshold is that of the others for all three."""
 
 CROWD_SAMPLE = 4_096
 """Faces among which neighbors are counted for that."""
@@ -62,13 +62,13 @@ def _count_and_mark(
                     repeated[j] = True
 
 
-def neighbors_at(faces: np.ndarray, others: np.ndarray, floor: float) -> np.ndarray:
-    """int64[n]: how many of `others` have a cosine of `floor` or more with each face, itself included where it is there."""
-    found = np.zeros(len(faces), np.int64)
+def neighbors_at(faces: np.ndarray, others: np.ndarray, threshold: float) -> np.ndarray:
+    """int64[n]: how many of `others` have a cosine of `threshold` or more with each face, itself included where it is there."""
+    results = np.zeros(len(faces), np.int64)
     for begin in range(0, len(faces), QUERY_BLOCK):
         block = slice(begin, begin + QUERY_BLOCK)
-        found[block] = (faces[block] @ others.T >= np.float32(floor)).sum(axis=1)
-    return found
+        results[block] = (faces[block] @ others.T >= np.float32(threshold)).sum(axis=1)
+    return results
 
 
 def weights(neighbors: np.ndarray) -> np.ndarray:
@@ -103,14 +103,14 @@ def _count_weighted(
                 histogram[min(BINS - 1, max(0, int((product[i, j] + np.float32(1)) * half)))] += weight * column_weights[j]
 
 
-def choose(plain: np.ndarray, weighted: np.ndarray | None, faces: int) -> tuple[Floors, np.ndarray]:
-    """(floors, the histogram that they come from): the weighted pairs' where these have a valley, else the plain pairs'.
+def choose(plain: np.ndarray, weighted: np.ndarray | None, faces: int) -> tuple[Thresholds, np.ndarray]:
+    """(thresholds, the histogram that they come from): the weighted pairs' where these have a valley, else the plain pairs'.
 
     plain: int64[BINS]; weighted: float64[BINS], None where no face has neighbors enough.
     """
     if weighted is not None:
         rounded = np.rint(weighted).astype(np.int64)
-        found = choose_floors(rounded, faces)
-        if found.valley is not None:
-            return found, rounded
-    return choose_floors(plain, faces), plain
+        results = choose_thresholds(rounded, faces)
+        if results.valley is not None:
+            return results, rounded
+    return choose_thresholds(plain, faces), plain

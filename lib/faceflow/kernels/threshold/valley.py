@@ -1,4 +1,5 @@
-"""Where pairs of one person begin: a floor for the cosine similarity, found without labels from the similarities of many pairs.
+"""Where pairs of one person begin: a threshold for the cosine similarity, found without labels from the similarities of many
+pairs.
 
 In a histogram over pairs of faces, pairs of different people (impostors) make a hill whose right flank falls, pairs of one
 person another whose left flank rises; between them lies a valley. Both flanks are fitted there, which tells at each
@@ -39,21 +40,21 @@ CERTAIN, LEAST_DEPTH = 3.0, 0.05
 """How many times its own error, and how much in factors of e, a valley's depth must be to count as one."""
 
 CHANCE_NEIGHBORS = 1e-3
-"""Without a valley: impostor neighbors a face that a normal law of the angles lets expect above the floor."""
+"""Without a valley: impostor neighbors a face that a normal law of the angles lets expect above the threshold."""
 
 STRONG_SHARE, WEAK_SHARE = 0.1, 0.5
-"""Share of impostors among the pairs at the two floors, by the fitted flanks. Impostors really fall faster than
+"""Share of impostors among the pairs at the two thresholds, by the fitted flanks. Impostors really fall faster than
 exponentially: on three labeled sets the share is .03 to .05 where the fit says .1."""
 
 
 @dataclass(frozen=True)
-class Floors:
+class Thresholds:
     """Cosine similarities from which faces are neighbors.
 
     strong: pairs above it are; weak: pairs above it are where shared neighbors bear witness (`edges.supported`); impostors:
     expected number of impostor neighbors of a face above `strong`, at most, by the fitted flank; valley: None where the
-    similarities show none, so that the floor comes from the impostors' hill alone; flank: (logarithm of the impostor pairs a
-    bin at the valley, how much it falls per unit of cosine), as fitted (None where the valley is)."""
+    similarities show none, so that the threshold comes from the impostors' hill alone; flank: (logarithm of the impostor pairs
+    a bin at the valley, how much it falls per unit of cosine), as fitted (None where the valley is)."""
 
     strong: float
     weak: float
@@ -83,21 +84,21 @@ def _count(product: np.ndarray, rows: np.ndarray, columns: np.ndarray, histogram
                 histogram[min(BINS - 1, max(0, int((product[i, j] + np.float32(1)) * half)))] += 1
 
 
-def choose_floors(histogram: np.ndarray, faces: int) -> Floors:
-    """Floors for a set of `faces` faces, from the histogram (`count_pairs`) of a uniform sample of its pairs."""
+def choose_thresholds(histogram: np.ndarray, faces: int) -> Thresholds:
+    """Thresholds for a set of `faces` faces, from the histogram (`count_pairs`) of a uniform sample of its pairs."""
     pairs = int(histogram.sum())
     centers = _centers()
     if pairs == 0:
-        return Floors(1.0, 1.0, 0.0, None)
+        return Thresholds(1.0, 1.0, 0.0, None)
     coarse = _coarse_valley(histogram)
     middle, deviation = _hill(histogram[: coarse[0]] if coarse is not None else histogram, centers)
     # Again, smoothed as befits the hill that is now known.
     logs, window = _smooth(histogram, SMOOTHING * deviation * BINS / 2)
     start = min(BINS - 2, int(np.searchsorted(centers, middle + HILL * deviation)))
-    found = _valley(logs, window, start) or coarse
-    if found is None:
+    results = _valley(logs, window, start) or coarse
+    if results is None:
         return _without_valley(middle, deviation, faces)
-    valley, peak = found
+    valley, peak = results
     start = min(start, valley)
     (fall, falls), (rise, rises) = _flanks(histogram, centers, logs, valley, peak, start)
     if falls + rises <= 0 or falls <= 0:
@@ -111,7 +112,7 @@ def choose_floors(histogram: np.ndarray, faces: int) -> Floors:
     beyond = math.exp(min(fall - falls * (strong - centers[valley]), 40.0)) / (falls * 2 / BINS)
     impostors = min(beyond, float(histogram[centers >= strong].sum())) / pairs * (faces - 1)
     flank = round(fall, 4), round(falls, 4)
-    return Floors(round(strong, 6), round(weak, 6), float(f"{impostors:.3g}"), round(float(centers[valley]), 6), flank)
+    return Thresholds(round(strong, 6), round(weak, 6), float(f"{impostors:.3g}"), round(float(centers[valley]), 6), flank)
 
 
 def impostor_hill(histogram: np.ndarray) -> tuple[float, float] | None:
@@ -179,7 +180,7 @@ def _valley(logs: np.ndarray, window: float, start: int = 0) -> tuple[int, int] 
     The deepest is found first; where there is another left of it, as when copies of one photo make a hill of their own near 1,
     that one parts different people.
     """
-    found, end = None, len(logs)
+    results, end = None, len(logs)
     while end - start >= 3:
         tail = logs[start:end]
         before, after = np.maximum.accumulate(tail), np.maximum.accumulate(tail[::-1])[::-1]
@@ -191,8 +192,8 @@ def _valley(logs: np.ndarray, window: float, start: int = 0) -> tuple[int, int] 
         counts = np.exp(np.array([logs[valley], min(logs[peak], before.max())])) * window
         if deepest < max(LEAST_DEPTH, CERTAIN * float((1 / np.sqrt(counts + 0.5)).sum())):
             break
-        found, end = (valley, peak), valley
-    return found
+        results, end = (valley, peak), valley
+    return results
 
 
 def _flanks(
@@ -223,20 +224,20 @@ def _flanks(
         information = jacobian.T @ (jacobian / mean[:, None])
         move = np.linalg.solve(information + damping * np.diag(np.diag(information) + 1e-9), jacobian.T @ (y / mean - 1))
         new = theta + np.clip(move, -1, 1)
-        found = likelihood(new)
-        if found[0] < value:
+        results = likelihood(new)
+        if results[0] < value:
             damping *= 4
             if damping > 1e9:
                 break
             continue
-        gained = found[0] - value
-        theta, (value, jacobian, mean), damping = new, found, max(damping / 4, 1e-9)
+        gained = results[0] - value
+        theta, (value, jacobian, mean), damping = new, results, max(damping / 4, 1e-9)
         if gained < 1e-9 * max(1.0, abs(value)):
             break
     fall, rise = (theta[:2], theta[2:]) if theta[1] <= theta[3] else (theta[2:], theta[:2])
     return (float(fall[0]), float(-fall[1] / unit)), (float(rise[0]), float(rise[1] / unit))
 
 
-def _without_valley(middle: float, deviation: float, faces: int) -> Floors:
-    floor = chance_level(middle, deviation, faces)
-    return Floors(floor, floor, CHANCE_NEIGHBORS, None)
+def _without_valley(middle: float, deviation: float, faces: int) -> Thresholds:
+    threshold = chance_level(middle, deviation, faces)
+    return Thresholds(threshold, threshold, CHANCE_NEIGHBORS, None)

@@ -38,8 +38,8 @@ def that_probe(batch: pa.RecordBatch, cells: range) -> pa.RecordBatch:
     flat, offsets = batch.column(1).flatten().to_numpy(), batch.column(1).offsets.to_numpy()
     inside = np.concatenate([[0], np.cumsum((flat >= cells.start) & (flat < cells.stop))])
     offsets = offsets - offsets[0]
-    here = np.flatnonzero(inside[offsets[1:]] > inside[offsets[:-1]])
-    return batch if len(here) == batch.num_rows else batch.take(pa.array(here))
+    selected = np.flatnonzero(inside[offsets[1:]] > inside[offsets[:-1]])
+    return batch if len(selected) == batch.num_rows else batch.take(pa.array(selected))
 
 
 def gather(run: Store, parts: Parts, dim: int, batches: Sequence[pa.RecordBatch], of: Sequence[int] | None = None) -> Gathered:

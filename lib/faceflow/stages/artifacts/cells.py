@@ -75,10 +75,10 @@ def write_cells(
 
     def batches() -> Iterator[pa.RecordBatch]:
         for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
-            here = travel[begin:end] % n
-            columns = [pa.array(rows[here]), lists.take(pa.array(here))]
+            selected = travel[begin:end] % n
+            columns = [pa.array(rows[selected]), lists.take(pa.array(selected))]
             if carry_vectors:
-                column = pa.FixedSizeListArray.from_arrays(pa.array(vectors[here].ravel()), dim)
+                column = pa.FixedSizeListArray.from_arrays(pa.array(vectors[selected].ravel()), dim)
                 columns.append(column.cast(schema.field(2).type))
             yield pa.record_batch(columns, schema=schema)
 
@@ -106,8 +106,8 @@ def carry_homes(run: Store, past: LastNight, part: int, dim: int) -> tuple[dict[
         if len(kept) == rows and len(source) == 1:
             run.share(past.run, layout.part("homes", source.start), name)
         else:
-            near = sum(_settled(past.run, each, dim)[1].near for each in source) * len(kept) / max(1, rows)
-            homes = np.concatenate([read_homes(past.run, each) for each in source])
+            near = sum(_settled(past.run, item, dim)[1].near for item in source) * len(kept) / max(1, rows)
+            homes = np.concatenate([read_homes(past.run, item) for item in source])
             _write_homes(run, part, homes[kept], near)
     return _settled(run, part, dim)
 

@@ -25,21 +25,21 @@ def read_vectors(run: Store, part: int, dim: int) -> np.ndarray:
 
 
 def read_ids(run: Store, part: int) -> pa.Array:
-    """Ids of all input rows of one part, quarantined ones (`read_rejected`) included, in their storage type."""
+    """Ids of all input rows of one part, quarantined ones (`read_quarantined`) included, in their storage type."""
     ids = run.read_batch(layout.part("ids", part)).column(0)
     stored = columns.id_storage(ids.type)
     return ids if stored is None else columns.cast(ids, stored)
 
 
-def read_rejected(run: Store, part: int) -> pa.RecordBatch:
-    """The rows of one part that were set aside: `tables.REJECTED_SCHEMA`."""
-    return run.read_batch(layout.part("rejected", part))
+def read_quarantined(run: Store, part: int) -> pa.RecordBatch:
+    """The rows of one part that were set aside: `tables.QUARANTINED_SCHEMA`."""
+    return run.read_batch(layout.part("quarantined", part))
 
 
-def good_entries(rejected: pa.RecordBatch, entries: int) -> np.ndarray:
+def good_entries(quarantined: pa.RecordBatch, entries: int) -> np.ndarray:
     """bool[entries]: which entries of a part's ids are faces, as they were not set aside."""
     good = np.ones(entries, bool)
-    good[rejected.column("position").to_numpy()] = False
+    good[quarantined.column("position").to_numpy()] = False
     return good
 
 
@@ -64,24 +64,26 @@ def read_column(run: Store, kind: str, parts: Iterable[int], column: int = 0) ->
 
 def rows_of(run: Store, kind: str, parts: Parts, rows: np.ndarray, column: int = 0) -> np.ndarray:
     """One column of these rows int64[n], in any order, part by part."""
-    found = np.empty(len(rows), np.int64)
+    results = np.empty(len(rows), np.int64)
     for part in range(len(parts)):
-        here = np.flatnonzero((rows >= parts.starts[part]) & (rows < parts.starts[part + 1]))
-        if len(here):
-            found[here] = run.read_batch(layout.part(kind, part)).column(column).to_numpy()[rows[here] - parts.starts[part]]
-    return found
+        selected = np.flatnonzero((rows >= parts.starts[part]) & (rows < parts.starts[part + 1]))
+        if len(selected):
+            results[selected] = (
+                run.read_batch(layout.part(kind, part)).column(column).to_numpy()[rows[selected] - parts.starts[part]]
+            )
+    return results
 
 
 def ids_of(run: Store, parts: Parts, rows: np.ndarray) -> list[str]:
     """The ids of these rows int64[n], ascending, as text."""
-    found: list[str] = []
+    results: list[str] = []
     cuts = np.searchsorted(rows, parts.starts)
     for part in np.flatnonzero(np.diff(cuts)).tolist():
         ids = read_ids(run, part)
-        entries = np.flatnonzero(good_entries(read_rejected(run, part), len(ids)))
-        here = entries[rows[cuts[part] : cuts[part + 1]] - parts.starts[part]]
-        found += map(columns.shown, ids.take(pa.array(here)).to_pylist())
-    return found
+        entries = np.flatnonzero(good_entries(read_quarantined(run, part), len(ids)))
+        selected = entries[rows[cuts[part] : cuts[part + 1]] - parts.starts[part]]
+        results += map(columns.shown, ids.take(pa.array(selected)).to_pylist())
+    return results
 
 
 def read_followers(run: Store, name: str = layout.GROUPS) -> tuple[np.ndarray, np.ndarray]:

@@ -34,8 +34,8 @@ def join_capped(
     for part in range(len(parts)):
         first = parts.starts[part]
         table = NeighborTable.from_batch(run.read_batch(layout.part("neighbors", part)), first)
-        here = modules[first : parts.starts[part + 1]]
-        full += np.bincount(here[np.diff(table.offsets) >= neighbors], minlength=len(size))
+        selected = modules[first : parts.starts[part + 1]]
+        full += np.bincount(selected[np.diff(table.offsets) >= neighbors], minlength=len(size))
     capped = (full >= CAPPED * np.maximum(size, 1)) & (size >= capped_modules.FEWEST)
     if capped.sum() < 2:
         return modules, {"joined": 0}
@@ -62,17 +62,17 @@ def _near_pairs(modules: np.ndarray, capped: np.ndarray, edges: Iterable[EdgeLis
     """int64[p, 2]: the pairs of capped modules that edges bind, ascending."""
     count = len(capped)
     within = np.zeros(count, np.int64)
-    found: list[tuple[np.ndarray, np.ndarray]] = []
+    results: list[tuple[np.ndarray, np.ndarray]] = []
     for part in edges:
         a, b = modules[part.sources()], modules[part.rows]
         both = capped[a] & capped[b]
         a, b = a[both], b[both]
         within += np.bincount(a, minlength=count)
         a, b = a[a != b], b[a != b]
-        found.append(np.unique(np.minimum(a, b) * count + np.maximum(a, b), return_counts=True))
-    keys = np.concatenate([np.empty(0, np.int64), *(keys for keys, _ in found)])
+        results.append(np.unique(np.minimum(a, b) * count + np.maximum(a, b), return_counts=True))
+    keys = np.concatenate([np.empty(0, np.int64), *(keys for keys, _ in results)])
     pair, at = np.unique(keys, return_inverse=True)
-    between = np.bincount(at, np.concatenate([np.empty(0), *(counts for _, counts in found)]), minlength=len(pair))
+    between = np.bincount(at, np.concatenate([np.empty(0), *(counts for _, counts in results)]), minlength=len(pair))
     first, second = pair // count, pair % count
     kept = between >= LEAST_EDGES * np.minimum(within[first], within[second])
     return np.stack([first[kept], second[kept]], axis=1)
@@ -92,6 +92,6 @@ def _sample(run: Store, parts: Parts, dim: int, modules: np.ndarray, chosen: np.
     by_row = np.argsort(every, kind="stable")
     cuts = np.searchsorted(every[by_row], parts.starts)
     for part in np.flatnonzero(np.diff(cuts)).tolist():
-        here = by_row[cuts[part] : cuts[part + 1]]
-        vectors[here] = read_vectors(run, part, dim)[every[here] - parts.starts[part]]
-    return np.split(vectors, np.cumsum([len(each) for each in rows])[:-1])
+        selected = by_row[cuts[part] : cuts[part + 1]]
+        vectors[selected] = read_vectors(run, part, dim)[every[selected] - parts.starts[part]]
+    return np.split(vectors, np.cumsum([len(item) for item in rows])[:-1])

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from faceflow.kernels.clusters import constraints
 from faceflow.stages import constraints_file
-from faceflow.stages.artifacts.faces import good_entries, read_ids, read_rejected
+from faceflow.stages.artifacts.faces import good_entries, read_ids, read_quarantined
 from faceflow.storage import layout
 from faceflow.storage.object_store import Store
 from faceflow.tables import Parts
@@ -24,8 +24,8 @@ def keep_apart(
     be."""
     photos = []
     for part in range(len(parts)):
-        found = run.read_batch(layout.part("origins", part)).column("photo").to_numpy()
-        photos.append(found[good_entries(read_rejected(run, part), len(found))])
+        results = run.read_batch(layout.part("origins", part)).column("photo").to_numpy()
+        photos.append(results[good_entries(read_quarantined(run, part), len(results))])
     modules, moved, stayed = constraints.separate(modules, np.concatenate(photos), fixed, edges)
     return modules, {"exclusive_moved": moved, "exclusive_left": stayed}
 
@@ -42,22 +42,22 @@ def apply(
     rows = np.full(len(decisions.ids), -1, np.int64)
     for part in range(len(parts)):
         ids = read_ids(run, part)
-        good = good_entries(read_rejected(run, part), len(ids))
+        good = good_entries(read_quarantined(run, part), len(ids))
         at = pc.index_in(ids.filter(pa.array(good)), value_set=decisions.ids)
-        here = np.flatnonzero(at.is_valid().to_numpy(zero_copy_only=False))
-        rows[at.drop_null().to_numpy()] = parts.starts[part] + here
-    there = np.flatnonzero(rows >= 0)
+        selected = np.flatnonzero(at.is_valid().to_numpy(zero_copy_only=False))
+        rows[at.drop_null().to_numpy()] = parts.starts[part] + selected
+    target = np.flatnonzero(rows >= 0)
     number = np.full(len(rows), -1, np.int64)
-    number[there] = np.arange(len(there))
+    number[target] = np.arange(len(target))
     # A chain holds although a face in its middle is gone.
     group = constraints.must_groups(len(rows), decisions.must)
     first: dict[int, int] = {}
-    must = np.array([[first.setdefault(int(group[i]), int(number[i])), number[i]] for i in there], np.int64).reshape(-1, 2)
+    must = np.array([[first.setdefault(int(group[i]), int(number[i])), number[i]] for i in target], np.int64).reshape(-1, 2)
     must = must[must[:, 0] != must[:, 1]]
     cannot = number[decisions.cannot]
     cannot = cannot[(cannot >= 0).all(axis=1)]
     bound = int((rows[decisions.must] >= 0).all(axis=1).sum()) + len(cannot)
-    found = constraints.impose(modules, rows[there], must, cannot, edges)
+    results = constraints.impose(modules, rows[target], must, cannot, edges)
     named = np.zeros(len(modules), bool)
-    named[rows[there]] = True
-    return found, named, {"constraints": bound, "constraints_of_absent": len(decisions.must) + len(decisions.cannot) - bound}
+    named[rows[target]] = True
+    return results, named, {"constraints": bound, "constraints_of_absent": len(decisions.must) + len(decisions.cannot) - bound}

@@ -81,17 +81,17 @@ def _compare(
     def blocks() -> Iterator[np.ndarray]:
         cuts = np.searchsorted(rows, parts.starts)
         for part in np.flatnonzero(np.diff(cuts)).tolist():
-            here = rows[cuts[part] : cuts[part + 1]] - parts.starts[part]
+            selected = rows[cuts[part] : cuts[part + 1]] - parts.starts[part]
             vectors = read_vectors(run, part, dim)
-            for begin in range(0, len(here), BLOCK_FACES):
-                yield vectors[here[begin : begin + BLOCK_FACES]]
+            for begin in range(0, len(selected), BLOCK_FACES):
+                yield vectors[selected[begin : begin + BLOCK_FACES]]
 
-    found: list[tuple[np.ndarray, np.ndarray]] = []
+    results: list[tuple[np.ndarray, np.ndarray]] = []
     with threadpool_limits(limits=1), ThreadPoolExecutor(threads) as pool:
         waiting: deque[Future[tuple[np.ndarray, np.ndarray]]] = deque()
         for block in blocks():  # a few at a time: each holds its vectors
             waiting.append(pool.submit(singletons.margins, block, people))
             if len(waiting) > 2 * threads:
-                found.append(waiting.popleft().result())
-        found += [each.result() for each in waiting]
-    return tuple(np.concatenate(columns) for columns in zip(*found, strict=True))  # type: ignore[return-value]
+                results.append(waiting.popleft().result())
+        results += [item.result() for item in waiting]
+    return tuple(np.concatenate(columns) for columns in zip(*results, strict=True))  # type: ignore[return-value]

@@ -48,7 +48,7 @@ def _other_method(context: Context) -> tuple[str, int, float | None, int | None]
     config = context.config
     if config.method == "infomap":
         return None
-    return config.method, context.dim, context.floors[0], config.clusters
+    return config.method, context.dim, context.thresholds[0], config.clusters
 
 
 def assigns_singletons(config: ClusterConfig) -> bool:
@@ -124,8 +124,8 @@ def detect(
 ) -> tuple[dict[str, float], dict[str, int]]:
     """Run the engine over all edge parts and write one module per row, part by part; past: the run to continue from;
     constraints: the file of constraints on them, and options of its store; exclusive: whether to keep faces of one photo apart;
-    other: the method to use in place of the map equation, the embeddings' dimension, the floor, how many clusters it is told;
-    dim, neighbors: of the embeddings, and of each face at most; adopting: whether faces that stand alone may be adopted.
+    other: the method to use in place of the map equation, the embeddings' dimension, the threshold, how many clusters it is
+    told; dim, neighbors: of the embeddings, and of each face at most; adopting: whether faces that stand alone may be adopted.
 
     Raises QualityError when the codelength is to be verified and the package's differs by more than 1e-6 of it.
     """
@@ -138,9 +138,9 @@ def detect(
     )
     arrays = _Again(lambda: ((e.offsets, e.rows, e.values) for e in edges))
     if other is not None:
-        name, _, floor, clusters = other
-        found = registry.cluster(name, method_input.given(run, parts, dim, floor, clusters, seed, threads))
-        partition = mapequation.measure(arrays, found, threads, directed)
+        name, _, threshold, clusters = other
+        results = registry.cluster(name, method_input.given(run, parts, dim, threshold, clusters, seed, threads))
+        partition = mapequation.measure(arrays, results, threads, directed)
     elif engine == "native":
         earlier = mapequation.Earlier(*_earlier(run, parts, edges, *past)) if past is not None else None
         partition = mapequation.detect(arrays, seed, trials, threads, directed, earlier)
@@ -176,8 +176,8 @@ def detect(
     pieces = {}
     flow = partition.flow if partition.flow is not None else np.zeros(parts.faces)
     for part in range(len(parts)):
-        here = slice(parts.starts[part], parts.starts[part + 1])
-        columns = [modules[here], flow[here], partition.modules[here]]
+        selected = slice(parts.starts[part], parts.starts[part + 1])
+        columns = [modules[selected], flow[selected], partition.modules[selected]]
         name = layout.part("modules", part)
         pieces[name] = run.write_arrow(name, MODULES_SCHEMA, [pa.record_batch(columns, schema=MODULES_SCHEMA)])
     return counts, pieces
@@ -190,12 +190,14 @@ def _edges_of(
     faces have one of weight 1 to their leader int[N], as they have no other."""
     followers = np.flatnonzero(leader != np.arange(len(leader)))
     followers = followers[ends(mask[followers], mask[leader[followers]])]
-    found: list[tuple[np.ndarray, ...]] = [(followers, leader[followers].astype(np.int64), np.ones(len(followers), np.float32))]
+    results: list[tuple[np.ndarray, ...]] = [
+        (followers, leader[followers].astype(np.int64), np.ones(len(followers), np.float32))
+    ]
     for part in edges:
         sources = part.sources()
         kept = ends(mask[sources], mask[part.rows])
-        found.append((sources[kept].astype(np.int64), part.rows[kept].astype(np.int64), part.values[kept]))
-    return tuple(np.concatenate(columns) for columns in zip(*found, strict=True))  # type: ignore[return-value]
+        results.append((sources[kept].astype(np.int64), part.rows[kept].astype(np.int64), part.values[kept]))
+    return tuple(np.concatenate(columns) for columns in zip(*results, strict=True))  # type: ignore[return-value]
 
 
 def _earlier(
@@ -216,7 +218,7 @@ def _earlier(
     if spread:
         active = changed.copy()
         for part in edges:
-            here = slice(part.first_row, part.first_row + len(part.offsets) - 1)
-            active[here] |= incremental_search.leads_to(part.offsets, part.rows, changed)
+            selected = slice(part.first_row, part.first_row + len(part.offsets) - 1)
+            active[selected] |= incremental_search.leads_to(part.offsets, part.rows, changed)
     start = np.where(before >= 0, modules[before], int(modules.max(initial=-1)) + 1 + np.arange(len(before)))
     return start, active, np.where(before >= 0, flow[before], 0.0), check

@@ -18,16 +18,16 @@ import pyarrow.compute as pc
 
 from faceflow import __version__
 from faceflow.errors import InputError
-from faceflow.logs import told
-from faceflow.stages.artifacts.faces import good_entries, id_type, read_ids, read_rejected, read_vectors
-from faceflow.stages.base import Context, Outcome, merge_pieces
+from faceflow.logs import event
+from faceflow.stages.artifacts.faces import good_entries, id_type, read_ids, read_quarantined, read_vectors
+from faceflow.stages.base import Context, Outcome, merge_sizes
 from faceflow.stages.ingest import reading, row_checks
 from faceflow.stages.ingest.parquet_input import IdTypes, part_faces
 from faceflow.storage import columns, layout
 from faceflow.storage.inputs import Listing
 from faceflow.storage.manifests import is_whole
 from faceflow.storage.object_store import Store
-from faceflow.tables import MAX_FACES, ORIGINS_SCHEMA, PAST_SCHEMA, REJECTED_SCHEMA, ROWS_TONIGHT_SCHEMA, Parts
+from faceflow.tables import MAX_FACES, ORIGINS_SCHEMA, PAST_SCHEMA, QUARANTINED_SCHEMA, ROWS_TONIGHT_SCHEMA, Parts
 
 log = logging.getLogger("faceflow")
 
@@ -82,7 +82,7 @@ def run(context: Context, listing: Listing) -> Outcome:
         "gone": sum(path not in numbers for path in before),
     }  # fmt: skip
     log.info(
-        "changes  files: %d as they were, %d new, %d read again, %d gone", *told_of.values(), extra=told("changes", **told_of)
+        "changes  files: %d as they were, %d new, %d read again, %d gone", *told_of.values(), extra=event("changes", **told_of)
     )
     counts = past.done["ingest"].counts
     staging = stores.run.child(layout.ARRIVALS)
@@ -113,7 +113,7 @@ def run(context: Context, listing: Listing) -> Outcome:
     every = [*carried_parts, *new_parts]
     bad = row_checks.Tally()
     for part in every:
-        bad.include(part.rejected)
+        bad.include(part.quarantined)
     reading.judge(context, bad, sum(part.entries for part in every))
     faces = [part.faces for part in every]
     if sum(faces) > MAX_FACES:
@@ -125,14 +125,14 @@ def run(context: Context, listing: Listing) -> Outcome:
     after = Parts(tuple(np.cumsum([0, *faces]).tolist()))
     sizes = executor.call(write_rows_tonight, stores.run, starts.faces, after, first, label="rows")
     result = {
-        "faces": sum(faces), "rejected": sum(part.entries - part.faces for part in every), "dim": taken.dim,
+        "faces": sum(faces), "quarantined": sum(part.entries - part.faces for part in every), "dim": taken.dim,
         "files": len(files), "input_snapshot": snapshot,
         "added": sum(faces) - stayed - changed, "changed": changed, "removed": starts.faces - stayed - changed,
         "starts": list(after.starts), "entries": np.cumsum([0, *(part.entries for part in every)]).tolist(),
         "sources": bounds, "id_type": columns.name_of(taken.ids.published),
-        "id_bytes": reading.id_bytes_of(merge_pieces([part.sizes for part in every])),
+        "id_bytes": reading.id_bytes_of(merge_sizes([part.sizes for part in every])),
     }  # fmt: skip
-    return Outcome(result, merge_pieces([sizes, *(part.sizes for part in every)]))
+    return Outcome(result, merge_sizes([sizes, *(part.sizes for part in every)]))
 
 
 def compact(rows: Sequence[int], wanted: int) -> list[int]:
@@ -174,7 +174,7 @@ class PlacedPart:
     faces: int
     entries: int
     changed: int
-    rejected: row_checks.Tally
+    quarantined: row_checks.Tally
 
 
 @dataclass(frozen=True)
@@ -189,12 +189,12 @@ class _Bucket:
 
 def _read_bucket(side: Side, part: int, bucket: int, buckets: int) -> _Bucket:
     ids = read_ids(side.run, part)
-    good = good_entries(read_rejected(side.run, part), len(ids))
-    here = np.flatnonzero((reading.buckets_of(ids, buckets) == bucket) & good)
+    good = good_entries(read_quarantined(side.run, part), len(ids))
+    selected = np.flatnonzero((reading.buckets_of(ids, buckets) == bucket) & good)
     origins = side.run.read_batch(layout.part("origins", part))
-    if len(here) < len(ids):
-        ids, origins = ids.take(pa.array(here)), origins.take(pa.array(here))
-    return _Bucket(side.entries[part] + here, side.starts[part] + np.cumsum(good)[here] - 1, ids, origins)
+    if len(selected) < len(ids):
+        ids, origins = ids.take(pa.array(selected)), origins.take(pa.array(selected))
+    return _Bucket(side.entries[part] + selected, side.starts[part] + np.cumsum(good)[selected] - 1, ids, origins)
 
 
 def match_bucket(run: Store, old: Side, new: Side, carried: np.ndarray, bucket: int, buckets: int) -> None:
@@ -220,11 +220,11 @@ def match_bucket(run: Store, old: Side, new: Side, carried: np.ndarray, bucket: 
         stays = carried[before.origins.column("file").to_numpy()] >= 0
         verdicts[at[stays & (at >= 0)]] = REPEATED
         back = ~stays & (at >= 0)
-        there = at[back]
-        equal = before.origins.column("hash").to_numpy()[back] == hashes[there]
-        verdicts[there], faces[there] = np.where(equal, DROPPED, CHANGED), before.rows[back]
+        target = at[back]
+        equal = before.origins.column("hash").to_numpy()[back] == hashes[target]
+        verdicts[target], faces[target] = np.where(equal, DROPPED, CHANGED), before.rows[back]
         for column, values in zip(
-            known, (before.entries[back], np.where(equal, KEPT, CHANGED), file[there], row[there], photo[there]), strict=True
+            known, (before.entries[back], np.where(equal, KEPT, CHANGED), file[target], row[target], photo[target]), strict=True
         ):
             column.append(values)
     told = np.flatnonzero(verdicts >= 0)
@@ -242,64 +242,64 @@ def _batch(columns: Sequence[np.ndarray], schema: pa.Schema) -> pa.RecordBatch:
 
 def _read_matches(run: Store, buckets: int, which: int, begin: int, end: int) -> list[np.ndarray]:
     """[entries from `begin`, verdicts, files, rows] of the entries begin <= e < end, over all buckets, ascending."""
-    found = [run.read_batch(layout.matches(bucket), which) for bucket in range(buckets)]
-    columns = [np.concatenate([batch.column(c).to_numpy() for batch in found]) for c in range(len(MATCHES_SCHEMA))]
-    here = (columns[0] >= begin) & (columns[0] < end)
-    order = np.argsort(columns[0][here], kind="stable")
-    return [columns[0][here][order] - begin, *(column[here][order] for column in columns[1:])]
+    results = [run.read_batch(layout.matches(bucket), which) for bucket in range(buckets)]
+    columns = [np.concatenate([batch.column(c).to_numpy() for batch in results]) for c in range(len(MATCHES_SCHEMA))]
+    selected = (columns[0] >= begin) & (columns[0] < end)
+    order = np.argsort(columns[0][selected], kind="stable")
+    return [columns[0][selected][order] - begin, *(column[selected][order] for column in columns[1:])]
 
 
 def carry_part(run: Store, old: Side, part: int, source: range, carried: np.ndarray, dim: int, buckets: int) -> PlacedPart:
     """Write what is left of these parts of last night, as one; where that is all of a single one, its files are shared, not
     copied."""
     past, first_entry, first_row = old.run, old.entries[source.start], old.starts[source.start]
-    ids = pa.concat_arrays([read_ids(past, each) for each in source])
-    rejected = _joined([_moved(read_rejected(past, each), old.entries[each] - first_entry) for each in source])
-    origins = _joined([past.read_batch(layout.part("origins", each)) for each in source])
+    ids = pa.concat_arrays([read_ids(past, item) for item in source])
+    quarantined = _joined([_moved(read_quarantined(past, item), old.entries[item] - first_entry) for item in source])
+    origins = _joined([past.read_batch(layout.part("origins", item)) for item in source])
     files, rows = carried[origins.column("file").to_numpy()].copy(), origins.column("row").to_numpy().copy()
     entry, verdict, new_files, new_rows, new_photos = _read_matches(run, buckets, 0, first_entry, first_entry + len(ids))
     stayed = verdict == KEPT
     photos = origins.column("photo").to_numpy().copy()
     files[entry[stayed]], rows[entry[stayed]], photos[entry[stayed]] = new_files[stayed], new_rows[stayed], new_photos[stayed]
     kept = files >= 0
-    good = good_entries(rejected, len(ids))
-    names = {kind: layout.part(kind, part) for kind in ("vectors", "ids", "rejected", "origins", "past")}
+    good = good_entries(quarantined, len(ids))
+    names = {kind: layout.part(kind, part) for kind in ("vectors", "ids", "quarantined", "origins", "past")}
     sizes: dict[str, int] = {}
     faces = kept[good]
     if kept.all() and len(source) == 1:
-        for kind in ("vectors", "ids", "rejected"):
+        for kind in ("vectors", "ids", "quarantined"):
             sizes[names[kind]] = run.share(past, layout.part(kind, source.start), names[kind])
     else:
         vectors = np.empty((int(faces.sum()), dim), np.float32)
         done = 0
-        for each in source:
-            here = np.flatnonzero(faces[old.starts[each] - first_row : old.starts[each + 1] - first_row])
-            np.take(read_vectors(past, each, dim), here, axis=0, out=vectors[done : done + len(here)], mode="clip")
-            done += len(here)
-        sizes |= reading.write_faces(run, part, dim, vectors, ids.filter(pa.array(kept)), _left(rejected, kept))
+        for item in source:
+            selected = np.flatnonzero(faces[old.starts[item] - first_row : old.starts[item + 1] - first_row])
+            np.take(read_vectors(past, item, dim), selected, axis=0, out=vectors[done : done + len(selected)], mode="clip")
+            done += len(selected)
+        sizes |= reading.write_faces(run, part, dim, vectors, ids.filter(pa.array(kept)), _left(quarantined, kept))
     columns = [files[kept], rows[kept], origins.column("hash").to_numpy()[kept], photos[kept]]
     _write(run, names["origins"], ORIGINS_SCHEMA, columns, sizes)
     row_before = (first_row + np.flatnonzero(faces)).astype(np.int32)
     _write(run, names["past"], PAST_SCHEMA, [row_before, row_before], sizes)
-    return PlacedPart(sizes, int(faces.sum()), int(kept.sum()), 0, reading.tally_of(_left(rejected, kept)))
+    return PlacedPart(sizes, int(faces.sum()), int(kept.sum()), 0, reading.tally_of(_left(quarantined, kept)))
 
 
 def place_part(
     run: Store, staging: Store, part: int, first_entry: int, number: int, paths: Mapping[int, str], dim: int, buckets: int
 ) -> PlacedPart:
     """Write the new faces of one part that was read tonight."""
-    ids, rejected = read_ids(staging, part), read_rejected(staging, part)
+    ids, quarantined = read_ids(staging, part), read_quarantined(staging, part)
     origins = staging.read_batch(layout.part("origins", part))
     entry, verdict, _, row_before, _ = _read_matches(run, buckets, 1, first_entry, first_entry + len(ids))
-    kept, good = np.ones(len(ids), bool), good_entries(rejected, len(ids))
+    kept, good = np.ones(len(ids), bool), good_entries(quarantined, len(ids))
     kept[entry[verdict == DROPPED]] = False
     repeated = entry[verdict == REPEATED]
     if len(repeated):
-        rejected = _with_repeated(rejected, repeated, origins.take(pa.array(repeated)), paths)
+        quarantined = _with_repeated(quarantined, repeated, origins.take(pa.array(repeated)), paths)
     faces = kept[good]
     faces[np.searchsorted(np.flatnonzero(good), repeated)] = False
     names = {kind: layout.part(kind, number) for kind in ("origins", "past")}
-    left = _left(rejected, kept)
+    left = _left(quarantined, kept)
     vectors = read_vectors(staging, part, dim)[faces]
     sizes = reading.write_faces(run, number, dim, vectors, ids.filter(pa.array(kept)), left)
     _write(run, names["origins"], ORIGINS_SCHEMA, [c.to_numpy()[kept] for c in origins.columns], sizes)
@@ -312,20 +312,22 @@ def place_part(
 
 
 def _with_repeated(
-    rejected: pa.RecordBatch, repeated: np.ndarray, origins: pa.RecordBatch, paths: Mapping[int, str]
+    quarantined: pa.RecordBatch, repeated: np.ndarray, origins: pa.RecordBatch, paths: Mapping[int, str]
 ) -> pa.RecordBatch:
-    """The rejected rows of a part with these entries, whose ids other files hold, among them."""
+    """The quarantined rows of a part with these entries, whose ids other files hold, among them."""
     count, reason = len(repeated), row_checks.REASONS[row_checks.REPEATED]
     files = [paths[number] for number in origins.column("file").to_pylist()]
     more = [repeated, [row_checks.REPEATED] * count, files, origins.column("row").to_numpy(), [reason] * count]
-    batch = pa.record_batch([pa.array(c, f.type) for c, f in zip(more, REJECTED_SCHEMA, strict=True)], schema=REJECTED_SCHEMA)
-    return pa.Table.from_batches([rejected, batch]).sort_by("position").combine_chunks().to_batches()[0]
+    batch = pa.record_batch(
+        [pa.array(c, f.type) for c, f in zip(more, QUARANTINED_SCHEMA, strict=True)], schema=QUARANTINED_SCHEMA
+    )
+    return pa.Table.from_batches([quarantined, batch]).sort_by("position").combine_chunks().to_batches()[0]
 
 
-def _moved(rejected: pa.RecordBatch, by: int) -> pa.RecordBatch:
-    """Rejected rows whose positions count from so many entries earlier."""
-    position = pa.array((rejected.column("position").to_numpy() + by).astype(np.int32))
-    return pa.record_batch([position, *rejected.columns[1:]], schema=REJECTED_SCHEMA)
+def _moved(quarantined: pa.RecordBatch, by: int) -> pa.RecordBatch:
+    """Quarantined rows whose positions count from so many entries earlier."""
+    position = pa.array((quarantined.column("position").to_numpy() + by).astype(np.int32))
+    return pa.record_batch([position, *quarantined.columns[1:]], schema=QUARANTINED_SCHEMA)
 
 
 def _joined(batches: Sequence[pa.RecordBatch]) -> pa.RecordBatch:
@@ -333,13 +335,13 @@ def _joined(batches: Sequence[pa.RecordBatch]) -> pa.RecordBatch:
     return pa.record_batch(columns, schema=batches[0].schema)
 
 
-def _left(rejected: pa.RecordBatch, kept: np.ndarray) -> pa.RecordBatch:
-    """The rejected rows among the entries that are kept, by their new positions."""
-    position = rejected.column("position").to_numpy()
-    there = kept[position]
-    moved = (np.cumsum(kept) - 1)[position[there]].astype(np.int32)
-    rest = rejected.filter(pa.array(there))
-    return pa.record_batch([pa.array(moved), *rest.columns[1:]], schema=REJECTED_SCHEMA)
+def _left(quarantined: pa.RecordBatch, kept: np.ndarray) -> pa.RecordBatch:
+    """The quarantined rows among the entries that are kept, by their new positions."""
+    position = quarantined.column("position").to_numpy()
+    target = kept[position]
+    moved = (np.cumsum(kept) - 1)[position[target]].astype(np.int32)
+    rest = quarantined.filter(pa.array(target))
+    return pa.record_batch([pa.array(moved), *rest.columns[1:]], schema=QUARANTINED_SCHEMA)
 
 
 def _write(run: Store, name: str, schema: pa.Schema, columns: Sequence[np.ndarray], sizes: dict[str, int]) -> None:

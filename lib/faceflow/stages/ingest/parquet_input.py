@@ -1,4 +1,4 @@
-"""Cutting the input into pieces: footers are read and checked, row groups gathered into parts, batches read back."""
+"""Cutting the input into tasks: footers are read and checked, row groups gathered into parts, batches read back."""
 
 from __future__ import annotations
 
@@ -48,39 +48,39 @@ class Columns:
     def ids(self, batch: pa.RecordBatch, path: str, row: int) -> tuple[pa.Array, np.ndarray]:
         """(ids of a batch, null where they are not valid UTF-8; the places of these, int64[...]). path, row: where the batch
         begins, for the error where an id does not fit the type of the others."""
-        found = batch.column(batch.schema.get_field_index(self.id))
+        results = batch.column(batch.schema.get_field_index(self.id))
         try:
-            return columns.readable(columns.cast(found, self.stored))
+            return columns.readable(columns.cast(results, self.stored))
         except pa.ArrowInvalid:
-            for i in range(len(found)):
+            for i in range(len(results)):
                 try:
-                    columns.cast(found[i : i + 1], self.stored)
+                    columns.cast(results[i : i + 1], self.stored)
                 except pa.ArrowInvalid:
                     raise InputError(
-                        f"{one_line(path)}, row {row + i}: id {found[i].as_py()} does not fit into {self.stored}, the "
+                        f"{one_line(path)}, row {row + i}: id {results[i].as_py()} does not fit into {self.stored}, the "
                         "type of the ids of other files"
                     ) from None
             raise
 
     def embeddings(self, batch: pa.RecordBatch) -> pa.Array:
         """The embeddings of a batch, as lists of floats."""
-        found = batch.column(batch.schema.get_field_index(self.embedding))
-        kind = columns.embedding_storage(found.type)
+        results = batch.column(batch.schema.get_field_index(self.embedding))
+        kind = columns.embedding_storage(results.type)
         assert kind is not None  # read_footers has seen to it
-        return columns.cast(found, pa.list_(pa.float32()) if pa.types.is_null(kind) else kind)
+        return columns.cast(results, pa.list_(pa.float32()) if pa.types.is_null(kind) else kind)
 
     def exclusives(self, batch: pa.RecordBatch) -> pa.Array | None:
         """The exclusive values of a batch in their storage type; None without such a column."""
         if self.exclusive is None:
             return None
-        found = batch.column(batch.schema.get_field_index(self.exclusive))
-        kind = columns.id_storage(found.type)
+        results = batch.column(batch.schema.get_field_index(self.exclusive))
+        kind = columns.id_storage(results.type)
         assert kind is not None
-        return columns.cast(found, columns.TEXT if pa.types.is_null(kind) else kind)
+        return columns.cast(results, columns.TEXT if pa.types.is_null(kind) else kind)
 
 
 @dataclass(frozen=True)
-class Piece:
+class IngestTask:
     """One ingest task: consecutive row groups that become one or more parts.
 
     spans: (path, row groups, row in file of the first); starts: input row, counted over all files, at
@@ -97,7 +97,7 @@ def read_footers(
 ) -> list[Footer]:
     """Check each file's columns and note its row groups; a file without rows says nothing, whatever its columns (pandas writes
     them as null). Raises InputError naming the file and what is wrong."""
-    found = []
+    results = []
     for path in paths:
         with readable(store, path) as parquet:
             if parquet.metadata.num_rows == 0:
@@ -138,8 +138,8 @@ def read_footers(
             if dim == 0:
                 raise InputError(f"{one_line(path)}: column {embedding_column!r} is {embedding.type}: embeddings are empty")
             groups, id_bytes = _survey(parquet.metadata, id_column)
-            found.append(Footer(path, groups, id_type, id_bytes, dim))
-    return found
+            results.append(Footer(path, groups, id_type, id_bytes, dim))
+    return results
 
 
 def _survey(metadata: pq.FileMetaData, id_column: str) -> tuple[tuple[int, ...], int]:
@@ -174,10 +174,10 @@ def settle_ids(footers: Sequence[Footer], past: IdTypes | None) -> IdTypes:
     first = past.stored if past is not None else known[0][1] if known else columns.TEXT
     for footer, kind in known:
         if kind != first and not (kind in integers and first in integers):
-            there = f"{past.published} in the published run" if past is not None else (
+            target = f"{past.published} in the published run" if past is not None else (
                 f"{known[0][0].id_type} in {one_line(known[0][0].path)}"
             )  # fmt: skip
-            raise InputError(f"ids are {there} but {footer.id_type} in {one_line(footer.path)}: make them one type")
+            raise InputError(f"ids are {target} but {footer.id_type} in {one_line(footer.path)}: make them one type")
     if past is not None:
         return past
     if any(kind == columns.INTEGER for _, kind in known):
@@ -214,9 +214,9 @@ def part_faces(faces: int, dim: int) -> int:
     return max(1_024, min(PART_FACES, max(SMALL_PART, faces // 8), PART_BYTES // (4 * dim)))
 
 
-def plan_pieces(footers: Sequence[Footer], wanted: int) -> list[Piece]:
+def plan_tasks(footers: Sequence[Footer], wanted: int) -> list[IngestTask]:
     """Gather small row groups into parts of about `wanted` rows and cut large ones evenly; depends on footers alone."""
-    pieces: list[Piece] = []
+    tasks: list[IngestTask] = []
     spans: list[tuple[str, list[int], int]] = []
     rows = first_row = first_part = 0
 
@@ -225,7 +225,7 @@ def plan_pieces(footers: Sequence[Footer], wanted: int) -> list[Piece]:
         if rows:
             count = max(1, round(rows / wanted))
             starts = tuple(first_row + rows * i // count for i in range(count + 1))
-            pieces.append(Piece(first_part, tuple((path, tuple(groups), row) for path, groups, row in spans), starts))
+            tasks.append(IngestTask(first_part, tuple((path, tuple(groups), row) for path, groups, row in spans), starts))
             first_row, first_part = first_row + rows, first_part + count
         spans, rows = [], 0
 
@@ -244,7 +244,7 @@ def plan_pieces(footers: Sequence[Footer], wanted: int) -> list[Piece]:
             if rows >= wanted:
                 close()
     close()
-    return pieces
+    return tasks
 
 
 class readable:  # noqa: N801 - reads as a with-statement
@@ -269,9 +269,9 @@ class readable:  # noqa: N801 - reads as a with-statement
         return InputError(f"cannot read {one_line(self._path)}: {explain(error)}")
 
 
-def read_batches(piece: Piece, store: Store, names: Sequence[str]) -> Iterator[tuple[str, int, pa.RecordBatch]]:
-    """(file, row in it, batch with the columns of these names) of all rows of a piece."""
-    for path, groups, row in piece.spans:
+def read_batches(task: IngestTask, store: Store, names: Sequence[str]) -> Iterator[tuple[str, int, pa.RecordBatch]]:
+    """(file, row in it, batch with the columns of these names) of all rows of a task."""
+    for path, groups, row in task.spans:
         with readable(store, path) as parquet:
             for batch in parquet.iter_batches(batch_size=READ_BATCH, row_groups=list(groups), columns=list(names)):
                 yield path, row, count_read(batch)

@@ -16,17 +16,17 @@ from faceflow.kernels.clusters.naming import buckets_of_integers, buckets_of_tex
 from faceflow.kernels.knn.vectors import hash_rows
 from faceflow.stages import constraints_file
 from faceflow.stages.artifacts.faces import read_ids
-from faceflow.stages.base import Context, merge_pieces
+from faceflow.stages.base import Context, merge_sizes
 from faceflow.stages.ingest import row_checks
 from faceflow.stages.ingest.parquet_input import (
     Columns,
     Footer,
     IdTypes,
-    Piece,
+    IngestTask,
     check_dimensions,
     first_dimension,
     part_faces,
-    plan_pieces,
+    plan_tasks,
     read_batches,
     read_footers,
     settle_ids,
@@ -34,7 +34,7 @@ from faceflow.stages.ingest.parquet_input import (
 from faceflow.storage import columns, layout
 from faceflow.storage.manifests import is_whole
 from faceflow.storage.object_store import Store
-from faceflow.tables import IDS_CHECKED_SCHEMA, MAX_FACES, ORIGINS_SCHEMA, REJECTED_SCHEMA, vectors_schema
+from faceflow.tables import IDS_CHECKED_SCHEMA, MAX_FACES, ORIGINS_SCHEMA, QUARANTINED_SCHEMA, vectors_schema
 
 log = logging.getLogger("faceflow")
 
@@ -79,8 +79,8 @@ def take_in(
     groups = list(chunks(list(files), FOOTERS_PER_TASK))
     footers: list[Footer] = [
         footer
-        for found in executor.map(read_footers, [(store, tuple(group), *names) for group in groups], "footers")
-        for footer in found
+        for collected in executor.map(read_footers, [(store, tuple(group), *names) for group in groups], "footers")
+        for footer in collected
     ]
     types = settle_ids(footers, past)
     check_dimensions(footers)
@@ -99,24 +99,24 @@ def take_in(
         or executor.call(first_dimension, store, tuple(f.path for f in footers), config.embedding_column, label="probe")
     )
     chosen = Columns(*names, types.stored)
-    pieces = plan_pieces(footers, part_faces(rows, dim))
-    numbers = [tuple(files[path] for path, _, _ in piece.spans) for piece in pieces]
+    tasks = plan_tasks(footers, part_faces(rows, dim))
+    numbers = [tuple(files[path] for path, _, _ in task.spans) for task in tasks]
     id_bytes = sum(footer.id_bytes for footer in footers)
     buckets = buckets_for(rows, id_bytes)
-    executor.map(gather_ids, [(i, piece, store, run, chosen, buckets) for i, piece in enumerate(pieces)], "ids")
-    executor.map(find_repeated, [(run, len(pieces), bucket) for bucket in range(buckets)], "repeats")
+    executor.map(gather_ids, [(i, task, store, run, chosen, buckets) for i, task in enumerate(tasks)], "ids")
+    executor.map(find_repeated, [(run, len(tasks), bucket) for bucket in range(buckets)], "repeats")
     results = executor.map(
-        ingest_piece,
-        [(piece, number, store, run, chosen, dim, buckets) for piece, number in zip(pieces, numbers, strict=True)],
+        ingest_rows,
+        [(task, number, store, run, chosen, dim, buckets) for task, number in zip(tasks, numbers, strict=True)],
         "ingest",
-        sizes=[piece.starts[-1] - piece.starts[0] for piece in pieces],
+        sizes=[task.starts[-1] - task.starts[0] for task in tasks],
     )
     bad = row_checks.Tally()
     for _, _, tally in results:
         bad.include(tally)
     kept = [faces for _, counts, _ in results for faces in counts]
-    entries = (0, *(start for piece in pieces for start in piece.starts[1:]))
-    sizes = merge_pieces([sizes for sizes, _, _ in results])
+    entries = (0, *(start for task in tasks for start in task.starts[1:]))
+    sizes = merge_sizes([sizes for sizes, _, _ in results])
     types = _wide_enough(context, run, types, footers, len(kept))
     return Taken(dim, tuple(np.cumsum([0, *kept]).tolist()), entries, sizes, bad, types, id_bytes)
 
@@ -137,8 +137,8 @@ def _wide_enough(context: Context, run: Store, types: IdTypes, footers: Sequence
 
 def id_range(run: Store, part: int) -> tuple[int, int] | None:
     """(smallest, largest) integer id of a part; None where it has none."""
-    found = pc.min_max(read_ids(run, part)).as_py()
-    return None if found["min"] is None else (found["min"], found["max"])
+    collected = pc.min_max(read_ids(run, part)).as_py()
+    return None if collected["min"] is None else (collected["min"], collected["max"])
 
 
 def judge(context: Context, bad: row_checks.Tally, rows: int) -> None:
@@ -157,22 +157,22 @@ def judge(context: Context, bad: row_checks.Tally, rows: int) -> None:
             "nothing was published"
         )
     log.warning(
-        "%s\n  they are set aside: no cluster, and a line each in %s", said, layout.rejected_folder(context.stores.run_id)
+        "%s\n  they are set aside: no cluster, and a line each in %s", said, layout.quarantined_folder(context.stores.run_id)
     )
 
 
-def gather_ids(index: int, piece: Piece, source: Store, run: Store, names: Columns, buckets: int) -> None:
-    """Write one piece's ids with their input rows, one record batch a bucket: equal ids meet in one bucket."""
+def gather_ids(index: int, task: IngestTask, source: Store, run: Store, names: Columns, buckets: int) -> None:
+    """Write one task's ids with their input rows, one record batch a bucket: equal ids meet in one bucket."""
     name = layout.gathered_ids(index)
     if is_whole(run, name):
         return
-    ids = pa.concat_arrays([names.ids(batch, path, row)[0] for path, row, batch in read_batches(piece, source, [names.id])])
-    rows = np.arange(piece.starts[0], piece.starts[0] + len(ids))
+    ids = pa.concat_arrays([names.ids(batch, path, row)[0] for path, row, batch in read_batches(task, source, [names.id])])
+    rows = np.arange(task.starts[0], task.starts[0] + len(ids))
     bucket = buckets_of(ids, buckets)
     schema = pa.schema([pa.field("id", ids.type), *IDS_CHECKED_SCHEMA])
     batches = (
-        pa.record_batch([ids.take(pa.array(here)), pa.array(rows[here])], schema=schema)
-        for here in (np.flatnonzero(bucket == b) for b in range(buckets))
+        pa.record_batch([ids.take(pa.array(selected)), pa.array(rows[selected])], schema=schema)
+        for selected in (np.flatnonzero(bucket == b) for b in range(buckets))
     )
     run.write_arrow(name, schema, batches)
 
@@ -198,19 +198,19 @@ def _hashes(values: pa.Array | None, rows: int) -> np.ndarray:
     if values is None:
         return np.zeros(rows, np.uint64)
     if pa.types.is_integer(values.type):
-        found = hash_integers(values.fill_null(0).to_numpy(zero_copy_only=False))
+        collected = hash_integers(values.fill_null(0).to_numpy(zero_copy_only=False))
     else:
-        found = hash_texts(*_texts(values))
-    found[values.is_null().to_numpy(zero_copy_only=False)] = 0
-    return found
+        collected = hash_texts(*_texts(values))
+    collected[values.is_null().to_numpy(zero_copy_only=False)] = 0
+    return collected
 
 
-def find_repeated(run: Store, pieces: int, bucket: int) -> None:
+def find_repeated(run: Store, tasks: int, bucket: int) -> None:
     """Write the input rows of one bucket whose id stands in an earlier row, ascending."""
     name = layout.repeated_ids(bucket)
     if is_whole(run, name):
         return
-    batches = [run.read_batch(layout.gathered_ids(piece), bucket) for piece in range(pieces)]
+    batches = [run.read_batch(layout.gathered_ids(task), bucket) for task in range(tasks)]
     ids = pa.concat_arrays([batch.column(0) for batch in batches])
     rows = np.concatenate([batch.column(1).to_numpy() for batch in batches])
     again = rows[row_checks.repeated(ids)]
@@ -218,32 +218,32 @@ def find_repeated(run: Store, pieces: int, bucket: int) -> None:
 
 
 def _repeated_rows(run: Store, buckets: int, begin: int, end: int) -> np.ndarray:
-    found = [run.read_batch(layout.repeated_ids(bucket)).column(0).to_numpy() for bucket in range(buckets)]
-    return np.concatenate([rows[(rows >= begin) & (rows < end)] for rows in found])
+    collected = [run.read_batch(layout.repeated_ids(bucket)).column(0).to_numpy() for bucket in range(buckets)]
+    return np.concatenate([rows[(rows >= begin) & (rows < end)] for rows in collected])
 
 
-def ingest_piece(
-    piece: Piece, files: tuple[int, ...], source: Store, run: Store, names: Columns, dim: int, buckets: int
+def ingest_rows(
+    task: IngestTask, files: tuple[int, ...], source: Store, run: Store, names: Columns, dim: int, buckets: int
 ) -> tuple[dict[str, int], list[int], row_checks.Tally]:
-    """Write the vectors, ids, rejected rows and origins of one piece's parts; files: the number of each span's file.
+    """Write the vectors, ids, quarantined rows and origins of one task's parts; files: the number of each span's file.
 
     Returns the bytes of each file, the faces kept of each part, and the tally of the others.
     """
-    parts = [PartWriter(run, piece, i, dim) for i in range(len(piece.starts) - 1)]
+    parts = [PartWriter(run, task, i, dim) for i in range(len(task.starts) - 1)]
     if not all(part.is_whole for part in parts):
-        again = _repeated_rows(run, buckets, piece.starts[0], piece.starts[-1])
-        position, at = piece.starts[0], 0
-        numbers = {path: number for (path, _, _), number in zip(piece.spans, files, strict=True)}
+        again = _repeated_rows(run, buckets, task.starts[0], task.starts[-1])
+        position, at = task.starts[0], 0
+        numbers = {path: number for (path, _, _), number in zip(task.spans, files, strict=True)}
         wanted = [*dict.fromkeys(filter(None, (names.id, names.embedding, names.exclusive)))]
-        for path, first, batch in read_batches(piece, source, wanted):
+        for path, first, batch in read_batches(task, source, wanted):
             ids, not_text = names.ids(batch, path, first)
             verdict, lengths, x = row_checks.check_batch(ids, not_text, names.embeddings(batch), dim)
             photos = _hashes(names.exclusives(batch), len(ids))
-            here = again[(again >= position) & (again < position + len(ids))] - position
-            here = here[verdict[here] == row_checks.GOOD]
-            if len(here):
-                x = np.delete(x, np.searchsorted(np.flatnonzero(verdict == row_checks.GOOD), here), axis=0)
-                verdict[here] = row_checks.REPEATED
+            selected = again[(again >= position) & (again < position + len(ids))] - position
+            selected = selected[verdict[selected] == row_checks.GOOD]
+            if len(selected):
+                x = np.delete(x, np.searchsorted(np.flatnonzero(verdict == row_checks.GOOD), selected), axis=0)
+                verdict[selected] = row_checks.REPEATED
             done, used = 0, 0
             while done < len(ids):
                 if at == len(parts):
@@ -261,7 +261,7 @@ def ingest_piece(
             position += len(ids)
         if at != len(parts):
             raise InputError(
-                f"{one_line(piece.spans[-1][0])} holds fewer rows than its footer says: it is damaged or was changed while "
+                f"{one_line(task.spans[-1][0])} holds fewer rows than its footer says: it is damaged or was changed while "
                 "being read"
             )
     tally = row_checks.Tally()
@@ -270,7 +270,7 @@ def ingest_piece(
     for part in parts:
         written = part.written()
         sizes |= written.sizes
-        tally.include(written.rejected)
+        tally.include(written.quarantined)
         faces.append(written.kept)
     return sizes, faces, tally
 
@@ -281,22 +281,22 @@ class WrittenPart:
 
     sizes: dict[str, int]
     kept: int
-    rejected: row_checks.Tally
+    quarantined: row_checks.Tally
 
 
 class PartWriter:
     """One part in the making: collects its rows, then writes four files."""
 
-    def __init__(self, run: Store, piece: Piece, index: int, dim: int) -> None:
-        number = piece.first_part + index
+    def __init__(self, run: Store, task: IngestTask, index: int, dim: int) -> None:
+        number = task.first_part + index
         self._run, self._dim, self._number = run, dim, number
-        self._names = [layout.part(kind, number) for kind in ("vectors", "ids", "rejected", "origins")]
-        self._rows = piece.starts[index + 1] - piece.starts[index]
+        self._names = [layout.part(kind, number) for kind in ("vectors", "ids", "quarantined", "origins")]
+        self._rows = task.starts[index + 1] - task.starts[index]
         self._filled = self._kept = 0
         self._vectors: np.ndarray | None = None
         self._ids: list[pa.Array] = []
         self._origins: list[pa.RecordBatch] = []
-        self._rejected: list[tuple[int, int, str, int, str]] = []
+        self._quarantined: list[tuple[int, int, str, int, str]] = []
 
     @property
     def is_whole(self) -> bool:
@@ -323,47 +323,47 @@ class PartWriter:
         self._origins.append(pa.record_batch([pa.array(column) for column in origins], schema=ORIGINS_SCHEMA))
         for i in np.flatnonzero(verdict != row_checks.GOOD).tolist():
             reason = row_checks.REASONS[int(verdict[i])].format(length=int(lengths[i]), dim=self._dim)
-            self._rejected.append((self._filled + i, int(verdict[i]), path, first + i, reason))
+            self._quarantined.append((self._filled + i, int(verdict[i]), path, first + i, reason))
         self._filled, self._kept = self._filled + len(ids), self._kept + len(x)
 
     def close(self) -> None:
         """Write the files and let the memory go."""
         assert self._vectors is not None
-        columns = zip(*self._rejected, strict=True) if self._rejected else [[] for _ in REJECTED_SCHEMA]
-        arrays = [pa.array(list(values), field.type) for values, field in zip(columns, REJECTED_SCHEMA, strict=True)]
-        rejected = pa.record_batch(arrays, schema=REJECTED_SCHEMA)
-        write_faces(self._run, self._number, self._dim, self._vectors[: self._kept], pa.concat_arrays(self._ids), rejected)
+        columns = zip(*self._quarantined, strict=True) if self._quarantined else [[] for _ in QUARANTINED_SCHEMA]
+        arrays = [pa.array(list(values), field.type) for values, field in zip(columns, QUARANTINED_SCHEMA, strict=True)]
+        quarantined = pa.record_batch(arrays, schema=QUARANTINED_SCHEMA)
+        write_faces(self._run, self._number, self._dim, self._vectors[: self._kept], pa.concat_arrays(self._ids), quarantined)
         origins = pa.Table.from_batches(self._origins).combine_chunks().to_batches()
         self._run.write_arrow(self._names[3], ORIGINS_SCHEMA, origins)
-        self._vectors, self._ids, self._rejected, self._origins = None, [], [], []
+        self._vectors, self._ids, self._quarantined, self._origins = None, [], [], []
 
     def written(self) -> WrittenPart:
         """The part as its files tell it, whether they were written now or by an earlier attempt."""
-        rejected = self._run.read_batch(self._names[2])
+        quarantined = self._run.read_batch(self._names[2])
         sizes = {name: self._run.size(name) or 0 for name in self._names}
-        return WrittenPart(sizes, self._rows - rejected.num_rows, tally_of(rejected))
+        return WrittenPart(sizes, self._rows - quarantined.num_rows, tally_of(quarantined))
 
 
 def write_faces(
-    run: Store, part: int, dim: int, vectors: np.ndarray, ids: pa.Array, rejected: pa.RecordBatch
+    run: Store, part: int, dim: int, vectors: np.ndarray, ids: pa.Array, quarantined: pa.RecordBatch
 ) -> dict[str, int]:
-    """Write the vectors, ids and rejected rows of one part; returns the bytes of each file."""
+    """Write the vectors, ids and quarantined rows of one part; returns the bytes of each file."""
     schema, id_schema = vectors_schema(dim), pa.schema([pa.field("id", ids.type)])
     column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), dim).cast(schema.field(0).type)
     batches = {
         "vectors": pa.record_batch([column], schema=schema), "ids": pa.record_batch([ids], schema=id_schema),
-        "rejected": rejected,
+        "quarantined": quarantined,
     }  # fmt: skip
     names = {kind: layout.part(kind, part) for kind in batches}
     return {names[kind]: run.write_arrow(names[kind], batch.schema, [batch]) for kind, batch in batches.items()}
 
 
-def tally_of(rejected: pa.RecordBatch) -> row_checks.Tally:
-    """The rejected rows of a part by reason."""
+def tally_of(quarantined: pa.RecordBatch) -> row_checks.Tally:
+    """The quarantined rows of a part by reason."""
     tally = row_checks.Tally()
-    verdicts = rejected.column("verdict").to_numpy()
+    verdicts = quarantined.column("verdict").to_numpy()
     for verdict in np.unique(verdicts).tolist():
-        here = np.flatnonzero(verdicts == verdict)
-        shown = rejected.take(pa.array(here[: row_checks.SHOWN])).to_pylist()
-        tally.add(verdict, len(here), [f"{one_line(r['file'])}, row {r['row']}: {r['reason']}" for r in shown])
+        selected = np.flatnonzero(verdicts == verdict)
+        shown = quarantined.take(pa.array(selected[: row_checks.SHOWN])).to_pylist()
+        tally.add(verdict, len(selected), [f"{one_line(r['file'])}, row {r['row']}: {r['reason']}" for r in shown])
     return tally

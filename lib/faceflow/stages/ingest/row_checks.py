@@ -88,8 +88,8 @@ def check_batch(
     raw = values.to_numpy(zero_copy_only=False).reshape(-1, dim)
     # float64 is normalised before it is rounded, so that no value over- or underflows on the way.
     x = np.array(raw, dtype=np.float64 if raw.dtype == np.float64 else np.float32, order="C")
-    found = normalize_rows(x)
-    verdict[candidates[found != FINE]] = np.where(found[found != FINE] == NOT_FINITE, INFINITE, ZEROS)
+    results = normalize_rows(x)
+    verdict[candidates[results != FINE]] = np.where(results[results != FINE] == NOT_FINITE, INFINITE, ZEROS)
     if ids.null_count:
         verdict[ids.is_null().to_numpy(zero_copy_only=False)] = NULL_ID
         verdict[not_text] = NOT_TEXT

@@ -51,8 +51,8 @@ def run(context: Context) -> Outcome:
     taken = take_in(context, store, {f.path: i for i, f in enumerate(files)}, context.stores.run)
     judge(context, taken.bad, taken.entries[-1])
     counts = {
-        "faces": taken.starts[-1], "rejected": taken.bad.total, "dim": taken.dim, "files": len(files), "starts": taken.starts,
-        "entries": taken.entries, "input_snapshot": snapshot, "id_type": columns.name_of(taken.ids.published),
+        "faces": taken.starts[-1], "quarantined": taken.bad.total, "dim": taken.dim, "files": len(files), "starts":
+        taken.starts, "entries": taken.entries, "input_snapshot": snapshot, "id_type": columns.name_of(taken.ids.published),
         "id_bytes": id_bytes_of(taken.sizes),
     }  # fmt: skip
     return Outcome(counts, taken.sizes)
@@ -61,7 +61,7 @@ def run(context: Context) -> Outcome:
 STAGE = Stage(
     name="ingest",
     reads=(),
-    writes=("idcheck", "arrivals", "matches", "vectors", "ids", "rejected", "origins", "past"),
+    writes=("idcheck", "arrivals", "matches", "vectors", "ids", "quarantined", "origins", "past"),
     scratch=("idcheck", "arrivals", "matches"),
     settings=("input", "id_column", "embedding_column", "bad_rows", "verify_content", "exclusive_column"),
     packages=("faceflow",),

@@ -47,11 +47,11 @@ def events(before: np.ndarray, after: np.ndarray, faces: np.ndarray) -> pa.Table
 
 def _by(key: np.ndarray, other: np.ndarray, faces: np.ndarray) -> dict[int, list[tuple[int, int]]]:
     """Of the pairs of two different clusters: for each `key` the others and the faces they share."""
-    found: dict[int, list[tuple[int, int]]] = {}
+    results: dict[int, list[tuple[int, int]]] = {}
     moved = (key != other) & (key >= 0)
     for a, b, n in zip(key[moved].tolist(), other[moved].tolist(), faces[moved].tolist(), strict=True):
-        found.setdefault(a, []).append((b, n))
-    return found
+        results.setdefault(a, []).append((b, n))
+    return results
 
 
 def moves_schema(id_type: pa.DataType) -> pa.Schema:

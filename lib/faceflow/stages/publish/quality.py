@@ -35,8 +35,8 @@ def write_part(run: Store, part: int, first_row: int, clusters: np.ndarray) -> n
     table = NeighborTable.from_batch(run.read_batch(layout.part("neighbors", part)), first_row)
     # Looked up at random, once for each neighbor: half the bytes stay in the caches for longer.
     narrow = clusters.astype(np.int32) if clusters.max(initial=0) < 2**31 else clusters
-    known, found, histogram = quality.doubts(table.offsets, table.rows, table.values, first_row, narrow)
-    columns = [known.astype(np.int64), *(getattr(found, name) for name in SCHEMA.names[1:])]
+    known, results, histogram = quality.doubts(table.offsets, table.rows, table.values, first_row, narrow)
+    columns = [known.astype(np.int64), *(getattr(results, name) for name in SCHEMA.names[1:])]
     run.write_arrow(layout.part("quality", part), SCHEMA, [pa.record_batch([pa.array(c) for c in columns], schema=SCHEMA)])
     return histogram
 
@@ -103,17 +103,17 @@ def _shown(
     order = np.argsort(clusters)
     at = np.searchsorted(clusters[order], lookup).clip(max=len(clusters) - 1)
     number = np.where(clusters[order][at] == lookup, order[at], -1) if len(clusters) else np.full(len(lookup), -1)
-    found: list[list[int]] = [[] for _ in clusters]
+    results: list[list[int]] = [[] for _ in clusters]
     for part in range(len(parts)):
-        here = number[run.read_batch(layout.part("modules", part)).column(0).to_numpy()]
-        at = np.flatnonzero(here >= 0)
-        for i in np.unique(here[at]).tolist():
-            found[i] += (_evenly(at[here[at] == i], SHOWN_FACES) + parts.starts[part]).tolist()
-    found = [_evenly(np.array(rows, np.int64), SHOWN_FACES).tolist() for rows in found]
-    wanted = np.unique(np.concatenate([pairs.ravel(), *map(np.array, found)]).astype(np.int64))
+        selected = number[run.read_batch(layout.part("modules", part)).column(0).to_numpy()]
+        at = np.flatnonzero(selected >= 0)
+        for i in np.unique(selected[at]).tolist():
+            results[i] += (_evenly(at[selected[at] == i], SHOWN_FACES) + parts.starts[part]).tolist()
+    results = [_evenly(np.array(rows, np.int64), SHOWN_FACES).tolist() for rows in results]
+    wanted = np.unique(np.concatenate([pairs.ravel(), *map(np.array, results)]).astype(np.int64))
     wanted = wanted[wanted >= 0]
     ids = dict(zip(wanted.tolist(), ids_of(run, parts, wanted), strict=True))
-    for i, rows in enumerate(found):
+    for i, rows in enumerate(results):
         yield [ids[row] for row in rows], [ids[row] for row in pairs[:, i].tolist() if row >= 0]
 
 

@@ -25,9 +25,9 @@ def resample(
     """How stable these clusters int64[c], the most doubtful first, are under resampled edges (`kernels.clusters.stability`),
     float64[c]: all of a small set; else the first and a random sample, each with the clusters that its edges lead to, up to
     STABILITY_EDGES; NaN for the others."""
-    found = np.full(len(clusters), np.nan)
+    results = np.full(len(clusters), np.nan)
     if directed is None or not (run.is_local or parts.faces <= MOST_FACES_ON_S3):
-        return found
+        return results
     graph = _Graph(run, parts, lookup)
     shuffled = np.random.default_rng([seed, 8]).permutation(len(clusters))
     turns = dict.fromkeys(i for both in zip(range(len(clusters)), shuffled.tolist(), strict=True) for i in both)
@@ -37,7 +37,7 @@ def resample(
         if graph.edges(cluster) > STABILITY_EDGES:
             continue
         reached = {cluster, *graph.neighbors(cluster)} - taken
-        edges += sum(graph.edges(each) for each in reached)
+        edges += sum(graph.edges(item) for item in reached)
         if chosen and edges > STABILITY_EDGES:
             break
         taken |= reached
@@ -47,8 +47,8 @@ def resample(
         offsets, targets, weights = graph.within(rows)
         numbers, mine = np.unique(graph.cluster_of(rows), return_inverse=True)
         every = stability(offsets, targets, weights, mine, STABILITY_TRIALS, seed, directed)
-        found[chosen] = every[np.searchsorted(numbers, clusters[chosen])]
-    return found
+        results[chosen] = every[np.searchsorted(numbers, clusters[chosen])]
+    return results
 
 
 class _Graph:
@@ -85,14 +85,14 @@ class _Graph:
         number = np.full(self._parts.faces, -1, np.int32)
         number[rows] = np.arange(len(rows), dtype=np.int32)
         lists = [self._of(row) for row in rows.tolist()]
-        targets = number[np.concatenate([found for found, _ in lists])]
+        targets = number[np.concatenate([results for results, _ in lists])]
         weights = np.concatenate([values for _, values in lists])
         inside = targets >= 0
-        counts = np.cumsum([0, *(len(found) for found, _ in lists)])
+        counts = np.cumsum([0, *(len(results) for results, _ in lists)])
         return np.concatenate([[0], np.cumsum(inside)])[counts], targets[inside], weights[inside]
 
     def _of(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         part = bisect.bisect_right(self._parts.starts, row) - 1
         edges, local = self._edges[part], row - self._parts.starts[part]
-        here = slice(edges.offsets[local], edges.offsets[local + 1])
-        return edges.rows[here], edges.values[here]
+        selected = slice(edges.offsets[local], edges.offsets[local + 1])
+        return edges.rows[selected], edges.values[selected]

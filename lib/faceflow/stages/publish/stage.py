@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from faceflow.kernels.clusters.naming import canonical_order, stable_clusters, transitions
-from faceflow.stages.artifacts.faces import good_entries, id_type, label_table, read_column, read_ids, read_rejected
+from faceflow.stages.artifacts.faces import good_entries, id_type, label_table, read_column, read_ids, read_quarantined
 from faceflow.stages.base import Context, LastNight, Outcome, Stage
 from faceflow.stages.publish import quality
 from faceflow.stages.publish.events import events, moves_schema
@@ -37,16 +37,16 @@ def run(context: Context) -> Outcome:
         sizes=[parts.rows(part) for part in range(len(parts))],
     )
     config = context.config
-    found, examples = context.executor.call(
+    collected, examples = context.executor.call(
         quality.summarize, stores.run, stores.output, stores.run_id, parts, config.seed,
         config.flow == "directed" if config.method == "infomap" else None, label="quality",
     )  # fmt: skip
-    shown = {key: value for key, value in found.items() if key != "sizes"}
+    shown = {key: value for key, value in collected.items() if key != "sizes"}
     for_report = {"examples": examples, "similarities": sum(part.similarities for part in results).tolist()}
     if past is not None:
         counts["moved"] = sum(part.moved for part in results)
     counts["label_bytes"] = sum(part.label_bytes for part in results)
-    return Outcome(counts | {"quality": found} | for_report | shown, pieces)
+    return Outcome(counts | {"quality": collected} | for_report | shown, pieces)
 
 
 def labels_are_there(context: Context) -> bool:
@@ -102,7 +102,7 @@ def name_clusters(
         happened = events(*pairs)
         with output.open_write(layout.events_part(run_id), durable=True) as file:
             pq.write_table(happened, file, compression="zstd")
-        counts["events"] = {each["values"]: each["counts"] for each in happened.column("event").value_counts().to_pylist()}
+        counts["events"] = {item["values"]: item["counts"] for item in happened.column("event").value_counts().to_pylist()}
     pieces = {}
     for name, clusters in ((layout.CLUSTERS, lookup), (layout.CLUSTERS_OF_FACES, lookup[modules])):
         pieces[name] = run.write_arrow(name, CLUSTERS_SCHEMA, [pa.record_batch([clusters], schema=CLUSTERS_SCHEMA)])
@@ -124,18 +124,18 @@ def publish_part(
 ) -> Published:
     """Write one part's labels, `id` and `cluster` in input order, null for a row set aside.
 
-    Rows set aside are also listed, with file, row and reason, under `rejected/`; after a night, faces whose cluster is another
-    under `moves/`. How sure its clusters are goes to `quality/`.
+    Rows set aside are also listed, with file, row and reason, under `quarantined/`; after a night, faces whose cluster is
+    another under `moves/`. How sure its clusters are goes to `quality/`.
     """
-    ids, rejected = read_ids(run, part), read_rejected(run, part)
-    good = good_entries(rejected, len(ids))
+    ids, quarantined = read_ids(run, part), read_quarantined(run, part)
+    good = good_entries(quarantined, len(ids))
     every = run.read_batch(layout.CLUSTERS_OF_FACES).column(0).to_numpy()
     clusters = every[parts.starts[part] : parts.starts[part + 1]]
     histogram = quality.write_part(run, part, parts.starts[part], every)
-    if rejected.num_rows:
-        lines = {"id": columns.as_published(ids.take(rejected.column("position")), kind)}
-        lines |= {name: rejected.column(name) for name in ("file", "row", "reason")}
-        with output.open_write(layout.rejected_part(run_id, part), durable=True) as file:
+    if quarantined.num_rows:
+        lines = {"id": columns.as_published(ids.take(quarantined.column("position")), kind)}
+        lines |= {name: quarantined.column(name) for name in ("file", "row", "reason")}
+        with output.open_write(layout.quarantined_part(run_id, part), durable=True) as file:
             pq.write_table(pa.table(lines), file, compression="zstd")
     moves = 0
     if past is not None:
@@ -184,17 +184,17 @@ def _moves(
     was = np.full(len(before), -1, np.int64)
     was[known] = old[before[known] - first]
     moved = np.flatnonzero(was != clusters)
-    found = [ids.take(pa.array(moved)), pa.array(was[moved], mask=~known[moved]), pa.array(clusters[moved])]
+    collected = [ids.take(pa.array(moved)), pa.array(was[moved], mask=~known[moved]), pa.array(clusters[moved])]
     if carried:
         # A face whose embedding is another is in a part of its own.
         elsewhere = _before(run, [part, *range(len(past.sources), parts)]) - first
         gone = np.ones(len(old), bool)
         gone[elsewhere[(elsewhere >= 0) & (elsewhere < len(old))]] = False
         faces_before = []
-        for each in source:
-            ids_before = read_ids(past.run, each)
-            faces_before.append(ids_before.filter(pa.array(good_entries(read_rejected(past.run, each), len(ids_before)))))
+        for item in source:
+            ids_before = read_ids(past.run, item)
+            faces_before.append(ids_before.filter(pa.array(good_entries(read_quarantined(past.run, item), len(ids_before)))))
         left = pa.concat_arrays(faces_before).filter(pa.array(gone))
         ended = [left, pa.array(old[gone]), pa.nulls(len(left), pa.int64())]
-        found = [pa.concat_arrays(both) for both in zip(found, ended, strict=True)]
-    return pa.table([columns.as_published(found[0], kind), *found[1:]], schema=moves_schema(kind))
+        collected = [pa.concat_arrays(both) for both in zip(collected, ended, strict=True)]
+    return pa.table([columns.as_published(collected[0], kind), *collected[1:]], schema=moves_schema(kind))

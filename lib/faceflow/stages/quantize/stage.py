@@ -20,7 +20,7 @@ from faceflow.kernels.ivf import probing, quantizer
 from faceflow.kernels.knn import tiles
 from faceflow.stages.artifacts import cells
 from faceflow.stages.artifacts.faces import read_quantizer, read_vectors
-from faceflow.stages.base import Context, Outcome, Past, Stage, merge_pieces
+from faceflow.stages.base import Context, Outcome, Past, Stage, merge_sizes
 from faceflow.stages.changes import count_active
 from faceflow.stages.quantize import threshold
 from faceflow.storage import layout
@@ -38,8 +38,8 @@ cells fewer may come, change or go, as who must find its neighbors alone probes 
 MOST_GROWN = 1.5
 """Growth of the data set since the quantizer was trained, past which its cells are too few."""
 
-FLOORS = ("floor", "weak_floor", "valley", "impostors_a_face", "pairs", "flank", "near_identical")
-"""What a night takes over from the one before: other floors would make other graphs."""
+THRESHOLDS = ("threshold", "support_threshold", "valley", "impostors_per_face", "pairs", "flank", "near_identical")
+"""What a night takes over from the one before: other thresholds would make other graphs."""
 
 FAREST, MOST_UNEVEN = 0.9, 1.5
 """Drift of the quantizer: how near new faces are to their centroids, on average, relative to the faces it was trained on, and
@@ -119,7 +119,7 @@ def carry(context: Context, past: Past) -> tuple[Outcome, str | None]:
     executor, parts, dim, run = context.executor, context.parts, context.dim, context.stores.run
     before = past.done["quantize"].counts
     counts: dict[str, Any] = {"incremental": True, "nights": before["nights"] + 1, "trained_faces": before["trained_faces"]}
-    counts |= {key: before[key] for key in (*FLOORS, "index") if key in before}
+    counts |= {key: before[key] for key in (*THRESHOLDS, "index") if key in before}
     last_night = context.last_night
     assert last_night is not None
     counts["active"] = count_active(context, last_night)
@@ -133,7 +133,7 @@ def carry(context: Context, past: Past) -> tuple[Outcome, str | None]:
     old = len(last_night.sources)
     results = executor.map(cells.carry_homes, [(run, last_night, part, dim) for part in range(old)], "carry")
     results += executor.map(cells.settle_part, [(run, part, dim) for part in range(old, len(parts))], "quantize")
-    pieces |= merge_pieces([piece for piece, _ in results])
+    pieces |= merge_sizes([piece for piece, _ in results])
     new_faces = parts.faces - parts.starts[old]
     near = sum(assigned.near for _, assigned in results[old:]) / max(1, new_faces)
     counts |= _tell([assigned for _, assigned in results], parts.faces)
@@ -178,21 +178,21 @@ def _run_in_full(context: Context, counts: dict[str, Any]) -> Outcome:
     log.info("plan     %s (measured: %.0f GFLOP/s with %d workers)", plan.reason(flops), flops / 1e9, workers)
     if settled.get("valley"):
         log.info(
-            "floor    %.4f: the similarities of pairs have a valley at %.4f; expected impostor edges a face: %.3g",
-            settled["floor"], settled["valley"], settled["impostors_a_face"],
+            "threshold %.4f: the similarities of pairs have a valley at %.4f; expected impostor edges a face: %.3g",
+            settled["threshold"], settled["valley"], settled["impostors_per_face"],
         )  # fmt: skip
     elif "valley" in settled:
         log.warning(
-            "floor    %.4f, for want of a valley between pairs of different people and of one person: from the former alone; "
-            "give --min-similarity if you know better",
-            settled["floor"],
+            "threshold %.4f: no valley between genuine and impostor similarities, so the impostors alone decide; "
+            "set --min-similarity if you know a better one",
+            settled["threshold"],
         )
     counts = counts | settled | {"index": plan.index, "gflops": round(flops / 1e9, 1), "trained_faces": parts.faces}
     counts |= {"exact_seconds": round(plan.exact_work / flops, 1), "cells_seconds": round(plan.cells_work / flops, 1)}
     if plan.index == "exact":
         return Outcome(counts, {})
     training = Training(
-        plan.cells, config.probes, config.neighbors, settled["floor"], config.seed, workers_of(config, executor),
+        plan.cells, config.probes, config.neighbors, settled["threshold"], config.seed, workers_of(config, executor),
     )  # fmt: skip
     if not is_whole(run, layout.CENTROIDS):
         executor.call(
@@ -206,7 +206,7 @@ def _run_in_full(context: Context, counts: dict[str, Any]) -> Outcome:
         "quantize",
         sizes=[parts.rows(part) for part in range(len(parts))],
     )
-    pieces = merge_pieces([pieces for pieces, _ in results])
+    pieces = merge_sizes([pieces for pieces, _ in results])
     pieces[layout.CENTROIDS] = run.size(layout.CENTROIDS) or 0
     every = [assigned for _, assigned in results]
     travelled = sum(assigned.sent for assigned in every)
@@ -255,7 +255,7 @@ class Training:
     cells: int
     probes: int | None
     neighbors: int
-    floor: float | None
+    threshold: float | None
     seed: int
     workers: plans.Workers
 
@@ -298,7 +298,7 @@ def train(run: Store, starts: tuple[int, ...], dim: int, training: Training, thr
         held = _gather(run, starts, dim, held_out)
         most = min(plans.MAX_PROBES, cells)
         choice = probing.choose_rule(
-            held, starts[-1], centroids, training.neighbors, training.floor, most, *plans.target_recall(starts[-1])
+            held, starts[-1], centroids, training.neighbors, training.threshold, most, *plans.target_recall(starts[-1])
         )
     else:
         rule = probing.ProbeRule(None, min(training.probes, cells))

@@ -1,5 +1,5 @@
-"""The floor of the similarities where none is given, and the cosine from which faces are near-identical: both from pairs of a
-sample of all faces (`kernels.threshold.valley`, `kernels.threshold.sample_weights`)."""
+"""The threshold of the similarities where none is given, and the cosine from which faces are near-identical: both from pairs of
+a sample of all faces (`kernels.threshold.valley`, `kernels.threshold.sample_weights`)."""
 
 from __future__ import annotations
 
@@ -42,26 +42,26 @@ class Sample:
 
 
 def settle(context: Context) -> dict[str, Any]:
-    """The floors of a run as counts for the manifest: `floor`, `weak_floor` (None: none), how they were found, and
-    `near_identical`, where the edges depend on it."""
+    """The thresholds of a run as counts for the manifest: `threshold`, `support_threshold` (None: none), how they were found,
+    and `near_identical`, where the edges depend on it."""
     config = context.config
     automatic = config.min_similarity == "auto"
     if not automatic and config.edges != "auto":
-        return {"floor": config.min_similarity, "weak_floor": config.min_similarity}
+        return {"threshold": config.min_similarity, "support_threshold": config.min_similarity}
     faces = context.parts.faces
     sample = _draw(context, plans.pairs_counted(faces) if automatic else min(faces, sample_weights.PILOT_FACES))
     near = context.executor.call(near_identical, sample, faces, label="sample")
-    counts: dict[str, Any] = {"floor": config.min_similarity, "weak_floor": config.min_similarity}
+    counts: dict[str, Any] = {"threshold": config.min_similarity, "support_threshold": config.min_similarity}
     if automatic:
-        found, histogram = _choose(context, sample, near)
+        results, histogram = _choose(context, sample, near)
         counts = {
-            "floor": found.strong,
-            # Only the auto recipe can tell the pairs below the floor apart.
-            "weak_floor": found.weak if config.edges == "auto" else found.strong,
-            "valley": found.valley,
-            "impostors_a_face": found.impostors,
+            "threshold": results.strong,
+            # Only the auto recipe can tell the pairs below the threshold apart.
+            "support_threshold": results.weak if config.edges == "auto" else results.strong,
+            "valley": results.valley,
+            "impostors_per_face": results.impostors,
             "pairs": valley.coarser(histogram).tolist(),
-            "flank": found.flank,
+            "flank": results.flank,
         }
     context.stores.run.delete("sample")
     return counts | {"near_identical": near}
@@ -72,21 +72,21 @@ def _draw(context: Context, count: int) -> Sample:
     rng = np.random.default_rng([context.config.seed, 5])
     rows = np.sort(rng.choice(parts.faces, count, replace=False))
     cuts = np.searchsorted(rows, parts.starts)
-    here = [part for part in range(len(parts)) if cuts[part + 1] > cuts[part]]
+    selected = [part for part in range(len(parts)) if cuts[part + 1] > cuts[part]]
     context.executor.map(
         take_sample,
-        [(run, part, dim, rows[cuts[part] : cuts[part + 1]] - parts.starts[part], parts.starts[part]) for part in here],
+        [(run, part, dim, rows[cuts[part] : cuts[part + 1]] - parts.starts[part], parts.starts[part]) for part in selected],
         "sample",
     )
-    return Sample(run, tuple(here), dim)
+    return Sample(run, tuple(selected), dim)
 
 
-def _choose(context: Context, sample: Sample, near: float) -> tuple[valley.Floors, np.ndarray]:
-    """The floors, from pairs among which near-identical faces count as one, and no person more than `crowding.CROWD`."""
+def _choose(context: Context, sample: Sample, near: float) -> tuple[valley.Thresholds, np.ndarray]:
+    """The thresholds, from pairs among which near-identical faces count as one, and no person more than `crowding.CROWD`."""
     executor, faces = context.executor, context.parts.faces
     counted = plans.pairs_counted(faces)
     blocks = range(-(-counted // BLOCK_FACES))
-    surveyed = executor.map(survey_block, [(sample, block, near) for block in blocks], "floor")
+    surveyed = executor.map(survey_block, [(sample, block, near) for block in blocks], "threshold")
     plain = np.sum([np.zeros(valley.BINS, np.int64), *(histogram for histogram, _ in surveyed)], axis=0)
     weight = np.ones(counted, np.float32)
     weight[np.concatenate([np.empty(0, np.int64), *(repeated for _, repeated in surveyed)])] = 0
@@ -95,11 +95,13 @@ def _choose(context: Context, sample: Sample, near: float) -> tuple[valley.Floor
         plain = _weigh(context, sample, weight)
     elif len(dropped):
         steps = range(-(-len(dropped) // BLOCK_FACES))
-        plain = plain - np.sum(executor.map(count_pairs_of, [(sample, dropped, step) for step in steps], "floor"), axis=0)
+        plain = plain - np.sum(executor.map(count_pairs_of, [(sample, dropped, step) for step in steps], "threshold"), axis=0)
         plain = np.maximum(plain, 0)  # a product may round into another bin than before
     plain = np.rint(plain).astype(np.int64)
-    first = valley.choose_floors(plain, faces)
-    crowds = np.concatenate(executor.map(count_neighbors, [(sample, weight, block, first.strong) for block in blocks], "floor"))
+    first = valley.choose_thresholds(plain, faces)
+    crowds = np.concatenate(
+        executor.map(count_neighbors, [(sample, weight, block, first.strong) for block in blocks], "threshold")
+    )
     bounded = weight * sample_weights.weights(crowds)
     weighted = _weigh(context, sample, bounded) if (bounded < weight).any() else None
     return sample_weights.choose(plain, weighted, faces)
@@ -107,7 +109,7 @@ def _choose(context: Context, sample: Sample, near: float) -> tuple[valley.Floor
 
 def _weigh(context: Context, sample: Sample, weight: np.ndarray) -> np.ndarray:
     blocks = range(-(-len(weight) // BLOCK_FACES))
-    return np.sum(context.executor.map(weigh_block, [(sample, weight, block) for block in blocks], "floor"), axis=0)
+    return np.sum(context.executor.map(weigh_block, [(sample, weight, block) for block in blocks], "threshold"), axis=0)
 
 
 def take_sample(run: Store, part: int, dim: int, rows: np.ndarray, first_row: int) -> None:
@@ -144,19 +146,19 @@ def count_pairs_of(sample: Sample, dropped: np.ndarray, step: int) -> np.ndarray
     vectors = sample.read()[1]
     rank = np.full(len(vectors), len(dropped))
     rank[dropped] = np.arange(len(dropped))
-    here = dropped[step * BLOCK_FACES : (step + 1) * BLOCK_FACES]
-    return valley.count_pairs(vectors, rank, vectors[here], rank[here])
+    selected = dropped[step * BLOCK_FACES : (step + 1) * BLOCK_FACES]
+    return valley.count_pairs(vectors, rank, vectors[selected], rank[selected])
 
 
-def count_neighbors(sample: Sample, weight: np.ndarray, block: int, floor: float) -> np.ndarray:
+def count_neighbors(sample: Sample, weight: np.ndarray, block: int, threshold: float) -> np.ndarray:
     """int64[b]: about how many neighbors each face of one block has in the sample, faces of weight 0 left out: counted among an
     even choice of it."""
     vectors = sample.read()[1]
     kept = np.flatnonzero(weight)
     chosen = kept[np.unique(np.linspace(0, len(kept) - 1, sample_weights.CROWD_SAMPLE).astype(int))]
-    here = np.arange(len(vectors))[block * BLOCK_FACES : (block + 1) * BLOCK_FACES]
-    found = sample_weights.neighbors_at(vectors[here], vectors[chosen], floor) - np.isin(here, chosen)
-    return np.rint(np.maximum(found, 0) * (len(kept) / len(chosen))).astype(np.int64)
+    selected = np.arange(len(vectors))[block * BLOCK_FACES : (block + 1) * BLOCK_FACES]
+    results = sample_weights.neighbors_at(vectors[selected], vectors[chosen], threshold) - np.isin(selected, chosen)
+    return np.rint(np.maximum(results, 0) * (len(kept) / len(chosen))).astype(np.int64)
 
 
 def weigh_block(sample: Sample, weight: np.ndarray, block: int) -> np.ndarray:

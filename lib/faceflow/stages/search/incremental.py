@@ -42,23 +42,23 @@ alone: whoever continues an interrupted night takes over what some of them have 
 def search_night(context: Context) -> int:
     """Search for the active faces; returns the number of candidate files."""
     config, parts, run, executor = context.config, context.parts, context.stores.run, context.executor
-    weak_floor = context.floors[1]
+    support_threshold = context.thresholds[1]
     every = range(len(parts))
     resources = Resources(custom=config.search_resource)
-    found = context.done["quantize"].counts["active"]
+    results = context.done["quantize"].counts["active"]
     if context.done["quantize"].counts["index"] == "exact":
         executor.map(
             search_exact_part,
-            [(run, parts, part, context.dim, config.neighbors, weak_floor) for part in every],
+            [(run, parts, part, context.dim, config.neighbors, support_threshold) for part in every],
             "search",
             sizes=[parts.rows(part) for part in every],
             resources=resources,
         )
         return len(parts)
     count = context.done["quantize"].counts["cells"]
-    ranges = min(count, 1 if sum(found) <= ACTIVE_FACES else -(-RANGES * sum(found) // ACTIVE_FACES))
+    ranges = min(count, 1 if sum(results) <= ACTIVE_FACES else -(-RANGES * sum(results) // ACTIVE_FACES))
     starts = tuple(count * i // ranges for i in range(ranges + 1))
-    from_parts = tuple(part for part in every if found[part])
+    from_parts = tuple(part for part in every if results[part])
     executor.map(assign_active, [(run, part, context.dim, starts) for part in from_parts], "probe", resources=resources)
     most = MOST_PARTS
     if not run.is_local:
@@ -69,11 +69,11 @@ def search_night(context: Context) -> int:
     executor.map(
         search_parts,
         [
-            (run, parts, here, i, tasks, from_parts, context.dim, starts, config.neighbors, weak_floor, 1)
-            for i, here in enumerate(groups)
+            (run, parts, selected, i, tasks, from_parts, context.dim, starts, config.neighbors, support_threshold, 1)
+            for i, selected in enumerate(groups)
         ],
         "search",
-        sizes=[parts.starts[here.stop] - parts.starts[here.start] for here in groups],
+        sizes=[parts.starts[selected.stop] - parts.starts[selected.start] for selected in groups],
         resources=resources,
         smaller=in_smaller_steps,
     )
@@ -96,8 +96,8 @@ def assign_active(run: Store, part: int, dim: int, starts: tuple[int, ...]) -> N
 
 
 def search_parts(
-    run: Store, parts: Parts, here: range, task: int, tasks: int, from_parts: Sequence[int], dim: int,
-    starts: tuple[int, ...], neighbors: int, floor: float | None, steps: int,
+    run: Store, parts: Parts, selected: range, task: int, tasks: int, from_parts: Sequence[int], dim: int,
+    starts: tuple[int, ...], neighbors: int, threshold: float | None, steps: int,
 ) -> None:  # fmt: skip
     """Compare the active faces, which are in from_parts, with all others of these parts that live in a cell they probe, and
     with each other in the task's share of the cells; write the candidates of every part, which may name a face several times.
@@ -105,7 +105,7 @@ def search_parts(
     name = layout.candidates(task)
     if is_whole(run, name):
         return
-    residents = _residents(run, parts, here, dim, starts[-1])
+    residents = _residents(run, parts, selected, dim, starts[-1])
     own = range(starts[-1] * task // tasks, starts[-1] * (task + 1) // tasks)
     lists: list[topk.CandidateList] = []
     for index, (begin, end) in enumerate(itertools.pairwise(starts)):
@@ -117,21 +117,21 @@ def search_parts(
                 "keys", ((len(fresh.rows) + incremental_search.MOST_RESIDENTS) * topk.room_for(neighbors),), np.uint64
             )
             lists += incremental_search.search_cells(
-                fresh.vectors, fresh.rows, fresh.probes, span, own, residents, neighbors, floor, keys
+                fresh.vectors, fresh.rows, fresh.probes, span, own, residents, neighbors, threshold, keys
             )
     _write_lists(run, name, parts, incremental_search.joined(lists))
 
 
-def _residents(run: Store, parts: Parts, here: range, dim: int, count: int) -> incremental_search.Residents:
+def _residents(run: Store, parts: Parts, selected: range, dim: int, count: int) -> incremental_search.Residents:
     """The faces of these parts that are not active, by the cell of `count` that they live in."""
-    others = [np.flatnonzero(~read_active(run, part)) for part in here]
-    homes = np.concatenate([cells.read_homes(run, part)[rows] for part, rows in zip(here, others, strict=True)])
-    rows = np.concatenate([parts.starts[part] + rows for part, rows in zip(here, others, strict=True)])
+    others = [np.flatnonzero(~read_active(run, part)) for part in selected]
+    homes = np.concatenate([cells.read_homes(run, part)[rows] for part, rows in zip(selected, others, strict=True)])
+    rows = np.concatenate([parts.starts[part] + rows for part, rows in zip(selected, others, strict=True)])
     rows = rows[np.argsort(homes, kind="stable")]
     begin = np.zeros(count + 1, np.int64)
     np.cumsum(np.bincount(homes, minlength=count), out=begin[1:])
-    vectors = [read_vectors(run, part, dim) for part in here]
-    firsts = np.array([parts.starts[part] for part in here] + [parts.starts[here.stop]])
+    vectors = [read_vectors(run, part, dim) for part in selected]
+    firsts = np.array([parts.starts[part] for part in selected] + [parts.starts[selected.stop]])
     block = np.empty((incremental_search.MOST_RESIDENTS, dim), np.float32)
 
     def of(cell: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -145,9 +145,9 @@ def _residents(run: Store, parts: Parts, here: range, dim: int, count: int) -> i
     return of
 
 
-def _write_lists(run: Store, name: str, parts: Parts, found: topk.CandidateList) -> None:
+def _write_lists(run: Store, name: str, parts: Parts, results: topk.CandidateList) -> None:
     """Write candidates of rows of all parts, in any order, one record batch a part."""
-    rows, offsets, keys = found
+    rows, offsets, keys = results
     order = np.argsort(rows, kind="stable")
     bounds = np.searchsorted(rows[order], parts.starts)
     lists = pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(keys, pa.uint64()))
@@ -161,31 +161,31 @@ def _write_lists(run: Store, name: str, parts: Parts, found: topk.CandidateList)
     run.write_arrow(name, CANDIDATES_SCHEMA, batches())
 
 
-def search_exact_part(run: Store, parts: Parts, part: int, dim: int, neighbors: int, floor: float | None) -> None:
+def search_exact_part(run: Store, parts: Parts, part: int, dim: int, neighbors: int, threshold: float | None) -> None:
     """Compare every active face with one part, and write the candidates of every part."""
     name = layout.candidates(part)
     if is_whole(run, name):
         return
     members, active = read_vectors(run, part, dim), read_active(run, part)
-    found: list[list[topk.CandidateList]] = []
+    results: list[list[topk.CandidateList]] = []
     own: list[topk.CandidateList] = []
-    here = np.arange(len(members))
+    selected = np.arange(len(members))
     for other in range(len(parts)):
         rows = np.flatnonzero(read_active(run, other))
         queries = read_vectors(run, other, dim)[rows]
-        found.append([])
+        results.append([])
         for begin in range(0, len(rows), QUERY_FACES):
             chunk = slice(begin, begin + QUERY_FACES)
             theirs, mine = incremental_search.search_part(
                 np.ascontiguousarray(queries[chunk]), (parts.starts[other] + rows[chunk]).astype(np.int32),
-                np.ascontiguousarray(members), parts.starts[part], active, neighbors, floor,
+                np.ascontiguousarray(members), parts.starts[part], active, neighbors, threshold,
             )  # fmt: skip
-            found[-1].append((rows[chunk].astype(np.int32), *theirs))
-            own.append((here.astype(np.int32), *mine))
-    found[part] += own
+            results[-1].append((rows[chunk].astype(np.int32), *theirs))
+            own.append((selected.astype(np.int32), *mine))
+    results[part] += own
 
     def batches() -> Iterator[pa.RecordBatch]:
-        for other, lists in enumerate(found):
+        for other, lists in enumerate(results):
             offsets, rows, similarities = topk.merge(lists, parts.rows(other), neighbors + 1)
             yield candidates_batch(np.arange(parts.rows(other)), offsets, topk.encode(similarities, rows))
 
@@ -196,8 +196,8 @@ def merge_night(run: Store, past: LastNight, parts: Parts, part: int, files: int
     """One part's neighbor table: what was carried over, and the new candidates. Writes the faces' states."""
     carried, state = carried_table(run, past, parts, part, neighbors)
     new = np.ones(parts.faces, bool)
-    there = rows_tonight(run)
-    new[there[there >= 0]] = False
+    target = rows_tonight(run)
+    new[target[target >= 0]] = False
     lists = read_candidates(run, [layout.candidates(index) for index in range(files)], part)
     *table, changed = incremental_search.merge_into(
         (carried.offsets, carried.rows, carried.values), lists, state == ACTIVE, new, neighbors

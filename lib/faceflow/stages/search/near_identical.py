@@ -40,8 +40,8 @@ def near_level(context: Context) -> float | None:
     near = context.done["quantize"].counts.get("near_identical")
     if near is None or context.config.edges != "auto":
         return None
-    # A floor near 1 leaves only pairs that the level would call near-identical: at most the upper half of them are.
-    strong = context.floors[0]
+    # A threshold near 1 leaves only pairs that the level would call near-identical: at most the upper half of them are.
+    strong = context.thresholds[0]
     return max(near, (1 + strong) / 2) if strong is not None else near
 
 
@@ -50,19 +50,19 @@ def settle(context: Context) -> tuple[dict[str, Any], dict[str, int]]:
     if near_level(context) is None:
         return {}, {}
     run, parts, executor = context.stores.run, context.parts, context.executor
-    k, weak, dim = context.config.neighbors, context.floors[1], context.dim
+    k, weak, dim = context.config.neighbors, context.thresholds[1], context.dim
     central = Resources(custom=context.config.detect_resource)
     followers = executor.call(group, run, parts, label="copies", resources=central)
     counts = {"followers": followers, "searched_again": 0}
     if followers:
-        found = executor.map(write_thin, [(run, parts, part, dim, k) for part in range(len(parts))], "copies")
-        if sum(found):
+        results = executor.map(write_thin, [(run, parts, part, dim, k) for part in range(len(parts))], "copies")
+        if sum(results):
             chosen = executor.call(choose_thin, run, parts, dim, followers, label="copies", resources=central)
             counts["searched_again"] = chosen
-            if chosen < sum(found):
+            if chosen < sum(results):
                 log.warning(
                     "%s faces have lists full of near-identical ones; only %s are searched again",
-                    f"{sum(found):,}",
+                    f"{sum(results):,}",
                     f"{chosen:,}",
                 )
             executor.map(
@@ -78,8 +78,8 @@ def settle(context: Context) -> tuple[dict[str, Any], dict[str, int]]:
 def write_near(run: Store, part: int, table: NeighborTable, near: float) -> None:
     """Write the rows of one part that have near-identical neighbors, and these."""
     counts, targets = _near_targets(table, near)
-    here = np.flatnonzero(counts)
-    _write_lists(run, layout.near(part), table.first_row + here, counts[here], targets)
+    selected = np.flatnonzero(counts)
+    _write_lists(run, layout.near(part), table.first_row + selected, counts[selected], targets)
 
 
 def _near_targets(table: NeighborTable, near: float) -> tuple[np.ndarray, np.ndarray]:
@@ -110,8 +110,8 @@ def group(run: Store, parts: Parts) -> int:
 def _write_groups(run: Store, name: str, leader: np.ndarray, also: str | None = None) -> int:
     followers = np.flatnonzero(leader != np.arange(len(leader)))
     columns = [pa.array(followers.astype(np.int32)), pa.array(leader[followers])]
-    for each in filter(None, (name, also)):
-        run.write_arrow(each, GROUPS_SCHEMA, [pa.record_batch(columns, schema=GROUPS_SCHEMA)])
+    for item in filter(None, (name, also)):
+        run.write_arrow(item, GROUPS_SCHEMA, [pa.record_batch(columns, schema=GROUPS_SCHEMA)])
     return len(followers)
 
 
@@ -159,21 +159,21 @@ def choose_thin(run: Store, parts: Parts, dim: int, followers: int) -> int:
     return len(chosen)
 
 
-def search_wider(run: Store, parts: Parts, part: int, dim: int, k: int, floor: float | None) -> None:
+def search_wider(run: Store, parts: Parts, part: int, dim: int, k: int, threshold: float | None) -> None:
     """Search the chosen faces exactly among the leaders, and faces without a group, of one part."""
     if is_whole(run, layout.wider(part)):
         return
     batch = run.read_batch(layout.THIN)
     rows, vectors = batch.column(0).to_numpy(), matrix(batch.column(1), dim)
-    first, here = parts.starts[part], np.arange(parts.starts[part], parts.starts[part + 1])
-    mine = np.flatnonzero(leaders_of(here, *read_followers(run, layout.GROUPS_AT_FIRST)) == here)
+    first, selected = parts.starts[part], np.arange(parts.starts[part], parts.starts[part + 1])
+    mine = np.flatnonzero(leaders_of(selected, *read_followers(run, layout.GROUPS_AT_FIRST)) == selected)
     members = np.ascontiguousarray(read_vectors(run, part, dim)[mine])
     offsets, keys = [np.zeros(1, np.int64)], []
     for begin in range(0, len(rows), QUERIES):
         block = slice(begin, begin + QUERIES)
-        found, best = recall.search_part(vectors[block], rows[block], members, 0, k, floor)
+        results, best = recall.search_part(vectors[block], rows[block], members, 0, k, threshold)
         similarities, member = topk.decode(best)
-        offsets.append(found[1:] + offsets[-1][-1])
+        offsets.append(results[1:] + offsets[-1][-1])
         keys.append(topk.encode(similarities, (first + mine[member]).astype(np.int32)))
     ends = np.concatenate(offsets)
     run.write_arrow(layout.wider(part), CANDIDATES_SCHEMA, [candidates_batch(np.arange(len(rows)), ends, np.concatenate(keys))])

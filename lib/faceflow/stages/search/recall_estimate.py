@@ -48,16 +48,16 @@ def draw(context: Context) -> Sampled:
 def certify(context: Context, sampled: Sampled) -> tuple[dict[str, Any], dict[str, int]]:
     """Compare the neighbor tables with the truth: counts `recall` and `recall_bands`, and the bytes of what is kept."""
     run, parts, dim, neighbors = context.stores.run, context.parts, context.dim, context.config.neighbors
-    floor, executor = context.floors[0], context.executor
+    threshold, executor = context.thresholds[0], context.executor
     searched = range(0 if sampled.unknown else sampled.old_parts, len(parts))
     executor.call(join_queries, run, dim, len(parts), label="sampled")
     executor.map(
         search_truth,
-        [(run, parts, part, dim, neighbors, floor, part >= sampled.old_parts) for part in searched],
+        [(run, parts, part, dim, neighbors, threshold, part >= sampled.old_parts) for part in searched],
         "certify",
         sizes=[parts.rows(part) for part in searched],
     )
-    certificate, bands = executor.call(compare, run, searched, sampled.faces, neighbors, floor, label="recall")
+    certificate, bands = executor.call(compare, run, searched, sampled.faces, neighbors, threshold, label="recall")
     return {"recall": asdict(certificate), "recall_bands": bands.tolist()}, {layout.TRUTH: run.size(layout.TRUTH) or 0}
 
 
@@ -86,11 +86,11 @@ def write_queries(run: Store, parts: Parts, part: int, dim: int, table: Neighbor
     """Write the sampled faces of one part, with their neighbors of its table."""
     first_row, schema = parts.starts[part], queries_schema(dim)
     sample = run.read_batch(layout.SAMPLE).column(0).to_numpy()
-    here = sample[(sample >= first_row) & (sample < parts.starts[part + 1])]
+    selected = sample[(sample >= first_row) & (sample < parts.starts[part + 1])]
     columns = [
-        pa.array(here),
-        pa.FixedSizeListArray.from_arrays(pa.array(read_vectors(run, part, dim)[here - first_row].ravel()), dim),
-        table.to_batch().column(0).take(pa.array(here - first_row)),
+        pa.array(selected),
+        pa.FixedSizeListArray.from_arrays(pa.array(read_vectors(run, part, dim)[selected - first_row].ravel()), dim),
+        table.to_batch().column(0).take(pa.array(selected - first_row)),
     ]
     batch = pa.record_batch([c.cast(f.type) for c, f in zip(columns, schema, strict=True)], schema=schema)
     run.write_arrow(layout.queries(part), schema, [batch])
@@ -103,19 +103,19 @@ def join_queries(run: Store, dim: int, parts: int) -> None:
         run.write_arrow(layout.ALL_QUERIES, queries_schema(dim), joined.to_batches())
 
 
-def search_truth(run: Store, parts: Parts, part: int, dim: int, neighbors: int, floor: float | None, new: bool) -> None:
+def search_truth(run: Store, parts: Parts, part: int, dim: int, neighbors: int, threshold: float | None, new: bool) -> None:
     """Search the sampled faces exactly in one part: all of them if it is new to them, else those of whom nothing is known."""
     if is_whole(run, layout.truth(part)):
         return
     queries, known = run.read_batch(layout.ALL_QUERIES), run.read_batch(layout.SAMPLE).column(1).to_numpy(zero_copy_only=False)
-    here = np.arange(len(known)) if new else np.flatnonzero(~known)
-    vectors, rows = matrix(queries["vector"], dim)[here], queries["row"].to_numpy()[here]
-    offsets, keys = recall.search_part(vectors, rows, read_vectors(run, part, dim), parts.starts[part], neighbors, floor)
-    run.write_arrow(layout.truth(part), CANDIDATES_SCHEMA, [candidates_batch(here, offsets, keys)])
+    selected = np.arange(len(known)) if new else np.flatnonzero(~known)
+    vectors, rows = matrix(queries["vector"], dim)[selected], queries["row"].to_numpy()[selected]
+    offsets, keys = recall.search_part(vectors, rows, read_vectors(run, part, dim), parts.starts[part], neighbors, threshold)
+    run.write_arrow(layout.truth(part), CANDIDATES_SCHEMA, [candidates_batch(selected, offsets, keys)])
 
 
 def compare(
-    run: Store, searched: range, sampled: int, neighbors: int, floor: float | None
+    run: Store, searched: range, sampled: int, neighbors: int, threshold: float | None
 ) -> tuple[recall.Certificate, np.ndarray]:
     """Compare what was found for the sampled faces with the truth; also by similarity (`recall.add_bands`). The truth is kept,
     for the next night."""
@@ -126,14 +126,14 @@ def compare(
     truth = pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(topk.encode(similarities, rows)))
     columns = [sample.column(0), pa.array(np.ones(sampled, bool)), truth]
     run.write_arrow(layout.TRUTH, TRUTH_SCHEMA, [pa.record_batch(columns, schema=TRUTH_SCHEMA)])
-    found = NeighborTable.from_batch(pa.record_batch([queries["neighbors"]], names=["neighbors"]), 0)
+    results = NeighborTable.from_batch(pa.record_batch([queries["neighbors"]], names=["neighbors"]), 0)
     counts, bands = np.zeros((2, sampled), np.int64), np.zeros((2, recall.BANDS), np.int64)
     for i, row in enumerate(queries["row"].to_pylist()):
-        here = slice(offsets[i], offsets[i + 1])
-        others = rows[here] != row
-        true_neighbors = rows[here][others][:neighbors], similarities[here][others][:neighbors]
-        mine = slice(found.offsets[i], found.offsets[i + 1])
-        true, hit = recall.check(true_neighbors, (found.rows[mine], found.values[mine]), neighbors, floor)
+        selected = slice(offsets[i], offsets[i + 1])
+        others = rows[selected] != row
+        true_neighbors = rows[selected][others][:neighbors], similarities[selected][others][:neighbors]
+        mine = slice(results.offsets[i], results.offsets[i + 1])
+        true, hit = recall.check(true_neighbors, (results.rows[mine], results.values[mine]), neighbors, threshold)
         counts[:, i] = len(hit), hit.sum()
-        recall.add_bands(bands, true, hit, floor)
+        recall.add_bands(bands, true, hit, threshold)
     return recall.certify(*counts), bands

@@ -16,10 +16,10 @@ from faceflow.kernels.ivf import probing, quantizer
 from faceflow.kernels.knn import recall, scratch, topk
 from faceflow.kernels.knn import tile_search as cpu
 from faceflow.kernels.threshold import valley
-from faceflow.logs import told
+from faceflow.logs import event
 from faceflow.stages.artifacts.candidates import candidates_batch, gather, read_candidates, that_probe, write_candidates
 from faceflow.stages.artifacts.faces import read_quantizer, read_vectors
-from faceflow.stages.base import Context, LastNight, Outcome, Stage, merge_pieces
+from faceflow.stages.base import Context, LastNight, Outcome, Stage, merge_sizes
 from faceflow.stages.search import incremental, near_identical, recall_estimate
 from faceflow.storage import layout
 from faceflow.storage.manifests import is_whole
@@ -42,7 +42,7 @@ def run(context: Context) -> Outcome:
     plan = context.done["quantize"].counts
     run, on_gpu = context.stores.run, config.gpus_per_worker > 0
     resources = Resources(gpus=config.gpus_per_worker, custom=config.search_resource)
-    limits = (config.neighbors, context.floors[1], on_gpu, config.gpu_float16)
+    limits = (config.neighbors, context.thresholds[1], on_gpu, config.gpu_float16)
     night = bool(plan["incremental"])
     if on_gpu and not night:
         context.executor.call(check_gpu, config.neighbors, label="gpu", resources=resources)
@@ -71,7 +71,7 @@ def run(context: Context) -> Outcome:
     begun = time.perf_counter()
     sampled = recall_estimate.draw(context)
     drawn = time.perf_counter() - begun
-    levels = (context.floors[0], near_identical.near_level(context))
+    levels = (context.thresholds[0], near_identical.near_level(context))
     results = context.executor.map(
         merge_part,
         [(run, parts, part, context.dim, shards, config.neighbors, past, levels) for part in range(len(parts))],
@@ -81,14 +81,18 @@ def run(context: Context) -> Outcome:
     repeated, written = near_identical.settle(context)
     begun = time.perf_counter()
     counts, pieces = recall_estimate.certify(context, sampled)
-    counts |= {"neighbors": sum(found for _, found, _ in results), "full": sum(full for _, _, full in results)} | repeated
+    counts |= {
+        "neighbors": sum(collected for _, collected, _ in results),
+        "full": sum(full for _, _, full in results),
+    } | repeated
     counts["certificate_seconds"] = round(drawn + time.perf_counter() - begun, 3)
     if counts["full"]:
         log.warning(
-            "%s faces have %d neighbors above the floor, as many as --neighbors keeps: pieces of larger clusters are joined "
-            "where no gap parts them", f"{counts['full']:,}", config.neighbors, extra=told("full_lists", faces=counts["full"]),
+            "%s faces have %d neighbors above the threshold, as many as --neighbors keeps: parts of larger clusters are joined "
+            "where no gap separates them", f"{counts['full']:,}", config.neighbors,
+            extra=event("full_lists", faces=counts["full"]),
         )  # fmt: skip
-    return Outcome(counts, merge_pieces([pieces, written, *(pieces for pieces, _, _ in results)]))
+    return Outcome(counts, merge_sizes([pieces, written, *(pieces for pieces, _, _ in results)]))
 
 
 STAGE = Stage(
@@ -136,7 +140,7 @@ def exact_blocks(parts: Parts) -> list[Block]:
 
 def search_exact_shard(
     run: Store, parts: Parts, dim: int, shard: int, blocks: Sequence[Block],
-    neighbors: int, floor: float | None, on_gpu: bool,
+    neighbors: int, threshold: float | None, on_gpu: bool,
     float16: bool,
 ) -> None:  # fmt: skip
     """Compare block `shard` with the blocks that the ring gives it, and write the candidates of every part."""
@@ -147,25 +151,25 @@ def search_exact_shard(
         part, begin, end = block
         return parts.starts[part] + begin, np.ascontiguousarray(read_vectors(run, part, dim)[begin:end])
 
-    found: dict[int, list[tuple[int, np.ndarray, np.ndarray]]] = {}
+    collected: dict[int, list[tuple[int, np.ndarray, np.ndarray]]] = {}
 
     def take(first_row: int, offsets: np.ndarray, keys: np.ndarray) -> None:
         part = int(np.searchsorted(parts.starts, first_row, side="right")) - 1
-        found.setdefault(part, []).append((first_row - parts.starts[part], offsets, keys))
+        collected.setdefault(part, []).append((first_row - parts.starts[part], offsets, keys))
 
     first_row, members = load(blocks[shard])
     if on_gpu:
         from faceflow.kernels.knn import gpu_search
 
         others = [b for b in range(len(blocks)) if b != shard]
-        gpu_search.search_blocks(members, first_row, (load(blocks[b]) for b in others), neighbors, floor, take, float16)
+        gpu_search.search_blocks(members, first_row, (load(blocks[b]) for b in others), neighbors, threshold, take, float16)
     else:
         others = cpu.ring(shard, len(blocks))[1:]
-        cpu.search_blocks(members, first_row, (load(blocks[b]) for b in others), neighbors, floor, take)
+        cpu.search_blocks(members, first_row, (load(blocks[b]) for b in others), neighbors, threshold, take)
 
     def batches() -> Iterator[pa.RecordBatch]:
         for part in range(len(parts)):
-            pieces = sorted(found.pop(part, []), key=lambda piece: piece[0])
+            pieces = sorted(collected.pop(part, []), key=lambda piece: piece[0])
             rows = [np.arange(first, first + len(offsets) - 1) for first, offsets, _ in pieces]
             counts = [np.diff(offsets) for _, offsets, _ in pieces]
             offsets = np.concatenate([[0], np.cumsum(np.concatenate([np.empty(0, np.int64), *counts]))])
@@ -181,7 +185,15 @@ def in_smaller_steps(piece: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def search_cells_shard(
-    run: Store, parts: Parts, dim: int, shard: int, neighbors: int, floor: float | None, on_gpu: bool, float16: bool, steps: int
+    run: Store,
+    parts: Parts,
+    dim: int,
+    shard: int,
+    neighbors: int,
+    threshold: float | None,
+    on_gpu: bool,
+    float16: bool,
+    steps: int,
 ) -> None:
     """Search one shard and write the candidates of every part; its cells one after the other in `steps` groups, of which
     only one is in memory."""
@@ -192,41 +204,43 @@ def search_cells_shard(
     begin, end = int(starts[shard]), int(starts[shard + 1])
     steps = min(steps, end - begin)
     if steps == 1:
-        _search_cells(run, parts, dim, shard, range(begin, end), name, neighbors, floor, on_gpu, float16)
+        _search_cells(run, parts, dim, shard, range(begin, end), name, neighbors, threshold, on_gpu, float16)
         return
-    found = [layout.candidates_step(shard, steps, step) for step in range(steps)]
-    for step, path in enumerate(found):
+    collected = [layout.candidates_step(shard, steps, step) for step in range(steps)]
+    for step, path in enumerate(collected):
         span = range(begin + (end - begin) * step // steps, begin + (end - begin) * (step + 1) // steps)
         if not is_whole(run, path):
-            _search_cells(run, parts, dim, shard, span, path, neighbors, floor, on_gpu, float16)
+            _search_cells(run, parts, dim, shard, span, path, neighbors, threshold, on_gpu, float16)
 
     def batches() -> Iterator[pa.RecordBatch]:
         for part in range(len(parts)):
-            offsets, rows, similarities = topk.merge(read_candidates(run, found, part), parts.rows(part), neighbors)
-            here = np.flatnonzero(np.diff(offsets))
-            yield candidates_batch(here, np.append(offsets[here], offsets[-1]), topk.encode(similarities, rows))
+            offsets, rows, similarities = topk.merge(read_candidates(run, collected, part), parts.rows(part), neighbors)
+            selected = np.flatnonzero(np.diff(offsets))
+            yield candidates_batch(selected, np.append(offsets[selected], offsets[-1]), topk.encode(similarities, rows))
 
     run.write_arrow(name, CANDIDATES_SCHEMA, batches())
-    for path in found:
+    for path in collected:
         run.delete(path)
 
 
 def _search_cells(
     run: Store, parts: Parts, dim: int, shard: int, cells: range, name: str,
-    neighbors: int, floor: float | None, on_gpu: bool, float16: bool,
+    neighbors: int, threshold: float | None, on_gpu: bool, float16: bool,
 ) -> None:  # fmt: skip
     """Gather the faces that probe these cells of a shard, search them, and write the candidates of every part."""
     batches = [that_probe(run.read_batch(layout.part("cells", part), shard), cells) for part in range(len(parts))]
-    found = gather(run, parts, dim, batches)
+    collected = gather(run, parts, dim, batches)
     if on_gpu:
         from faceflow.kernels.knn import gpu_search
 
-        buffers = gpu_search.search_cells(found.vectors, found.rows, found.probes, cells, neighbors, floor, float16)
+        buffers = gpu_search.search_cells(
+            collected.vectors, collected.rows, collected.probes, cells, neighbors, threshold, float16
+        )
     else:
-        keys = scratch.array("keys", (len(found.rows) * topk.room_for(neighbors),), np.uint64)
-        buffers = cpu.search_cells(found.vectors, found.rows, found.probes, cells, neighbors, floor, keys)
-    rows, bounds = found.rows, found.bounds
-    del batches, found  # the vectors are most of the memory
+        keys = scratch.array("keys", (len(collected.rows) * topk.room_for(neighbors),), np.uint64)
+        buffers = cpu.search_cells(collected.vectors, collected.rows, collected.probes, cells, neighbors, threshold, keys)
+    rows, bounds = collected.rows, collected.bounds
+    del batches, collected  # the vectors are most of the memory
     write_candidates(run, name, parts, rows, bounds, buffers)
 
 
@@ -241,12 +255,12 @@ def merge_part(
     levels: tuple[float | None, float | None],
 ) -> tuple[dict[str, int], int, int]:
     """Write one part's neighbor table, and beside it its sampled faces and near-identical pairs; returns its bytes, its number
-    of neighbors, and how many lists are full with neighbors above the floor. levels: the floor, and from where faces are
-    near-identical (None: none)."""
+    of neighbors, and how many lists are full with neighbors above the threshold. levels: the threshold, and from where faces
+    are near-identical (None: none)."""
     scratch.forget()  # of the search before
     name, first_row = layout.part("neighbors", part), parts.starts[part]
     names = [name, *([layout.part("state", part)] if past is not None else [])]
-    if all(is_whole(run, each) for each in names):
+    if all(is_whole(run, item) for item in names):
         table = NeighborTable.from_batch(run.read_batch(name), first_row)
     else:
         if past is not None:
@@ -257,9 +271,9 @@ def merge_part(
             del lists
         run.write_arrow(name, NEIGHBORS_SCHEMA, [table.to_batch()])
     recall_estimate.write_queries(run, parts, part, dim, table)
-    floor, near = levels
+    threshold, near = levels
     if near is not None:
         near_identical.write_near(run, part, table, near)
     full = np.flatnonzero(np.diff(table.offsets) >= neighbors)
-    above = table.values[table.offsets[full + 1] - 1] >= np.float32(floor if floor is not None else -np.inf)
-    return {each: run.size(each) or 0 for each in names}, len(table.rows), int(above.sum())
+    above = table.values[table.offsets[full + 1] - 1] >= np.float32(threshold if threshold is not None else -np.inf)
+    return {item: run.size(item) or 0 for item in names}, len(table.rows), int(above.sum())

@@ -50,20 +50,20 @@ def import_neighbors(path: str) -> Block:
         with np.load(path, allow_pickle=False) as archive:
             if "data" not in archive:
                 raise InputError(f"{path} has no array 'data', only {', '.join(archive.files) or 'nothing'}")
-            found = archive["data"]
+            results = archive["data"]
     except (OSError, ValueError, EOFError, AttributeError, TypeError, BadZipFile) as error:
         raise InputError(f"cannot read {path} as a NumPy archive: {error}") from None
-    if found.ndim != 3 or found.shape[1] != 2 or found.dtype.kind != "f":
-        raise InputError(f"{path}: data is {found.dtype}{list(found.shape)}: a neighbor table is floats [faces, 2, k]")
-    n, k = found.shape[0], found.shape[2]
-    if found.dtype.itemsize < 8 and n > 2 ** (11 if found.dtype.itemsize == 2 else 24):
-        raise InputError(f"{path}: {found.dtype} cannot number {n:,} faces")
-    numbers, cosines = found[:, 0, :], 1 - found[:, 1, :].astype(np.float32)
+    if results.ndim != 3 or results.shape[1] != 2 or results.dtype.kind != "f":
+        raise InputError(f"{path}: data is {results.dtype}{list(results.shape)}: a neighbor table is floats [faces, 2, k]")
+    n, k = results.shape[0], results.shape[2]
+    if results.dtype.itemsize < 8 and n > 2 ** (11 if results.dtype.itemsize == 2 else 24):
+        raise InputError(f"{path}: {results.dtype} cannot number {n:,} faces")
+    numbers, cosines = results[:, 0, :], 1 - results[:, 1, :].astype(np.float32)
     bad = ~((numbers >= -1) & (numbers < n) & (numbers == np.floor(numbers)) & (cosines >= -1.01) & (cosines <= 1.01))
     if bad.any():
         face, rank = np.argwhere(bad)[0]
         raise InputError(
-            f"{path}: neighbor {rank} of face {face} is {numbers[face, rank]} at distance {found[face, 1, rank]}: rows are "
+            f"{path}: neighbor {rank} of face {face} is {numbers[face, rank]} at distance {results[face, 1, rank]}: rows are "
             f"0 to {n - 1} and distances 0 to 2"
         )
     rows = numbers.astype(np.int32)
@@ -80,22 +80,22 @@ def import_neighbors(path: str) -> Block:
 
 def _load(path: str) -> np.ndarray:
     try:
-        found = np.load(path, mmap_mode="r", allow_pickle=False)
+        results = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise InputError(f"cannot read {path} as a NumPy array: {error}") from None
-    if not isinstance(found, np.ndarray):
+    if not isinstance(results, np.ndarray):
         raise InputError(f"{path} is an archive of several arrays: give one .npy array")
-    return found
+    return results
 
 
 def _features(path: str, dim: int | None) -> np.ndarray:
     if path.endswith(".npy"):
-        found = _load(path)
-        if found.ndim != 2 or found.dtype.kind != "f" or 0 in found.shape:
-            raise InputError(f"{path} is an array {found.dtype}{list(found.shape)}: features are floats [faces, dim]")
-        if dim not in (None, found.shape[1]):
-            raise InputError(f"{path} has features of dimension {found.shape[1]}, not {dim} as --dim says")
-        return found
+        results = _load(path)
+        if results.ndim != 2 or results.dtype.kind != "f" or 0 in results.shape:
+            raise InputError(f"{path} is an array {results.dtype}{list(results.shape)}: features are floats [faces, dim]")
+        if dim not in (None, results.shape[1]):
+            raise InputError(f"{path} has features of dimension {results.shape[1]}, not {dim} as --dim says")
+        return results
     if not path.endswith(".bin"):
         raise InputError(f"{path}: features are a .bin file of float32, or a .npy array")
     if dim is None or dim < 1:
@@ -113,9 +113,9 @@ def _features(path: str, dim: int | None) -> np.ndarray:
 
 def _labels(path: str, faces: int) -> np.ndarray:
     if path.endswith(".npy"):
-        found = _load(path)
-        if found.ndim != 1 or found.dtype.kind not in "iu":
-            raise InputError(f"{path} is an array {found.dtype}{list(found.shape)}: labels are integers [faces]")
+        results = _load(path)
+        if results.ndim != 1 or results.dtype.kind not in "iu":
+            raise InputError(f"{path} is an array {results.dtype}{list(results.shape)}: labels are integers [faces]")
     else:
         lines: list[int] = []
         try:
@@ -127,9 +127,9 @@ def _labels(path: str, faces: int) -> np.ndarray:
                         raise InputError(f"{path}, line {number}: {line.strip()[:40]!r} is no integer") from None
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or 'it is no text'}") from None
-        found = np.array(lines, np.int64)
-    if len(found) != faces:
-        raise InputError(f"{path} has {len(found):,} labels, but there are {faces:,} faces")
-    if len(found) and not -(2**31) <= int(found.min()) <= int(found.max()) < 2**31:
+        results = np.array(lines, np.int64)
+    if len(results) != faces:
+        raise InputError(f"{path} has {len(results):,} labels, but there are {faces:,} faces")
+    if len(results) and not -(2**31) <= int(results.min()) <= int(results.max()) < 2**31:
         raise InputError(f"{path}: labels must fit 32 bits")
-    return np.asarray(found, np.int32)
+    return np.asarray(results, np.int32)

@@ -80,10 +80,10 @@ class Workload:
 
     faces, dim; neighbors, edges: a face, expected; cells: of the quantizer (0: all pairs are compared); probes: a face, mean;
     single: share of faces without an edge; people: clusters that these may be given to (0: they stay alone);
-    sampled: faces of which all pairs are counted for the floor (0: it is given); certified: faces searched exactly; iterations,
-    per_cell: of the quantizer's training; held_out: faces held out of it; shared: whether the edge recipe compares neighbors;
-    native: the engine; id_bytes: a face's id, mean; workers: tasks at once; threads: of the machine for link and detect; flops:
-    operations a second of one worker.
+    sampled: faces of which all pairs are counted for the threshold (0: it is given); certified: faces searched exactly;
+    iterations, per_cell: of the quantizer's training; held_out: faces held out of it; shared: whether the edge recipe compares
+    neighbors; native: the engine; id_bytes: a face's id, mean; workers: tasks at once; threads: of the machine for link and
+    detect; flops: operations a second of one worker.
     """
 
     faces: int
@@ -112,7 +112,7 @@ def stage_seconds(load: Workload) -> dict[str, float]:
     n, d, w = float(load.faces), float(load.dim), load.workers
     entries, edges = n * load.neighbors, n * load.edges
     flops = load.flops
-    floor = (load.sampled**2 * d / flops + PAIR_COUNTED * load.sampled**2 / 2) / w
+    threshold = (load.sampled**2 * d / flops + PAIR_COUNTED * load.sampled**2 / 2) / w
     certify = CERTIFY_OVERHEAD * 2 * d * load.certified * n / flops / w
     merge = MERGED * entries / w
     if load.cells:
@@ -131,7 +131,7 @@ def stage_seconds(load: Workload) -> dict[str, float]:
     detect += ASSIGN_SINGLE * 2 * d * (n * load.single) * load.people / (flops * load.threads)
     seconds = {
         "ingest": INGEST_VALUE * n * d / w,
-        "quantize": floor + train + assign,
+        "quantize": threshold + train + assign,
         "search": search + merge + certify,
         "link": link,
         "detect": detect,

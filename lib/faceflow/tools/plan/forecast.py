@@ -33,7 +33,7 @@ class Forecast:
     dim: int
     files: int
     sampled: int
-    floor: float | None
+    similarity_threshold: float | None
     neighbors: float
     edges: int
     index: str
@@ -61,7 +61,7 @@ def plan_run(config: ClusterConfig) -> Forecast:
         columns = (config.id_column, config.embedding_column, config.exclusive_column)
         groups = list(chunks([file.path for file in files], FOOTERS_PER_TASK))
         read = executor.map(read_footers, [(store, tuple(group), *columns) for group in groups], "footers")
-        footers = [footer for found in read for footer in found]
+        footers = [footer for results in read for footer in results]
         settle_ids(footers, None)
         check_dimensions(footers)
         faces = sum(sum(footer.group_rows) for footer in footers)
@@ -94,7 +94,7 @@ def plan_run(config: ClusterConfig) -> Forecast:
     central, disk = costs.central_bytes(load), costs.disk_bytes(load)
     free = _disk_free(config)
     return Forecast(
-        faces, dim, len(files), outlook.sampled, outlook.floor, round(outlook.neighbors, 1), round(outlook.edges * faces),
+        faces, dim, len(files), outlook.sampled, outlook.threshold, round(outlook.neighbors, 1), round(outlook.edges * faces),
         outlook.plan.index, outlook.plan.cells, round(outlook.probes, 2),
         {name: round(value, 1) for name, value in seconds.items()}, costs.DRIVER_BYTES,
         costs.worker_bytes(load, config.neighbors, cut_for), central, disk, cpus, memory, free,
@@ -115,38 +115,38 @@ def _disk_free(config: ClusterConfig) -> int | None:
 def _problems(
     config: ClusterConfig, load: costs.Workload, central: int, disk: int, memory: int, free: int | None
 ) -> list[str]:  # fmt: skip
-    found = []
+    results = []
     if central > memory:
         room = (memory - costs.BASE_BYTES) / load.faces - costs.FACE_BYTES
         fits = int(room / costs.GRAPH_BYTES)
         advice = f", or --neighbors {fits} (which splits people of more photos)" if 1 <= fits < config.neighbors else ""
-        found.append(
+        results.append(
             f"link and detect hold the graph in {central / 2**30:,.1f} GiB, and their machine has {memory / 2**30:,.1f} GiB: "
             f"take a larger one (and name it by --detect-resource), a higher --min-similarity{advice}"
         )
     if free is not None and disk > free:
-        found.append(
+        results.append(
             f"the run directory grows to {disk / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB are free there: make room, or "
             "give another --work-dir"
         )
-    return found
+    return results
 
 
-def lines(found: Forecast) -> list[str]:
+def lines(results: Forecast) -> list[str]:
     """The forecast as a person reads it."""
     gib = 2**30
-    floor = "none" if found.floor is None else f"{found.floor:.3f}"
-    plan = "all pairs" if found.index == "exact" else f"{found.cells:,} cells, {found.probes:.1f} probes a face"
+    threshold = "none" if results.similarity_threshold is None else f"{results.similarity_threshold:.3f}"
+    plan = "all pairs" if results.index == "exact" else f"{results.cells:,} cells, {results.probes:.1f} probes a face"
     shown = [
-        f"{found.faces:,} faces x {found.dim} in {found.files:,} file(s); {found.sampled:,} looked at",
-        f"floor {floor}; about {found.neighbors:,.1f} neighbors a face, {found.edges:,} edges; search: {plan}",
-        f"on {found.cpus} CPUs, about {found.seconds['total']:,.0f} s:",
+        f"{results.faces:,} faces x {results.dim} in {results.files:,} file(s); {results.sampled:,} looked at",
+        f"threshold {threshold}; about {results.neighbors:,.1f} neighbors a face, {results.edges:,} edges; search: {plan}",
+        f"on {results.cpus} CPUs, about {results.seconds['total']:,.0f} s:",
     ]
-    shown += [f"  {stage:9} {seconds:9,.1f} s" for stage, seconds in found.seconds.items() if stage != "total"]
+    shown += [f"  {stage:9} {seconds:9,.1f} s" for stage, seconds in results.seconds.items() if stage != "total"]
     shown += [
-        f"memory: driver {found.driver_bytes / gib:.2f} GiB; each worker of the search {found.worker_bytes / gib:.1f} GiB; "
-        f"link and detect {found.central_bytes / gib:.1f} GiB of {found.memory / gib:.1f} GiB there",
-        f"disk: {found.disk_bytes / gib:.2f} GiB at the peak"
-        + (f" of {found.disk_free / gib:.1f} GiB free" if found.disk_free is not None else ""),
+        f"memory: driver {results.driver_bytes / gib:.2f} GiB; each worker of the search {results.worker_bytes / gib:.1f} GiB; "
+        f"link and detect {results.central_bytes / gib:.1f} GiB of {results.memory / gib:.1f} GiB there",
+        f"disk: {results.disk_bytes / gib:.2f} GiB at the peak"
+        + (f" of {results.disk_free / gib:.1f} GiB free" if results.disk_free is not None else ""),
     ]
     return shown

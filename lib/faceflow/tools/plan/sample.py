@@ -18,7 +18,7 @@ from faceflow.stages.ingest.parquet_input import Columns, Footer, readable, sett
 from faceflow.storage.object_store import Store
 
 PAIRED_FACES = 32_768
-"""Faces of which all pairs are counted: as many as the floor of a million is found from."""
+"""Faces of which all pairs are counted: as many as the threshold of a million is found from."""
 
 TRAINING_FACES = 131_072
 """Faces that a quantizer is trained on, at most; a larger one than they allow is foretold from a smaller."""
@@ -27,7 +27,7 @@ COUNTED_BY_FACE = 1.5
 """Times the faces looked at that there are, up to which neighbors are counted, not drawn."""
 
 SUPPORTED = 0.5
-"""Share of the pairs between the two floors that the auto recipe keeps, about."""
+"""Share of the pairs between the two thresholds that the auto recipe keeps, about."""
 
 DRAWS = 8
 """Numbers of neighbors that are drawn for each face."""
@@ -43,16 +43,16 @@ SHORTEST_BLOCK = 32
 class Outlook:
     """What the sample foretells of the whole set.
 
-    sampled: faces looked at; floor, weak_floor, valley, impostors: as quantize finds them (None: given, or none); neighbors:
-    of a face from the weak floor on, at most k; edges: those that are left, near-identical faces counting as one; single: share
-    of the faces that have none; people: clusters of five faces and more; plan: of the search; probes: a face, mean; id_bytes: a
-    face's id, mean; unusable: share of the sampled rows that would be rejected.
+    sampled: faces looked at; threshold, support_threshold, valley, impostors: as quantize finds them (None: given, or none);
+    neighbors: of a face from the weak threshold on, at most k; edges: those that are left, near-identical faces counting as
+    one; single: share of the faces that have none; people: clusters of five faces and more; plan: of the search; probes: a
+    face, mean; id_bytes: a face's id, mean; unusable: share of the sampled rows that would be quarantined.
     """
 
     dim: int
     sampled: int
-    floor: float | None
-    weak_floor: float | None
+    threshold: float | None
+    support_threshold: float | None
     valley: float | None
     impostors: float | None
     neighbors: float
@@ -82,41 +82,42 @@ def look(config: ClusterConfig, store: Store, footers: Sequence[Footer], dim: in
     sample = _Sample.of(vectors[paired], block[paired], _block_length(block), faces)
     near = sample_weights.near_identical(sample.vectors, faces)
     alone = sample.without(sample.repeated(near)) if config.edges == "auto" or config.min_similarity == "auto" else sample
-    floor, weak, valley, strangers = _floors(config, alone, faces)
+    threshold, weak, valley, strangers = _thresholds(config, alone, faces)
     kept = len(alone.vectors) / len(sample.vectors)  # near-identical faces have no edges of their own
     k = float(config.neighbors)
-    if floor is None or weak is None:
+    if threshold is None or weak is None:
         neighbors = edges = k
         single, people = 0.0, faces / 20
     else:
         neighbors = float(np.minimum(sample.expected(weak, config.seed), k).mean())
-        each = alone.expected(floor, config.seed)
-        edges = kept * float(np.minimum(each, k).mean())
+        item = alone.expected(threshold, config.seed)
+        edges = kept * float(np.minimum(item, k).mean())
         if config.edges == "auto":
             edges += kept * SUPPORTED * float(np.minimum(alone.expected(weak, config.seed), k).mean()) - SUPPORTED * edges
-        single = kept * float(np.exp(-each).mean())
-        people = kept * faces * float(np.where(each >= FEWEST_OTHERS, 1 / (1 + each), 0).mean())
+        single = kept * float(np.exp(-item).mean())
+        people = kept * faces * float(np.where(item >= FEWEST_OTHERS, 1 / (1 + item), 0).mean())
     probes = float(config.probes or 0)
     if training:
         apart = vectors[order[: len(order) // 2][:held]], vectors[order[-min(training, len(order) // 2) :]]
-        probes = _probes(config, *apart, faces, plan.cells, floor, threads)
+        probes = _probes(config, *apart, faces, plan.cells, threshold, threads)
     return Outlook(
-        dim, len(vectors), floor, weak, valley, strangers, neighbors, edges, single, people, plan, probes, id_bytes, unusable
+        dim, len(vectors), threshold, weak, valley, strangers, neighbors, edges, single, people, plan, probes, id_bytes,
+        unusable
     )  # fmt: skip
 
 
-def _floors(
+def _thresholds(
     config: ClusterConfig, sample: _Sample, faces: int
 ) -> tuple[float | None, float | None, float | None, float | None]:  # fmt: skip
-    """(floor, weak floor, valley, impostors a face), as `stages.quantize.threshold` finds them."""
+    """(threshold, weak threshold, valley, impostors a face), as `stages.quantize.threshold` finds them."""
     if not isinstance(config.min_similarity, str):
         return config.min_similarity, config.min_similarity, None, None
     weights = np.ones(len(sample.vectors), np.float32)
     plain = np.rint(sample.histogram(weights)).astype(np.int64)
-    inside, elsewhere = sample.neighbors(valley.choose_floors(plain, faces).strong)
+    inside, elsewhere = sample.neighbors(valley.choose_thresholds(plain, faces).strong)
     bounded = sample_weights.weights(elsewhere + inside * (sample.near / sample.far))
-    found, _ = sample_weights.choose(plain, sample.histogram(bounded) if (bounded < 1).any() else None, faces)
-    return found.strong, found.weak if config.edges == "auto" else found.strong, found.valley, found.impostors
+    results, _ = sample_weights.choose(plain, sample.histogram(bounded) if (bounded < 1).any() else None, faces)
+    return results.strong, results.weak if config.edges == "auto" else results.strong, results.valley, results.impostors
 
 
 def _sample(
@@ -130,7 +131,7 @@ def _sample(
     length = max(SHORTEST_BLOCK, -(-wanted // len(groups)))
     step = max(1, len(groups) * length // wanted)
     chosen = groups[::step]
-    found: list[np.ndarray] = []
+    results: list[np.ndarray] = []
     blocks: list[int] = []
     rows = id_bytes = 0
     by_path: dict[str, list[tuple[int, int]]] = {}
@@ -148,9 +149,9 @@ def _sample(
                 ids, not_text = names.ids(batch, path, 0)
                 good = row_checks.check_batch(ids, not_text, names.embeddings(batch), dim)[2]
                 rows, id_bytes = rows + len(ids), id_bytes + ids.nbytes
-                found.append(good)
+                results.append(good)
                 blocks.append(len(good))
-    vectors = np.concatenate(found)
+    vectors = np.concatenate(results)
     return vectors, np.repeat(np.arange(len(blocks)), blocks), id_bytes / max(1, rows), 1 - len(vectors) / max(1, rows)
 
 
@@ -176,11 +177,11 @@ class _Sample:
     @classmethod
     def of(cls, vectors: np.ndarray, block: np.ndarray, length: float, faces: int) -> _Sample:
         """length: of a block, of which `vectors` may be a part."""
-        here = _block_length(block)
-        if here >= len(vectors):  # a single block
+        selected = _block_length(block)
+        if selected >= len(vectors):  # a single block
             return cls(vectors, np.arange(len(vectors)), 0.0, faces / len(vectors))
-        near = (length - 1) / max(1.0, here - 1)
-        return cls(vectors, block, near, max(1.0, (faces - length) / max(1.0, len(vectors) - here)))
+        near = (length - 1) / max(1.0, selected - 1)
+        return cls(vectors, block, near, max(1.0, (faces - length) / max(1.0, len(vectors) - selected)))
 
     @property
     def _blocks(self) -> Iterator[slice]:
@@ -205,21 +206,21 @@ class _Sample:
             total += (self.near / self.far - 1) * inside
         return np.maximum(total, 0)
 
-    def neighbors(self, floor: float) -> tuple[np.ndarray, np.ndarray]:
-        """(in its block, elsewhere), int64[n]: sampled faces with a similarity of `floor` or more to each."""
+    def neighbors(self, threshold: float) -> tuple[np.ndarray, np.ndarray]:
+        """(in its block, elsewhere), int64[n]: sampled faces with a similarity of `threshold` or more to each."""
         inside = np.zeros(len(self.vectors), np.int64)
         for b in self._blocks:
-            inside[b] = sample_weights.neighbors_at(self.vectors[b], self.vectors[b], floor) - 1
-        return inside, sample_weights.neighbors_at(self.vectors, self.vectors, floor) - 1 - inside
+            inside[b] = sample_weights.neighbors_at(self.vectors[b], self.vectors[b], threshold) - 1
+        return inside, sample_weights.neighbors_at(self.vectors, self.vectors, threshold) - 1 - inside
 
-    def expected(self, floor: float, seed: int) -> np.ndarray:
-        """float64[n, DRAWS]: how many neighbors each face may have in the whole set at a similarity of `floor` or more.
+    def expected(self, threshold: float, seed: int) -> np.ndarray:
+        """float64[n, DRAWS]: how many neighbors each face may have in the whole set at a similarity of `threshold` or more.
 
         Where nearly all faces are here they are counted. Else those elsewhere are drawn: counts are Poisson about a face's own
         rate, rates have a gamma law over all faces, whose two moments the counts give (empirical Bayes: Robbins, An empirical
         Bayes approach to statistics, 1956).
         """
-        inside, elsewhere = self.neighbors(floor)
+        inside, elsewhere = self.neighbors(threshold)
         known = (inside * self.near)[:, None]
         mean, excess = float(elsewhere.mean()), float(elsewhere.var() - elsewhere.mean())
         if self.far <= COUNTED_BY_FACE or mean == 0:
@@ -232,14 +233,15 @@ class _Sample:
 
 
 def _probes(
-    config: ClusterConfig, held_out: np.ndarray, training: np.ndarray, faces: int, cells: int, floor: float | None, threads: int
+    config: ClusterConfig, held_out: np.ndarray, training: np.ndarray, faces: int, cells: int, threshold: float | None, threads:
+    int
 ) -> float:  # fmt: skip
     """Probes a face, by the rule that quantize would choose with these faces in place of its own samples."""
     fewer = min(cells, max(1, len(training) // quantizer.SAMPLE_PER_CELL))
     centroids, _ = quantizer.train(training, fewer, config.seed, threads)
     choice = probing.choose_rule(
-        held_out, faces, centroids, config.neighbors, floor, min(plans.MAX_PROBES, fewer), *plans.target_recall(faces)
+        held_out, faces, centroids, config.neighbors, threshold, min(plans.MAX_PROBES, fewer), *plans.target_recall(faces)
     )
     # Smaller cells hold fewer people each.
-    mine, real = plans.expected_probes(faces, np.array([fewer, cells], float), floor is not None)
+    mine, real = plans.expected_probes(faces, np.array([fewer, cells], float), threshold is not None)
     return 1.0 + max(0.0, choice.mean_probes - 1.0) * float((real - 1) / max(mine - 1, 1e-9)) if mine > 1 else 1.0

@@ -92,20 +92,20 @@ def _page(
     counts = {stage: manifest.counts for stage, manifest in done.items()}
     ingest, publish, quality = counts["ingest"], counts["publish"], counts["publish"].get("quality", {})
     recall = counts["search"]["recall"]
-    examples = [_card(each, thumbnails) for each in publish.get("examples", [])]
+    examples = [_card(item, thumbnails) for item in publish.get("examples", [])]
     seconds = sum(manifest.seconds for manifest in done.values())
     tiles = [
         (f"{ingest['faces']:,}", "faces"),
         (f"{publish['clusters']:,}", "clusters"),
         (f"{publish['singletons']:,}", "of one face"),
         (f"{counts['link']['edges']:,}", "edges"),
-        (_number(counts["quantize"]["floor"], 3), "floor (cosine)"),
+        (_number(counts["quantize"]["threshold"], 3), "threshold (cosine)"),
         (f"{recall['estimate']:.4f}", "recall of the search"),
         (f"{quality.get('doubtful_share', 0):.2%}", "doubtful faces"),
         (_duration(record.get("seconds", seconds)), "from Parquet to labels"),
     ]
     parent = (record.get("night") or {}).get("past")
-    shown = [face for each in examples for face in (*each["faces_shown"], *each["pair_shown"])]
+    shown = [face for item in examples for face in (*item["faces_shown"], *item["pair_shown"])]
     page = template.render(
         run_id=run_id,
         created=record["updated"].replace("T", " ")[:16] + " UTC",
@@ -115,10 +115,10 @@ def _page(
         tiles=tiles,
         warnings=_warnings(counts, recall, record),
         changes=_changes(counts) if parent else None,
-        doubtful=[each for each in examples if each["doubtful"]],
-        largest=sorted((e for e in examples if e["largest"]), key=lambda each: (-each["faces"], each["cluster"])),
+        doubtful=[item for item in examples if item["doubtful"]],
+        largest=sorted((e for e in examples if e["largest"]), key=lambda item: (-item["faces"], item["cluster"])),
         sizes_sentence=_sizes_sentence(publish, ingest["faces"]),
-        floor_sentence=_floor_sentence(counts["quantize"], ingest["faces"]),
+        threshold_sentence=_threshold_sentence(counts["quantize"], ingest["faces"]),
         recall_sentence=f"{recall['estimate']:.2%} of the true neighbors of {recall['faces']:,} sampled faces were found "
         f"({recall['edges']:,} edges, searched exactly; 95 % interval {recall['low']:.4f} to {recall['high']:.4f}).",
         time_sentence=_time_sentence(stages, seconds),
@@ -132,23 +132,23 @@ def _page(
 def _figures(done: Mapping[str, Manifest], record: Mapping[str, Any], stages: list[dict[str, Any]]) -> dict[str, Any]:
     plan, search, publish = done["quantize"].counts, done["search"].counts, done["publish"].counts
     cpus = max([1, *(int(step.get("cpus", 1)) for manifest in done.values() for step in manifest.steps)])
-    pairs, floor = plan.get("pairs"), plan["floor"]
+    pairs, threshold = plan.get("pairs"), plan["threshold"]
     bands = np.array(search.get("recall_bands") or [[0], [0]])
-    found = np.array(publish.get("similarities") or np.zeros((2, quality.BINS), int))
+    results = np.array(publish.get("similarities") or np.zeros((2, quality.BINS), int))
     return {
         "sizes": figures.sizes(publish.get("quality", {}).get("sizes", {})),
         "similarities": figures.similarities(
-            np.array(pairs) if pairs else None, found, floor,
-            plan["weak_floor"], plan.get("valley"), plan.get("flank"), valley.BINS,
+            np.array(pairs) if pairs else None, results, threshold,
+            plan["support_threshold"], plan.get("valley"), plan.get("flank"), valley.BINS,
         ),
-        "recall": figures.recall(search["recall"], bands, floor, float(record["settings"]["min_recall"])),
+        "recall": figures.recall(search["recall"], bands, threshold, float(record["settings"]["min_recall"])),
         "timeline": figures.timeline(stages, cpus),
     }  # fmt: skip
 
 
 def _stages(done: Mapping[str, Manifest], ray_start: float) -> list[dict[str, Any]]:
     """Stages on one time axis, Ray's start first: where a run was interrupted, the pause is left out."""
-    found: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
     at, end = 0.0, None
     faces = done["ingest"].counts["faces"]
     for name, manifest in done.items():
@@ -166,7 +166,7 @@ def _stages(done: Mapping[str, Manifest], ray_start: float) -> list[dict[str, An
                 "peak": "",
                 "retries": "",
             }
-            found.append({"name": "start of Ray", "start": 0.0, "seconds": start, "shown_seconds": f"{start:,.1f}"} | blank)
+            results.append({"name": "start of Ray", "start": 0.0, "seconds": start, "shown_seconds": f"{start:,.1f}"} | blank)
         seconds = manifest.seconds - start
         pause = manifest.begun - end if end is not None else 0.0
         at += pause if 0 <= pause < LONGEST_PAUSE else 0.0
@@ -175,7 +175,7 @@ def _stages(done: Mapping[str, Manifest], ray_start: float) -> list[dict[str, An
             sum(step["busy_seconds"] for step in steps),
             max([1, *(step.get("cpus", 1) for step in steps)]) * max(seconds, 1e-9),
         )
-        found.append(
+        results.append(
             {
                 "name": name, "start": at + start, "seconds": seconds, "steps": steps, "busy": busy, "available": available,
                 "shown_seconds": f"{seconds:,.1f}", "rate": f"{faces / max(seconds, 1e-3):,.0f}",
@@ -188,23 +188,25 @@ def _stages(done: Mapping[str, Manifest], ray_start: float) -> list[dict[str, An
         )  # fmt: skip
         at += manifest.seconds
         end = manifest.begun + manifest.seconds
-    return found
+    return results
 
 
 def _warnings(counts: Mapping[str, Mapping[str, Any]], recall: Mapping[str, float], record: Mapping[str, Any]) -> list[str]:
-    found = []
-    if counts["ingest"]["rejected"]:
-        found.append(f"{counts['ingest']['rejected']:,} rows were set aside and have no cluster: rejected/ says which and why.")
+    results = []
+    if counts["ingest"]["quarantined"]:
+        results.append(
+            f"{counts['ingest']['quarantined']:,} rows were set aside and have no cluster: quarantined/ says which and why."
+        )
     if "valley" in counts["quantize"] and counts["quantize"]["valley"] is None:
-        found.append(
-            "The similarities of pairs show no valley between different people and one person, so the floor is a guess: "
+        results.append(
+            "The similarities of pairs show no valley between different people and one person, so the threshold is a guess: "
             "look at the clusters, and give --min-similarity if you know better."
         )
     if recall["estimate"] < float(record["settings"]["min_recall"]):
-        found.append("The measured recall is below --min-recall.")
+        results.append("The measured recall is below --min-recall.")
     if counts["detect"].get("exclusive_left"):
-        found.append(f"{counts['detect']['exclusive_left']:,} faces share a cluster with another face of the same photo.")
-    return found
+        results.append(f"{counts['detect']['exclusive_left']:,} faces share a cluster with another face of the same photo.")
+    return results
 
 
 def _changes(counts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -224,16 +226,16 @@ def _sizes_sentence(publish: Mapping[str, Any], faces: int) -> str:
     return f"{grouped:,} clusters of two faces and more, of {mean:,.1f} faces on average; {alone}."
 
 
-def _floor_sentence(plan: Mapping[str, Any], faces: int) -> str:
-    floor = plan["floor"]
-    if floor is None:
-        return "No floor: each face has its nearest neighbors, however far (--min-similarity none)."
-    if "impostors_a_face" not in plan:
-        return f"Faces are neighbors from a cosine of {floor:.3f} on, as given (--min-similarity)."
+def _threshold_sentence(plan: Mapping[str, Any], faces: int) -> str:
+    threshold = plan["threshold"]
+    if threshold is None:
+        return "No threshold: each face has its nearest neighbors, however far (--min-similarity none)."
+    if "impostors_per_face" not in plan:
+        return f"Faces are neighbors from a cosine of {threshold:.3f} on, as given (--min-similarity)."
     return (
-        f"Faces are neighbors from a cosine of {floor:.3f} on, found without labels: there one pair in ten is of different "
-        f"people by the fitted flanks. Among {faces:,} faces that lets expect at most {plan['impostors_a_face']:.3g} neighbors "
-        "a face that are other people."
+        f"Faces are neighbors from a cosine of {threshold:.3f} on, found without labels: there one pair in ten is of different "
+        f"people by the fitted flanks. Among {faces:,} faces that lets expect at most "
+        f"{plan['impostors_per_face']:.3g} neighbors per face that are other people."
     )
 
 
@@ -247,10 +249,10 @@ def _time_sentence(stages: Sequence[Mapping[str, Any]], seconds: float) -> str:
 
 
 def _versions(done: Mapping[str, Manifest]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for manifest in done.values():
-        found |= {key: value for key, value in manifest.fingerprint.items() if key.startswith("version of ")}
-    return found
+        results |= {key: value for key, value in manifest.fingerprint.items() if key.startswith("version of ")}
+    return results
 
 
 def _card(example: Mapping[str, Any], thumbnails: str | None) -> dict[str, Any]:
@@ -264,8 +266,8 @@ def _card(example: Mapping[str, Any], thumbnails: str | None) -> dict[str, Any]:
     shown = {
         "sentence": sentence,
         "near": _number(example["nearest_outside"], 3),
-        "faces_shown": [_face(each, thumbnails) for each in example["ids"]],
-        "pair_shown": [_face(each, thumbnails) for each in example["pair"]],
+        "faces_shown": [_face(item, thumbnails) for item in example["ids"]],
+        "pair_shown": [_face(item, thumbnails) for item in example["pair"]],
     }
     return dict(example) | shown
 

@@ -88,9 +88,9 @@ def exponent(faces: np.ndarray, seconds: np.ndarray) -> float | None:
     return float(np.polyfit(np.log(faces), np.log(np.maximum(seconds, 1e-3)), 1)[0])
 
 
-def makespan(pieces: int, busy: float, longest: float, workers: int) -> float:
-    """Seconds that `pieces` like pieces of `busy` seconds in all, the longest of `longest`, take on so many workers: rounds of
-    mean pieces, and never less than the longest."""
-    if pieces == 0:
+def makespan(tasks: int, busy: float, longest: float, workers: int) -> float:
+    """Seconds that `tasks` like tasks of `busy` seconds in all, the longest of `longest`, take on so many workers: rounds of
+    mean tasks, and never less than the longest."""
+    if tasks == 0:
         return 0.0
-    return max(longest, busy / pieces * math.ceil(pieces / workers))
+    return max(longest, busy / tasks * math.ceil(tasks / workers))

@@ -135,10 +135,10 @@ def measure_scaling(
                 result.seconds["total"],
             )  # fmt: skip
             place.delete("")
-    found = Scaling(runs, cpus, nodes, predict(runs, wanted or _beyond(workers, sizes)), [], output.root)
-    found = dataclasses.replace(found, reading=read(found))
-    _write(found, output, config)
-    return found
+    results = Scaling(runs, cpus, nodes, predict(runs, wanted or _beyond(workers, sizes)), [], output.root)
+    results = dataclasses.replace(results, reading=read(results))
+    _write(results, output, config)
+    return results
 
 
 def _settings(config: ClusterConfig, source: str, output: str, workers: int) -> dict[str, Any]:
@@ -177,8 +177,8 @@ def _grown(load: costs.Workload, faces: int) -> costs.Workload:
 
 
 def _sizes(config: ClusterConfig, faces: Sequence[int] | None) -> tuple[int, list[int]]:
-    store, found, _ = list_faces(config.input, config.storage_options, config.snapshot)
-    footers = read_footers(store, [file.path for file in found], config.id_column, config.embedding_column)
+    store, results, _ = list_faces(config.input, config.storage_options, config.snapshot)
+    footers = read_footers(store, [file.path for file in results], config.id_column, config.embedding_column)
     total = sum(sum(footer.group_rows) for footer in footers)
     sizes = sorted(set(faces)) if faces else [total]
     if sizes[0] < 1 or sizes[-1] > total:
@@ -193,12 +193,12 @@ def _subset(config: ClusterConfig, output: Store, size: int, total: int) -> str:
     name = f"inputs/first-{size}.parquet"
     if output.exists(name):
         return output.address(name)
-    store, found, _ = list_faces(config.input, config.storage_options, config.snapshot)
+    store, results, _ = list_faces(config.input, config.storage_options, config.snapshot)
     columns = [config.id_column, config.embedding_column, *([config.exclusive_column] if config.exclusive_column else [])]
     left = size
     with output.open_write(name) as target:
         writer = None
-        for file in found:
+        for file in results:
             with readable(store, file.path) as parquet:
                 for batch in parquet.iter_batches(batch_size=GROUP_FACES, columns=columns):
                     writer = writer or pq.ParquetWriter(target, batch.schema)
@@ -214,37 +214,37 @@ def _subset(config: ClusterConfig, output: Store, size: int, total: int) -> str:
 
 
 def _digest(store: Store, folder: str) -> str:
-    found = hashlib.sha256()
+    results = hashlib.sha256()
     for name in store.names(folder):
-        found.update(store.read_bytes(f"{folder}/{name}"))
-    return found.hexdigest()
+        results.update(store.read_bytes(f"{folder}/{name}"))
+    return results.hexdigest()
 
 
 def _beyond(workers: Sequence[int], sizes: Sequence[int]) -> list[tuple[int, int]]:
     """Projections that everybody asks for: more workers, and more faces."""
     most, largest = max(workers), max(sizes)
     grid = [(most * times, faces) for faces in (largest, 5 * largest) for times in (1, 2, 4, 8)]
-    return [each for each in grid if each != (most, largest)]
+    return [item for item in grid if item != (most, largest)]
 
 
 def _project(runs: Sequence[Run], workers: int, faces: int) -> float:
-    """Seconds of a whole run with so many workers and faces, simulated from the pieces of the runs with most of both.
+    """Seconds of a whole run with so many workers and faces, simulated from the tasks of the runs with most of both.
 
-    A step takes as many rounds as its pieces need, and beside that what it took beside them when it was measured; a stage that
+    A step takes as many rounds as its tasks need, and beside that what it took beside them when it was measured; a stage that
     runs in one task takes what it took. With more faces each stage takes longer as its work grows (`tools.plan.costs`): a power
     fitted to smaller sizes would miss what only begins to count later.
     """
     largest, most = max(run.faces for run in runs), max(run.workers for run in runs)
-    here = [run for run in runs if (run.faces, run.workers) == (largest, most)]
+    selected = [run for run in runs if (run.faces, run.workers) == (largest, most)]
     total = 0.0
-    load = here[0].load
+    load = selected[0].load
     grown, now = (costs.stage_seconds(_grown(load, count)) for count in (faces, load.faces))
     for stage in STAGES:
         name = stage.name
-        measured = statistics.median(run.seconds[name] for run in here)
-        simulated = statistics.median(_stage_at(run, name, most, workers) for run in here)
+        measured = statistics.median(run.seconds[name] for run in selected)
+        simulated = statistics.median(_stage_at(run, name, most, workers) for run in selected)
         total += max(0.0, measured if name in CENTRAL else simulated) * grown[name] / now[name]
-    outside = statistics.median(run.seconds["total"] - sum(run.seconds[stage.name] for stage in STAGES) for run in here)
+    outside = statistics.median(run.seconds["total"] - sum(run.seconds[stage.name] for stage in STAGES) for run in selected)
     return total + max(0.0, outside)
 
 
@@ -252,9 +252,9 @@ def _stage_at(run: Run, stage: str, measured: int, workers: int) -> float:
     steps = run.steps.get(stage, [])
     seconds = run.seconds[stage]
     for step in steps:
-        if step["pieces"] > 1:
+        if step["tasks"] > 1:
             before, after = (
-                laws.makespan(step["pieces"], step["busy_seconds"], step["longest_seconds"], count)
+                laws.makespan(step["tasks"], step["busy_seconds"], step["longest_seconds"], count)
                 for count in (measured, workers)
             )
             seconds += after - min(before, step["seconds"])
@@ -270,37 +270,37 @@ def predict(runs: Sequence[Run], wanted: Sequence[tuple[int, int]], seed: int = 
     resampled = [
         [cell[i] for cell in cells.values() for i in rng.integers(0, len(cell), len(cell))] for _ in range(TRIALS)
     ]  # fmt: skip
-    found = []
+    results = []
     for workers, faces in wanted:
         expected = _project(runs, workers, faces)
         spread = np.array([_project(trial, workers, faces) for trial in resampled])
         low, high = np.quantile(spread, [0.05, 0.95])
-        found.append(Prediction(faces, workers, round(expected, 1), round(float(low), 1), round(float(high), 1)))
-    return found
+        results.append(Prediction(faces, workers, round(expected, 1), round(float(low), 1), round(float(high), 1)))
+    return results
 
 
-def read(found: Scaling) -> list[str]:
+def read(results: Scaling) -> list[str]:
     """What the figures say, in plain sentences."""
-    workers, sizes = sorted({run.workers for run in found.runs}), sorted({run.faces for run in found.runs})
+    workers, sizes = sorted({run.workers for run in results.runs}), sorted({run.faces for run in results.runs})
     most, largest = workers[-1], sizes[-1]
-    seconds = {stage: found.median(stage, most, largest) for stage in found.stages}
-    total = found.median("total", most, largest)
+    seconds = {stage: results.median(stage, most, largest) for stage in results.stages}
+    total = results.median("total", most, largest)
     slowest = max(seconds, key=lambda stage: seconds[stage])
     lines = [
-        f"{largest:,} faces, {most} {_workers(most)} ({found.cpus} CPUs, {found.nodes} node(s)): {total:.1f} s; "
+        f"{largest:,} faces, {most} {_workers(most)} ({results.cpus} CPUs, {results.nodes} node(s)): {total:.1f} s; "
         f"the labels of each size were the same in all runs.",
         f"The longest stage is {slowest}: {seconds[slowest]:.1f} s, {seconds[slowest] / total:.0%} of it.",
     ]
     if len(workers) > 1:
         base = workers[0]
-        for stage in (*found.stages, "total"):
-            first, last = found.median(stage, base, largest), found.median(stage, most, largest)
+        for stage in (*results.stages, "total"):
+            first, last = results.median(stage, base, largest), results.median(stage, most, largest)
             gain = first / max(last, 1e-3)
             read = f"{gain:.2f} times as fast, efficiency {gain * base / most:.2f}"
             if first < SHORTEST_SECONDS:
                 read = "too short to tell"
             lines.append(f"{stage}: {first:.1f} s with {base}, {last:.1f} s with {most}: {read}.")
-        pairs = [(count, found.median("total", count, largest)) for count in workers]
+        pairs = [(count, results.median("total", count, largest)) for count in workers]
         counts, times = (np.array(column, float) for column in zip(*pairs, strict=True))
         amdahl = laws.fit_amdahl(counts, times)
         if amdahl.parallel == 0:
@@ -317,19 +317,19 @@ def read(found: Scaling) -> list[str]:
             lines.append(f"Universal scalability law: contention {usl.contention:.3f}, coherence {usl.coherence:.5f}; {best}.")
     if len(sizes) > 1:
         powers = []
-        for stage in (*found.stages, "total"):
-            value = laws.exponent(np.array(sizes, float), np.array([found.median(stage, most, size) for size in sizes]))
-            if found.median(stage, most, largest) >= SHORTEST_SECONDS:
+        for stage in (*results.stages, "total"):
+            value = laws.exponent(np.array(sizes, float), np.array([results.median(stage, most, size) for size in sizes]))
+            if results.median(stage, most, largest) >= SHORTEST_SECONDS:
                 powers.append(f"{stage} {value:.2f}")
         if powers:
             lines.append(f"Seconds grow with the faces to the power of: {', '.join(powers)} ({sizes[0]:,} to {largest:,}).")
-    repeated = max(run.repeat for run in found.runs) > 0
-    for each in found.predictions:
+    repeated = max(run.repeat for run in results.runs) > 0
+    for item in results.predictions:
         spread = (
-            f"{each.low:,.0f} to {each.high:,.0f} by the spread of the repeats" if repeated else "one run each: no spread known"
+            f"{item.low:,.0f} to {item.high:,.0f} by the spread of the repeats" if repeated else "one run each: no spread known"
         )
-        where = f"{each.faces:,} faces, {each.workers} {_workers(each.workers)}"
-        lines.append(f"Projected, not measured: {where}: {each.seconds:,.0f} s ({spread}).")
+        where = f"{item.faces:,} faces, {item.workers} {_workers(item.workers)}"
+        lines.append(f"Projected, not measured: {where}: {item.seconds:,.0f} s ({spread}).")
     return lines
 
 
@@ -337,29 +337,29 @@ def _workers(count: int) -> str:
     return "worker" if count == 1 else "workers"
 
 
-def _write(found: Scaling, output: Store, config: ClusterConfig) -> None:
+def _write(results: Scaling, output: Store, config: ClusterConfig) -> None:
     record = {
         "input": config.input,
         "settings": config.public(),
-        "cpus": found.cpus,
-        "nodes": found.nodes,
+        "cpus": results.cpus,
+        "nodes": results.nodes,
         "driver_peak_memory_bytes": peak_memory(),
-        "runs": [dataclasses.asdict(run) for run in found.runs],
-        "predictions": [dataclasses.asdict(each) for each in found.predictions],
-        "reading": found.reading,
+        "runs": [dataclasses.asdict(run) for run in results.runs],
+        "predictions": [dataclasses.asdict(item) for item in results.predictions],
+        "reading": results.reading,
     }
     output.write_json("scaling.json", record)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["faces", "workers", "repeat", *found.stages, "total", "worker_peak_memory_bytes"])
-    for run in found.runs:
-        times = [run.seconds[stage] for stage in (*found.stages, "total")]
+    writer.writerow(["faces", "workers", "repeat", *results.stages, "total", "worker_peak_memory_bytes"])
+    for run in results.runs:
+        times = [run.seconds[stage] for stage in (*results.stages, "total")]
         writer.writerow([run.faces, run.workers, run.repeat, *times, run.worker_peak_memory_bytes])
     output.write_bytes("scaling.csv", text.getvalue().encode())
-    output.write_bytes("reading.txt", ("\n".join(found.reading) + "\n").encode())
+    output.write_bytes("reading.txt", ("\n".join(results.reading) + "\n").encode())
     medians = {
-        (stage, count, size): found.median(stage, count, size)
-        for stage in (*found.stages, "total")
-        for count, size in {(run.workers, run.faces) for run in found.runs}
+        (stage, count, size): results.median(stage, count, size)
+        for stage in (*results.stages, "total")
+        for count, size in {(run.workers, run.faces) for run in results.runs}
     }
-    output.write_bytes("scaling.png", figures.png(figures.scaling(medians, found.stages, found.predictions)))
+    output.write_bytes("scaling.png", figures.png(figures.scaling(medians, results.stages, results.predictions)))
