@@ -15,6 +15,9 @@ from typing import Any
 
 from faceflow.errors import SettingsError, did_you_mean
 
+StorageOptions = Mapping[str, Any]
+"""Options of the s3fs file system, passed on as they are."""
+
 METHODS = (
     "infomap", "components", "hac-single", "hac-average", "chinese-whispers", "label-propagation", "leiden", "knn-dbscan",
     "hdbscan", "rank-order", "cdp", "dpc", "lce", "spectral", "minibatch-kmeans",
@@ -93,10 +96,10 @@ class ClusterConfig:
         choices=METHODS,
     )
     clusters: int | None = _setting(None, "clusters to make, for methods that must be told (minibatch-kmeans)", metavar="N")
-    adopt: str = _setting(
+    assign_singletons: str = _setting(
         "auto",
-        "faces that stand alone but are nearer to one person's mean than chance would have them: give them to that person. "
-        "auto: where threshold, edges and method are the automatic ones",
+        "assign singletons to the nearest cluster when significant (false discovery rate 5 %). auto: where min-similarity, "
+        "edges and method are the defaults",
         choices=("auto", "always", "never"),
     )
     engine: str = _setting(
@@ -161,7 +164,7 @@ class ClusterConfig:
         "disk become part of the page",
         metavar="TEMPLATE",
     )
-    storage_options: Mapping[str, Any] | None = _setting(
+    storage_options: StorageOptions | None = _setting(
         None, 'options of the s3fs file system, as JSON: {"endpoint_url": …, "key": …, "secret": …}', metavar="JSON"
     )
     address: str | None = _setting(
@@ -218,13 +221,13 @@ class ClusterConfig:
         if value is not None and not low <= value <= high:
             raise SettingsError(f"{name} is {value}: it must lie between {low} and {high}")
 
-    def public(self) -> dict[str, Any]:
+    def public(self) -> Mapping[str, object]:
         """The settings as plain JSON values, without anything that could hold a credential."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         del values["storage_options"]
         return values
 
-    def fingerprint(self, names: tuple[str, ...]) -> dict[str, Any]:
+    def fingerprint(self, names: tuple[str, ...]) -> Mapping[str, object]:
         """The named settings as plain values: what a stage compares before it reuses earlier work."""
         return {name: getattr(self, name) for name in names}
 

@@ -31,8 +31,8 @@ def cells_schema(dim: int | None) -> pa.Schema:
     return pa.schema(fields)
 
 
-HOMES_SCHEMA = pa.schema([pa.field("home", pa.int32(), nullable=False)])
-"""The nearest cell of each of one part's faces."""
+ASSIGNED_CELLS_SCHEMA = pa.schema([pa.field("cell", pa.int32(), nullable=False)])
+"""The assigned cell of each of one part's faces: that of the nearest centroid."""
 
 CANDIDATES_SCHEMA = pa.schema(
     [pa.field("row", pa.int32(), nullable=False), pa.field("keys", pa.large_list(pa.uint64()), nullable=False)]
@@ -40,7 +40,7 @@ CANDIDATES_SCHEMA = pa.schema(
 """The candidate neighbors one shard found for rows of one part (row: within the part), as the keys of `kernels.knn.topk`."""
 
 IDS_CHECKED_SCHEMA = pa.schema([pa.field("row", pa.int64(), nullable=False)])
-"""Input rows, counted over all files; `idcheck/ids-*` has the id before it."""
+"""Input rows, counted over all files; `id_check/ids-*` has the id before it."""
 
 QUARANTINED_SCHEMA = pa.schema(
     [("position", pa.int32()), ("verdict", pa.uint8()), ("file", pa.string()), ("row", pa.int64()), ("reason", pa.string())]
@@ -50,18 +50,18 @@ place."""
 
 ORIGINS_SCHEMA = pa.schema([("file", pa.int32()), ("row", pa.int64()), ("hash", pa.uint64()), ("photo", pa.uint64())])
 """Where each entry of `ids/` came from: which of the run's input files, in sorted order, the row in it, a hash of the embedding
-(0 for a row set aside), and one of the exclusive column's value (0 for none)."""
+(0 for a row quarantined), and one of the exclusive column's value (0 for none)."""
 
-ROWS_TONIGHT_SCHEMA = pa.schema([pa.field("row", pa.int32(), nullable=False)])
-"""Of every face of last night, its row tonight, or -1."""
+ROWS_NOW_SCHEMA = pa.schema([pa.field("row", pa.int32(), nullable=False)])
+"""Of every face of the base run, its row in this one, or -1."""
 
-PAST_SCHEMA = pa.schema([pa.field("past", pa.int32(), nullable=False), pa.field("face", pa.int32(), nullable=False)])
-"""past: the row that each face of one part had in the run before, with the same embedding, else -1; face: the row of the same
+BASE_ROWS_SCHEMA = pa.schema([pa.field("kept", pa.int32(), nullable=False), pa.field("same_id", pa.int32(), nullable=False)])
+"""kept: the row that each face of one part has in the base run, with the same embedding, else -1; same_id: the row of the same
 id, whatever its embedding was, else -1."""
 
 STATE_SCHEMA = pa.schema([pa.field("state", pa.uint8(), nullable=False)])
-"""What a night does to each face of one part: `SAME`, `CHANGED` (its neighbors are not what they were) or `ACTIVE` (it is
-searched for); while tables are carried over, CHANGED stands for having lost neighbors."""
+"""What an incremental run does to each face of one part: `SAME`, `CHANGED` (its neighbors differ) or `ACTIVE` (it is searched
+for); while tables are carried over, CHANGED stands for having lost neighbors."""
 
 SAME, CHANGED, ACTIVE = range(3)
 
@@ -104,10 +104,10 @@ MODULES_SCHEMA = pa.schema(
     [
         pa.field("module", pa.int64(), nullable=False),
         pa.field("flow", pa.float64(), nullable=False),
-        pa.field("found", pa.int64(), nullable=False),
+        pa.field("graph_module", pa.int64(), nullable=False),
     ]
 )
-"""Each row's module, its visit rate, and the module that was found before decisions of people were imposed."""
+"""Each row's module, its visit rate, and the module of the graph alone, before singletons and constraints."""
 QUANTIZER_METADATA = b"faceflow"
 """Schema metadata of the centroids: JSON with shard_starts, margin, most and the predicted recall."""
 

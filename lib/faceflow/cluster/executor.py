@@ -7,20 +7,24 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from faceflow.cluster import worker
 from faceflow.cluster.connection import LOCAL, connect
 from faceflow.cluster.metrics import Metrics
-from faceflow.cluster.retries import KEPT, Attempts, Cause, Smaller
+from faceflow.cluster.retries import KEPT, Attempts, Cause
 from faceflow.cluster.usage import Done, Step, Usage
 from faceflow.errors import FaceflowError, RunError
 
 log = logging.getLogger("faceflow")
+
+Request = TypeVar("Request")
+Result = TypeVar("Result")
 
 HEARTBEAT = 5.0
 """Seconds after which a step that goes on is looked at although nothing happened."""
@@ -36,49 +40,6 @@ class Resources:
     gpus: float = 0
     apart: bool = False
     custom: str | None = None
-
-
-Moved = Callable[[], tuple[int, int]]
-"""Bytes that this process has read and written so far."""
-
-
-Limit = Callable[[int], Any]
-"""Lets the compiled loops of a process use so many threads."""
-
-
-def _nothing_limited(threads: int) -> None:
-    pass
-
-
-def _nothing_moved() -> tuple[int, int]:
-    return 0, 0
-
-
-def _run_task(
-    function: Callable[..., Any], arguments: tuple[Any, ...], threads: int, moved: Moved, limit: Limit
-) -> tuple[Any, Done]:
-    """In the worker: run one task with `threads` threads of BLAS and compiled loops, and measure it."""
-    from threadpoolctl import threadpool_limits
-
-    begun, before = time.perf_counter(), moved()
-    limit(threads)
-    with threadpool_limits(limits=threads):
-        result = function(*arguments)
-    read, written = (now - then for now, then in zip(moved(), before, strict=True))
-    return result, Done(time.perf_counter() - begun, peak_memory(), read, written)
-
-
-def _hold(warm_up: Callable[[], Any]) -> None:
-    warm_up()
-    # Holds its CPU a moment longer, so that the next warm-up needs, and starts, another process.
-    time.sleep(0.3)
-
-
-def peak_memory() -> int:
-    """Largest resident memory of this process so far, in bytes, resident pages of mapped files included."""
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 class _Again(Exception):  # noqa: N818 - not an error of its own
@@ -105,8 +66,8 @@ class Executor:
         workers: int | None = None,
         progress: bool = True,
         warm_up: Callable[[], Any] | None = None,
-        moved: Moved = _nothing_moved,
-        limit: Limit = _nothing_limited,
+        moved: worker.Moved = worker.nothing_moved,
+        limit: worker.Limit = worker.nothing_limited,
     ) -> None:
         self.address, self.workers = address, workers
         self._warm_up, self._moved, self._limit = warm_up, moved, limit
@@ -133,11 +94,11 @@ class Executor:
                 self.usage.start_seconds = round(time.perf_counter() - begun, 3)
             self._connected = ray
             self._metrics = Metrics()
-            self.at_work(*self._names)
+            self.working_on(*self._names)
             self._warm()
         return self._connected
 
-    def at_work(self, run_id: str, stage: str) -> None:
+    def working_on(self, run_id: str, stage: str) -> None:
         """Which stage of which run the next steps belong to, for the metrics."""
         self._names = (run_id, stage)
         if self._metrics is not None:
@@ -147,7 +108,7 @@ class Executor:
     def _warm(self) -> None:
         if self._warm_up is not None:
             # Nobody waits for these: they start every worker process and load its modules while the first stage reads.
-            task = self._connected.remote(_hold).options(num_cpus=1, scheduling_strategy="SPREAD", name="warm-up")
+            task = self._connected.remote(worker.hold).options(num_cpus=1, scheduling_strategy="SPREAD", name="warm-up")
             for _ in range(min(self.cpus, self.workers or self.cpus)):
                 task.remote(self._warm_up)
 
@@ -222,32 +183,32 @@ class Executor:
 
     def map(
         self,
-        function: Callable[..., Any],
-        tasks: Sequence[tuple[Any, ...]],
+        function: Callable[[Request], Result],
+        requests: Sequence[Request],
         label: str,
         *,
         sizes: Sequence[int] | None = None,
         resources: Resources = Resources(),
-        smaller: Smaller | None = None,
-    ) -> list[Any]:
-        """`function(*task)` for every task, in workers; results in the order of `tasks`.
+        smaller: Callable[[Request], Request] | None = None,
+    ) -> list[Result]:
+        """`function(request)` for every request, each in a task of its own; results in the order of `requests`.
 
         function must be importable by name and give the same result when run again. sizes: rows of each task, for the
         progress bar. At most `workers` tasks (else two per CPU, so that an autoscaler sees the demand) are in flight,
         and results should be small: data travels through files. A task that fails is tried again as `retries` says, with
-        `smaller` arguments where it ran out of memory.
+        a `smaller` request where it ran out of memory.
         Raises the task's own FaceflowError, or RunError when a task keeps failing.
         """
         ray = self._ray
         cpus = resources.cpus or min(self.machine_cpus(resources.custom), self.workers or sys.maxsize)
-        results: list[Any] = [None] * len(tasks)
-        attempts = [Attempts(task, label, smaller) for task in tasks]
-        queue, again = iter(range(len(tasks))), list[int]()
+        results: list[Any] = [None] * len(requests)
+        attempts = [Attempts(request, label, smaller) for request in requests]
+        queue, again = iter(range(len(requests))), list[int]()
         flying: dict[Any, int] = {}
-        step = Step(label, len(tasks), sum(sizes) if sizes else 0, self.cpus)
+        step = Step(label, len(requests), sum(sizes) if sizes else 0, self.cpus)
         self.usage.steps.append(step)
         started = time.perf_counter()
-        with self._bar(label, sizes, len(tasks)) as bar:
+        with self._bar(label, sizes, len(requests)) as bar:
             try:
                 while True:
                     room = self.workers or max(1, int(2 * self.cpus / max(cpus, 1)))
@@ -289,7 +250,7 @@ class Executor:
         return results
 
     @staticmethod
-    def _next(queue: Iterator[int], again: list[int], attempts: Sequence[Attempts]) -> int | None:
+    def _next(queue: Iterator[int], again: list[int], attempts: Sequence[Attempts[Any]]) -> int | None:
         """The next task to try: one that failed and has waited long enough, else a new one."""
         now = time.monotonic()
         ready = next((index for index in again if attempts[index].not_before <= now), None)
@@ -298,7 +259,7 @@ class Executor:
         again.remove(ready)
         return ready
 
-    def _submit(self, function: Callable[..., Any], attempt: Attempts, cpus: float, resources: Resources) -> Any:
+    def _submit(self, function: Callable[[Any], Any], attempt: Attempts[Any], cpus: float, resources: Resources) -> Any:
         if self.guard is not None:
             self.guard()
         # Ray's own retries neither wait nor make a task smaller.
@@ -313,8 +274,8 @@ class Executor:
             options["runtime_env"] = {"env_vars": {"FACEFLOW_TASK": attempt.label}}
         threads = max(1, int(cpus))
         if self._task is None:
-            self._task = self._ray.remote(_run_task)
-        return self._task.options(**options).remote(function, attempt.task, threads, self._moved, self._limit)
+            self._task = self._ray.remote(worker.run_task)
+        return self._task.options(**options).remote(function, attempt.request, threads, self._moved, self._limit)
 
     def _account(self, step: Step, rows: int, done: Done) -> None:
         step.tasks_done += 1
@@ -331,9 +292,11 @@ class Executor:
         if self.watch is not None:
             self.watch(step)
 
-    def call(self, function: Callable[..., Any], *arguments: Any, label: str, resources: Resources = Resources()) -> Any:
-        """One task, as `map`."""
-        return self.map(function, [arguments], label, resources=resources)[0]
+    def call(
+        self, function: Callable[[Request], Result], request: Request, label: str, *, resources: Resources = Resources()
+    ) -> Result:
+        """`function(request)` in one task, as `map`."""
+        return self.map(function, [request], label, resources=resources)[0]
 
     def _collect(self, reference: Any, label: str) -> tuple[Any, Done]:
         from ray import exceptions
@@ -374,8 +337,3 @@ class Executor:
             file=sys.stderr,
         ) as bar:
             yield bar
-
-
-def chunks(items: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:
-    """Consecutive runs of at most `size` items."""
-    return (items[i : i + size] for i in range(0, len(items), size))

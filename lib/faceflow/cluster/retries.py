@@ -6,7 +6,7 @@ import enum
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Generic, TypeVar
 
 from faceflow.errors import RunError
 
@@ -28,9 +28,7 @@ CRASHES_LIKE_MEMORY = 2
 
 KEPT = "what is finished is kept, and the same command continues"
 
-Request = tuple[Any, ...]
-Smaller = Callable[[Request], Request]
-"""From a task's arguments, those that do the same work in steps of half the size."""
+Request = TypeVar("Request")
 
 
 class Cause(enum.Enum):
@@ -44,16 +42,16 @@ class Cause(enum.Enum):
 
 
 @dataclass
-class Attempts:
+class Attempts(Generic[Request]):
     """One task, how often it failed, and how it is to be tried next.
 
-    alone: whether it asks for a whole machine, so that no other task shares its memory; not_before: time of the clock
-    before which it is not tried again.
+    smaller: from a request, one that does the same work in steps of half the size; alone: whether it asks for a whole machine,
+    so that no other task shares its memory; not_before: time of the clock before which it is not tried again.
     """
 
-    task: Request
+    request: Request
     label: str
-    smaller: Smaller | None = None
+    smaller: Callable[[Request], Request] | None = None
     alone: bool = False
     not_before: float = 0.0
     failures: dict[Cause, int] = field(default_factory=dict)
@@ -81,5 +79,5 @@ class Attempts:
         self.alone = True
         if self.smaller is None:
             return f"{self.label}: {text}; trying again alone on its machine"
-        self.task = self.smaller(self.task)
+        self.request = self.smaller(self.request)
         return f"{self.label}: {text}; trying again in smaller steps"

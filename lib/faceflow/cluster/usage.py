@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 
 @dataclass
@@ -42,11 +41,6 @@ class Step:
         """How much of it is done, 0 to 1."""
         done, all_ = (self.rows_done, self.rows) if self.rows else (self.tasks_done, self.tasks)
         return done / all_ if all_ else 1.0
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        rounded = {name: round(getattr(self, name), 3) for name in ("begun", "seconds", "busy_seconds", "longest_seconds")}
-        return asdict(self) | rounded | {"retries": dict(self.retries), "waiting": self.waiting, "share": round(self.share, 4)}
 
 
 @dataclass(frozen=True)

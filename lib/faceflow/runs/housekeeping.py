@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import datetime
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from faceflow.config import StorageOptions
 from faceflow.errors import InputError, SettingsError
+from faceflow.runs.lease import read_state
+from faceflow.runs.records import runs_of
 from faceflow.storage import layout
 from faceflow.storage.object_store import Store
+from faceflow.storage.pointer import current_run_id
 
 log = logging.getLogger("faceflow")
 
-AT_WORK_HOURS = 24
-"""An unfinished run that was begun or continued, or said something, within this time may be at work, and is never removed."""
+MAY_RUN_HOURS = 24
+"""An unfinished run that was begun, continued or sent a heartbeat within this time may be running, and is never removed."""
 
 
 @dataclass(frozen=True)
 class RunInfo:
     """One run directory. state: published (it was the current one once), begun (can be continued) or refused (bad input);
-    current: its labels are in force; stage: the furthest stage begun; updated: when it last said something;
+    current: latest.json names it; stage: the furthest stage begun; updated: its last heartbeat;
     size: bytes of the run directory; label_size: of its labels and quarantined rows under OUTPUT."""
 
     run_id: str
@@ -40,44 +43,43 @@ class RunInfo:
         return f"{max(0, seconds)} s"
 
 
-def list_runs(output: str, work_dir: str | None = None, options: Mapping[str, Any] | None = None) -> list[RunInfo]:
+def list_runs(output: str, work_dir: str | None = None, options: StorageOptions | None = None) -> list[RunInfo]:
     """Every run of OUTPUT, the newest first. Raises InputError where there is no OUTPUT of faceflow."""
     out, runs = layout.stores(output, work_dir, options)
-    latest = layout.read_latest(out)
-    results = []
-    for name in runs.names(""):
-        record = runs.read_json(f"{name}/{layout.RUN_RECORD}")
-        if record is None or not layout.is_run_of(record, out, runs):
-            continue
+    current = current_run_id(out)
+    found = []
+    for run in runs_of(out, runs):
+        name = run.run_id
         begun = {file.split(".")[0] for file in runs.names(f"{name}/manifests")}
         labels = out.total_size(layout.label_folder(name)) + out.total_size(layout.quarantined_folder(name))
-        spoke = (runs.read_json(f"{name}/{layout.PROGRESS}") or {}).get("updated", "")
-        results.append(
+        state = read_state(runs.child(name))
+        heartbeat = state.updated if state is not None else ""
+        found.append(
             RunInfo(
-                name, record["state"], latest is not None and latest["run_id"] == name,
+                name, run.record.state, name == current,
                 next((stage for stage in reversed(layout.STAGES) if stage in begun), "none"),
-                datetime.datetime.fromisoformat(max(record["updated"], spoke)), runs.total_size(name), labels,
+                datetime.datetime.fromisoformat(max(run.record.updated, heartbeat)), runs.total_size(name), labels,
             )
         )  # fmt: skip
-    if latest is None and not results:
+    if current is None and not found:
         raise InputError(f"{output} holds no run and no {layout.LATEST}: name the OUTPUT of a cluster command")
-    return sorted(results, key=lambda run: (run.updated, run.run_id), reverse=True)
+    return sorted(found, key=lambda run: (run.updated, run.run_id), reverse=True)
 
 
 def clean(
-    output: str, keep: int, work_dir: str | None = None, options: Mapping[str, Any] | None = None, dry_run: bool = False
+    output: str, keep: int, work_dir: str | None = None, options: StorageOptions | None = None, dry_run: bool = False
 ) -> list[RunInfo]:
     """Remove all but the `keep` newest runs, with their labels; returns those removed (with dry_run: that would be). What
     killed writers left behind a day ago or earlier goes too.
 
-    The run in force is never removed and not counted, and neither is one that may be at work. The record of a run goes last,
+    The current run is never removed and not counted, and neither is one that may be running. The record of a run goes last,
     so that an interrupted removal shows up as a run and is taken up again.
     """
     if keep < 0:
         raise SettingsError(f"keep is {keep}: it must be 0 or more")
     out, runs = layout.stores(output, work_dir, options)
     now = datetime.datetime.now(datetime.UTC)
-    safe = now - datetime.timedelta(hours=AT_WORK_HOURS)
+    safe = now - datetime.timedelta(hours=MAY_RUN_HOURS)
     every = list_runs(output, work_dir, options)
     old = [run for run in every if not run.current][keep:]
     removed = [run for run in old if run.state != "begun" or run.updated < safe]

@@ -17,11 +17,13 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, BinaryIO
 
 from faceflow.errors import PublishError, RunError
 from faceflow.storage import layout
+from faceflow.storage.decoding import decode
+from faceflow.storage.manifests import StepRecord
 from faceflow.storage.object_store import Store
 
 log = logging.getLogger("faceflow")
@@ -39,27 +41,52 @@ CLOCKS_DIFFER = 600.0
 """Seconds by which the clocks of two machines may differ."""
 
 
+@dataclass(frozen=True)
+class LeaseState:
+    """What progress.json says. token: the fencing token; stage: running, or next; stage_seconds: it has taken so far; seconds:
+    of each finished stage; step: what the stage does; stopped: why the holder stopped, empty while it runs; host, machine, pid:
+    where the holder runs; holder: its random name; updated: its last heartbeat (ISO 8601)."""
+
+    run_id: str = ""
+    token: int = 0
+    stage: str = ""
+    stage_seconds: float = 0.0
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    step: StepRecord | None = None
+    stopped: str = ""
+    host: str = ""
+    machine: str = ""
+    pid: int = 0
+    holder: str = ""
+    updated: str = ""
+
+
+def read_state(run: Store) -> LeaseState | None:
+    """The lease on a run directory; None where nobody has held it."""
+    return decode(LeaseState, run.read_json(layout.PROGRESS))
+
+
 class Lease:
     """A lease that this process holds; made by `claim`. A thread of it sends heartbeats until `release`.
 
     token: the fencing token, one more than that of the holder before.
     """
 
-    def __init__(self, run: Store, run_id: str, token: int, state: Mapping[str, Any], version: str) -> None:
-        self.run_id, self.token, self.run = run_id, token, run
-        self._state, self._version = dict(state), version
+    def __init__(self, run: Store, state: LeaseState, version: str) -> None:
+        self.run_id, self.token, self.run = state.run_id, state.token, run
+        self._state, self._version = state, version
         self._renewed, self._lost = _now(), ""
         self._lock, self._ended = threading.RLock(), threading.Event()
-        self._thread = threading.Thread(target=self._beat, name=f"lease {run_id}", daemon=True)
+        self._thread = threading.Thread(target=self._beat, name=f"lease {state.run_id}", daemon=True)
         self._thread.start()
 
-    def write(self, **state: Any) -> None:
-        """Replace what the holder says of the run, which renews the lease. An I/O error is logged: this much may be missed.
+    def write(self, **changes: Any) -> None:
+        """Change fields of the lease's state (`LeaseState`), which renews it. An I/O error is logged: this much may be missed.
 
         Raises RunError where another process has taken the run over.
         """
         with self._lock:
-            self._state |= state
+            self._state = replace(self._state, **changes)
             try:
                 self._renew()
             except OSError as error:
@@ -81,7 +108,7 @@ class Lease:
     def _renew(self) -> None:
         if self._lost:
             raise RunError(self._lost)
-        state = self._state | {"token": self.token, "updated": _timestamp()}
+        state = asdict(replace(self._state, updated=_timestamp()))
         sent = _now()  # others count from here, whenever the answer comes
         try:
             self._version = self.run.replace_json(layout.PROGRESS, state, self._version)
@@ -89,7 +116,7 @@ class Lease:
             with contextlib.suppress(OSError):
                 data, version = self.run.read_versioned(layout.PROGRESS)
                 other = json.loads(data or b"{}")
-                if version and other.get("token") == self.token and other.get("holder") == self._state["holder"]:
+                if version and other.get("token") == self.token and other.get("holder") == self._state.holder:
                     # Our own heartbeat, of which the store lost the answer; when it was sent is not known any more.
                     self._version = version
                     return
@@ -200,11 +227,11 @@ def claim(run: Store, run_id: str) -> Lease:
                 "give another --run-id"
             )
         try:
-            token, state, version = _take(run, run_id, version, "")
+            state, version = _take(run, run_id, version, "")
         except PublishError:
             log.info("run %s: another process has just taken it", run_id)
             continue
-        return Lease(run, run_id, token, state, version)
+        return Lease(run, state, version)
 
 
 def fence_off(run: Store, run_id: str, why: str) -> bool:
@@ -216,20 +243,13 @@ def fence_off(run: Store, run_id: str, why: str) -> bool:
     return True
 
 
-def _take(run: Store, run_id: str, version: str | None, stopped: str) -> tuple[int, dict[str, Any], str]:
-    before = run.read_json(layout.PROGRESS) or {}
-    token = int(before.get("token", 0)) + 1
-    state = _first_state(run_id) | {"token": token, "stopped": stopped}
-    return token, state, run.replace_json(layout.PROGRESS, state, version)
-
-
-def _first_state(run_id: str) -> dict[str, Any]:
-    """What this process says of a run that it has just taken, before the first stage."""
-    return {
-        "run_id": run_id, "stage": "", "stage_seconds": 0.0, "seconds": {}, "step": None, "stopped": "",
-        "host": socket.gethostname(), "machine": machine(), "pid": os.getpid(), "holder": uuid.uuid4().hex,
-        "updated": _timestamp(),
-    }  # fmt: skip
+def _take(run: Store, run_id: str, version: str | None, stopped: str) -> tuple[LeaseState, str]:
+    before = read_state(run)
+    state = LeaseState(
+        run_id, before.token + 1 if before is not None else 1, stopped=stopped, host=socket.gethostname(), machine=machine(),
+        pid=os.getpid(), holder=uuid.uuid4().hex, updated=_timestamp(),
+    )  # fmt: skip
+    return state, run.replace_json(layout.PROGRESS, asdict(state), version)
 
 
 def _timestamp() -> str:
@@ -249,20 +269,20 @@ def holder(run: Store) -> str | None:
     """
     first, begun = None, time.monotonic()
     while True:
-        state = run.read_json(layout.PROGRESS) or {}
-        if not state or state["stopped"]:
+        state = read_state(run)
+        if state is None or state.stopped:
             return None
-        named = f"pid {state['pid']} on {state['host']}"
-        updated = datetime.datetime.fromisoformat(state["updated"])
+        named = f"pid {state.pid} on {state.host}"
+        updated = datetime.datetime.fromisoformat(state.updated)
         age = (datetime.datetime.now(datetime.UTC) - updated).total_seconds()
-        if state.get("machine") == machine():
-            known = age < SILENT_AFTER and state["pid"] != os.getpid() and is_alive(state["pid"])
+        if state.machine == machine():
+            known = age < SILENT_AFTER and state.pid != os.getpid() and is_alive(state.pid)
             return named if known else None
         if first is None:
             if age >= SILENT_AFTER + CLOCKS_DIFFER:
                 return None
             first = updated
-            log.info("run %s: %s had it a moment ago; waiting for its next heartbeat", state["run_id"], named)
+            log.info("run %s: waiting for the next heartbeat of %s", state.run_id, named)
         elif updated != first:
             return named
         elif time.monotonic() - begun >= SILENT_AFTER:
@@ -272,12 +292,12 @@ def holder(run: Store) -> str | None:
 
 def is_silent(run: Store) -> bool:
     """Whether nobody can be at work on a run, known without waiting."""
-    state = run.read_json(layout.PROGRESS) or {}
-    if not state or state["stopped"]:
+    state = read_state(run)
+    if state is None or state.stopped:
         return True
-    if state.get("machine") == machine():
-        return state["pid"] != os.getpid() and not is_alive(state["pid"])
-    age = datetime.datetime.now(datetime.UTC) - datetime.datetime.fromisoformat(state["updated"])
+    if state.machine == machine():
+        return state.pid != os.getpid() and not is_alive(state.pid)
+    age = datetime.datetime.now(datetime.UTC) - datetime.datetime.fromisoformat(state.updated)
     return age.total_seconds() >= SILENT_AFTER + CLOCKS_DIFFER
 
 

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import importlib.metadata
-import itertools
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Generic, TypeVar
 
 from faceflow import __version__
 from faceflow.cluster.executor import Executor
 from faceflow.config import ClusterConfig
 from faceflow.kernels.mapequation.flow import use_threads
+from faceflow.stages.artifacts.faces import RunData
+from faceflow.stages.changes import Changes
+from faceflow.stages.results import Results, StageResult
 from faceflow.storage.inputs import Listing
 from faceflow.storage.layout import RunStores
-from faceflow.storage.manifests import Manifest
+from faceflow.storage.manifests import Fingerprint
 from faceflow.storage.object_store import Store, moved
 from faceflow.tables import Parts
+
+R = TypeVar("R", bound=StageResult, covariant=True)
 
 
 def open_executor(
@@ -40,100 +44,110 @@ def version_of(package: str) -> str:
 
 
 @dataclass(frozen=True)
-class Past:
-    """The published run that a night starts from: its run directory, and the manifests of its stages."""
+class BaseRun:
+    """The published run that an incremental run starts from: its directory, and the results of its stages."""
 
     run_id: str
-    run: Store
-    done: Mapping[str, Manifest]
-
-    @property
-    def parts(self) -> Parts:
-        return Parts(tuple(self.done["ingest"].counts["starts"]))
-
-
-@dataclass(frozen=True)
-class LastNight:
-    """The run that a night builds on, as its tasks need it: its directory, its parts, and which of them (one after the other)
-    each of tonight's first parts is made of; the parts after those are new."""
-
-    run: Store
-    parts: Parts
-    sources: tuple[range, ...]
+    store: Store
+    results: Results
 
 
 @dataclass(frozen=True)
 class Context:
-    """What a stage may use: settings, stores, the executor, and the manifests of the stages before it.
+    """What a stage may use: settings, stores, the executor, and the results of the stages before it.
 
-    effort: how often the search was found to miss too much and is widened; past: the run that a night starts from; first_id:
-    the first cluster id that was never given, of a night; listing: the input as this command found it, once.
+    attempt: how often the search was redone because its recall was too low; base: the run that an incremental run starts from;
+    first_id: the first cluster id that was never given; listing: the input as this command found it, once.
     """
 
     config: ClusterConfig
     stores: RunStores
     executor: Executor
-    done: Mapping[str, Manifest]
-    effort: int = 0
-    past: Past | None = None
+    results: Results
+    attempt: int = 0
+    base: BaseRun | None = None
     first_id: int = 0
     listing: Listing | None = None
 
+    def with_results(self, results: Results) -> Context:
+        return replace(self, results=results)
+
+    @property
+    def data(self) -> RunData:
+        """The parts of this run, once ingest is done."""
+        return RunData(self.stores.run, self.parts, self.results.ingest.dim)
+
     @property
     def parts(self) -> Parts:
-        """The cut of all rows into parts, from the ingest manifest."""
-        return Parts(tuple(self.done["ingest"].counts["starts"]))
+        return self.results.parts
 
     @property
-    def last_night(self) -> LastNight | None:
-        """What of the past run's parts has become of which part, once ingest is done; None: there is no past."""
-        if self.past is None:
+    def changes(self) -> Changes | None:
+        """What differs from the base run, once ingest is done; None: there is no base run."""
+        rows = self.results.ingest.changes
+        if self.base is None or rows is None:
             return None
-        sources = tuple(range(*pair) for pair in itertools.pairwise(self.done["ingest"].counts["sources"]))
-        return LastNight(self.past.run, self.past.parts, sources)
+        return Changes.of(self.base.store, self.base.results.parts, rows)
 
     @property
-    def thresholds(self) -> tuple[float | None, float | None]:
-        """Similarity from which faces are neighbors, and from which a table holds them in case others bear witness: both from
-        the quantize manifest; None: no threshold."""
-        counts = self.done["quantize"].counts
-        return counts["threshold"], counts["support_threshold"]
-
-    @property
-    def dim(self) -> int:
-        return int(self.done["ingest"].counts["dim"])
+    def carried(self) -> Changes | None:
+        """The same where the base run's tables are carried over, once quantize has decided; None in a full run."""
+        return self.changes if self.results.quantize.incremental else None
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What a stage made: counts for the manifest, and the bytes of each file by path in the run directory."""
+class Outcome(Generic[R]):
+    """What a stage made: its result, and the bytes of each file by path in the run directory."""
 
-    counts: dict[str, Any]
-    files: dict[str, int]
+    result: R
+    files: Mapping[str, int]
 
 
 @dataclass(frozen=True)
-class Stage:
+class Redo:
+    """A stage finds that an earlier one must be done again. stage: that one; keep: folders that it goes on with."""
+
+    stage: str
+    reason: str
+    keep: tuple[str, ...] = ()
+
+
+def _nothing_more(context: Context) -> Fingerprint:
+    return {}
+
+
+def _always(context: Context) -> bool:
+    return True
+
+
+def _no_gate(context: Context) -> Redo | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Stage(Generic[R]):
     """One step of a run.
 
-    reads, writes: folders of the run directory; settings: names of the settings its result depends on; packages: those
-    whose version matters; run: does the work; scratch: folders of no use once the stage is done; whole: whether
-    what it wrote outside the run directory is still there; inputs: whatever else the
-    result depends on (the input files).
+    reads, writes: folders of the run directory; settings: names of the settings its result depends on; after: stages that it
+    depends on; packages: those whose version matters; scratch: folders of no use once the stage is done; inputs: whatever else
+    the result depends on (the input files). run: does the work. whole: whether what it wrote outside the run directory is still
+    there. gate: asked whenever the stage is finished, now or before, with its own result in the context: lets the run go on
+    (None), has an earlier stage done again, or raises QualityError.
     """
 
     name: str
     reads: tuple[str, ...]
     writes: tuple[str, ...]
     settings: tuple[str, ...]
-    run: Callable[[Context], Outcome]
+    run: Callable[[Context], Outcome[R]]
     after: tuple[str, ...] = ()
     packages: tuple[str, ...] = ()
     scratch: tuple[str, ...] = ()
-    whole: Callable[[Context], bool] = field(default=lambda context: True)
-    inputs: Callable[[Context], dict[str, Any]] = field(default=lambda context: {})
+    inputs: Callable[[Context], Fingerprint] = field(default=_nothing_more)
+    whole: Callable[[Context], bool] = field(default=_always)
+    gate: Callable[[Context], Redo | None] = field(default=_no_gate)
 
 
-def merge_sizes(results: list[dict[str, int]]) -> dict[str, int]:
+def merge_sizes(results: Sequence[Mapping[str, int]]) -> dict[str, int]:
     """The files of a stage, from what each task returned."""
     return {path: size for result in results for path, size in result.items()}

@@ -1,12 +1,10 @@
-"""The file of constraints: pairs of ids that must, or cannot, share a cluster; read, checked, and found among the faces."""
+"""The constraints file: pairs of ids that must, or cannot, share a cluster; read and checked."""
 
 from __future__ import annotations
 
 import csv
 import itertools
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,19 +12,20 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from faceflow.config import ClusterConfig
+from faceflow.config import ClusterConfig, StorageOptions
 from faceflow.errors import InputError, did_you_mean, one_line
 from faceflow.kernels.clusters import constraints
 from faceflow.storage import columns
 from faceflow.storage.inputs import list_file, open_input
+from faceflow.storage.manifests import Fingerprint
 from faceflow.storage.object_store import Store, explain
 
 COLUMNS = ("id_a", "id_b", "kind")
-KINDS = ("must", "cannot")
+MUST, CANNOT = "must-link", "cannot-link"
 
 
 @dataclass(frozen=True)
-class Decisions:
+class Constraints:
     """Constraints by id: the distinct ids, and pairs of indices into them, int64[m, 2]."""
 
     ids: pa.Array
@@ -34,17 +33,17 @@ class Decisions:
     cannot: np.ndarray
 
 
-def fingerprint(config: ClusterConfig) -> dict[str, Any]:
-    """What the constraints' file is, for the manifest of the stage that honours it."""
+def fingerprint(config: ClusterConfig) -> Fingerprint:
+    """What the constraints' file is, for the manifest of the stage that imposes them."""
     if config.constraints is None:
         return {}
     info = list_file(config.constraints, config.storage_options)[1]
     return {"constraints_file": [info.path, info.size, info.version]}
 
 
-def read(address: str, options: Mapping[str, Any] | None, id_type: pa.DataType | None = None) -> Decisions:
-    """The constraints of a Parquet or CSV file with the columns id_a, id_b and kind (must or cannot); their ids as id_type, if
-    that is known.
+def read(address: str, options: StorageOptions | None, id_type: pa.DataType | None = None) -> Constraints:
+    """The constraints of a Parquet or CSV file with the columns id_a, id_b and kind (must-link or cannot-link); their ids as
+    id_type, if that is known.
 
     Raises InputError for what cannot be read, and for constraints that contradict each other.
     """
@@ -71,9 +70,9 @@ def read(address: str, options: Mapping[str, Any] | None, id_type: pa.DataType |
             row = pc.index(table[column].is_null(), True).as_py()
             raise InputError(f"constraints {name}, {place(row)}: {column} is null")
     kinds = [str(kind).strip().lower() for kind in table["kind"].to_pylist()]
-    wrong = next((i for i, kind in enumerate(kinds) if kind not in KINDS), None)
+    wrong = next((i for i, kind in enumerate(kinds) if kind not in (MUST, CANNOT)), None)
     if wrong is not None:
-        raise InputError(f"constraints {name}, {place(wrong)}: kind is {kinds[wrong]!r}; it must be 'must' or 'cannot'")
+        raise InputError(f"constraints {name}, {place(wrong)}: kind is {kinds[wrong]!r}; use {MUST!r} or {CANNOT!r}")
     stored = [columns.id_storage(table[column].type) for column in COLUMNS[:2]]
     if None in stored or stored[0] != stored[1]:
         raise InputError(f"constraints {name}: id_a is {table['id_a'].type}, but id_b is {table['id_b'].type}")
@@ -84,10 +83,10 @@ def read(address: str, options: Mapping[str, Any] | None, id_type: pa.DataType |
     coded = both.dictionary_encode()
     codes = coded.indices.to_numpy().astype(np.int64)
     pairs = np.stack([codes[: len(kinds)], codes[len(kinds) :]], axis=1)
-    must, cannot = (pairs[np.array([k == kind for k in kinds], bool)] for kind in KINDS)
+    must, cannot = (pairs[np.array([k == kind for k in kinds], bool)] for kind in (MUST, CANNOT))
     ids = coded.dictionary
     constraints.check(must, cannot, len(ids), lambda i: repr(columns.shown(ids[i].as_py())))
-    return Decisions(ids, must, cannot)
+    return Constraints(ids, must, cannot)
 
 
 def _line_of(store: Store, path: str, row: int) -> int:

@@ -10,13 +10,14 @@ import stat
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from faceflow.config import StorageOptions
 from faceflow.errors import InputError, SettingsError, one_line
 from faceflow.storage import table_formats
 from faceflow.storage.object_store import FileInfo, Store, explain
@@ -25,17 +26,25 @@ from faceflow.storage.s3_options import endpoint_of
 FOOTERS_AT_ONCE = 8
 
 
+@dataclass(frozen=True)
+class TableSnapshot:
+    """Which state of a table an input is. format: delta or iceberg; snapshot: Delta's version or Iceberg's snapshot id."""
+
+    format: str
+    snapshot: int
+
+
 class Listing(NamedTuple):
     """The Parquet files of an input as they were when it was listed, by path; snapshot: of which table's, if it is one."""
 
     store: Store
     files: list[FileInfo]
-    snapshot: dict[str, Any] | None
+    snapshot: TableSnapshot | None
 
 
-def list_faces(address: str, options: Mapping[str, Any] | None, snapshot: int | None = None) -> Listing:
+def list_faces(address: str, options: StorageOptions | None, snapshot: int | None = None) -> Listing:
     """The Parquet files of a file, folder or glob (`list_parquet`), or of a snapshot of a Delta or Iceberg table, and then also
-    which one: {"format", "snapshot"}.
+    which one.
 
     Rows of files on a disk are counted (their footers are read), as a modification time says less than an ETag does; a table's
     files are never written again.
@@ -49,7 +58,7 @@ def list_faces(address: str, options: Mapping[str, Any] | None, snapshot: int | 
         kind = None  # whatever is wrong, a plain listing says best
     if kind is not None:
         results = table_formats.open_snapshot(store, kind, snapshot)
-        return Listing(store, results.files, {"format": kind, "snapshot": results.version})
+        return Listing(store, results.files, TableSnapshot(kind, results.version))
     if snapshot is not None:
         raise SettingsError(f"snapshot is {snapshot}, but {address} is neither a Delta nor an Iceberg table")
     store, listed = list_parquet(address, options)
@@ -66,7 +75,7 @@ def _rows_of(file: FileInfo) -> int | None:
         return None  # who reads it says what is wrong with it
 
 
-def list_parquet(address: str, options: Mapping[str, Any] | None) -> tuple[Store, list[FileInfo]]:
+def list_parquet(address: str, options: StorageOptions | None) -> tuple[Store, list[FileInfo]]:
     """The Parquet files of a file, folder (nested) or glob of files and folders, sorted by path.
 
     Hidden files (their name or a folder's begins with '.' or '_', as Spark's markers do) and Hadoop's `*_$folder$` and `*.crc`
@@ -203,7 +212,7 @@ def _followed(path: str, info: Mapping[str, Any]) -> Mapping[str, Any]:
     return {"type": kind, "size": results.st_size, "mtime": results.st_mtime}
 
 
-def list_file(address: str, options: Mapping[str, Any] | None) -> tuple[Store, FileInfo]:
+def list_file(address: str, options: StorageOptions | None) -> tuple[Store, FileInfo]:
     """One file, whatever its kind. Raises InputError where it is not there."""
     store = Store.at(address, options)
     if not store.is_local:
@@ -225,7 +234,7 @@ def _file_info(path: str, info: Mapping[str, Any]) -> FileInfo:
     return FileInfo(path, int(info["size"]), str(version).strip('"'))
 
 
-def check_endpoint(address: str, options: Mapping[str, Any] | None) -> None:
+def check_endpoint(address: str, options: StorageOptions | None) -> None:
     """Raise InputError within seconds where the S3 server that was named does not answer; its client would try for longer."""
     given = endpoint_of(options or {})
     if given is None:
@@ -270,7 +279,7 @@ def open_input(store: Store, path: str) -> Any:
         ) from None
 
 
-def contains(outer: str, inner: str, options: Mapping[str, Any] | None = None) -> bool:
+def contains(outer: str, inner: str, options: StorageOptions | None = None) -> bool:
     """Whether address `inner` is `outer` or lies below it."""
     a, b = Store.at(outer, options), Store.at(inner, options)
     if a.is_local != b.is_local:

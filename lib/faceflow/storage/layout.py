@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from faceflow.errors import InputError, RunError
+from faceflow.config import StorageOptions
 from faceflow.storage.object_store import Store
 
 LATEST = "latest.json"
@@ -32,12 +30,12 @@ def part(kind: str, index: int) -> str:
 
 def gathered_ids(task: int) -> str:
     """The ids of one ingest task, by bucket."""
-    return f"idcheck/ids-{task:05d}.arrow"
+    return f"id_check/ids-{task:05d}.arrow"
 
 
 def repeated_ids(bucket: int) -> str:
     """Input rows of one bucket whose id occurred before."""
-    return f"idcheck/repeated-{bucket:05d}.arrow"
+    return f"id_check/repeated-{bucket:05d}.arrow"
 
 
 def candidates(shard: int) -> str:
@@ -49,26 +47,26 @@ def candidates_step(shard: int, steps: int, step: int) -> str:
     return f"candidates/shard-{shard:05d}-step-{step:03d}-of-{steps:03d}.arrow"
 
 
-SAMPLE = "certificate/sample.arrow"
+SAMPLE = "recall/sample.arrow"
 """The sampled faces, and what is known of their true neighbors before the search for them."""
 
 
 def queries(part: int) -> str:
     """The sampled faces of one part, with the neighbors that the search found for them."""
-    return f"certificate/queries-{part:05d}.arrow"
+    return f"recall/queries-{part:05d}.arrow"
 
 
-ALL_QUERIES = "certificate/queries.arrow"
+ALL_QUERIES = "recall/queries.arrow"
 """The same of all parts."""
 
 
 def truth(part: int) -> str:
     """What exact search finds in one part for the sampled faces."""
-    return f"certificate/truth-{part:05d}.arrow"
+    return f"recall/truth-{part:05d}.arrow"
 
 
 TRUTH = "truth/sampled.arrow"
-"""The sampled faces and their true neighbors, which the next night builds on."""
+"""The sampled faces and their true neighbors, which the next incremental run starts from."""
 
 
 def manifest(stage: str) -> str:
@@ -80,34 +78,34 @@ def plan(stage: str) -> str:
     return f"manifests/{stage}.begun.json"
 
 
-ANEW = "manifests/quantize.anew.json"
-"""Why a night, although it began to build on the one before, does everything anew: decided once."""
+FULL_REASON = "manifests/quantize.full.json"
+"""Why an incremental run, although it began to carry tables over, computes everything: decided once."""
 
 
 def near(part: int) -> str:
     """The near-identical pairs of one part's rows."""
-    return f"near/pairs-{part:05d}.arrow"
+    return f"near_identical/pairs-{part:05d}.arrow"
 
 
 def thin(part: int) -> str:
     """The faces of one part whose lists near-identical ones fill."""
-    return f"near/thin-{part:05d}.arrow"
+    return f"near_identical/thin-{part:05d}.arrow"
 
 
-THIN = "near/thin.arrow"
+THIN = "near_identical/thin.arrow"
 """Those of all parts that are searched again."""
 
 
 def wider(part: int) -> str:
     """What that search finds in one part."""
-    return f"near/wider-{part:05d}.arrow"
+    return f"near_identical/wider-{part:05d}.arrow"
 
 
-GROUPS_AT_FIRST = "near/groups.arrow"
-GROUPS = "copies/groups.arrow"
+GROUPS_AT_FIRST = "near_identical/groups.arrow"
+GROUPS = "groups/groups.arrow"
 """Which faces count as one with another: before and after that search."""
 
-WIDER = "copies/lists.arrow"
+WIDER = "groups/lists.arrow"
 """The lists that it gives."""
 
 CENTROIDS = "quantizer/centroids.arrow"
@@ -115,11 +113,11 @@ CLUSTERS = "clusters/clusters.arrow"
 CLUSTERS_OF_FACES = "clusters/faces.arrow"
 
 
-ROWS_TONIGHT = "past/rows.arrow"
-"""Of every face of last night, its row tonight."""
+ROWS_NOW = "base_rows/now.arrow"
+"""Of every face of the base run, its row in this one."""
 
-ARRIVALS = "arrivals"
-"""What a night reads anew, laid out like a run directory of its own."""
+NEW_FILES = "new_files"
+"""What an incremental run reads of new and changed files, laid out like a run directory of its own."""
 
 
 def matches(bucket: int) -> str:
@@ -177,7 +175,7 @@ def quarantined_folder(run_id: str) -> str:
 
 
 def quarantined_part(run_id: str, index: int) -> str:
-    """Rows that were set aside; only parts with such rows have one."""
+    """Quarantined rows; only parts with such rows have one."""
     return f"{quarantined_folder(run_id)}/part-{index:05d}.parquet"
 
 
@@ -198,39 +196,7 @@ class RunStores:
         return cls(output, runs.child(run_id), run_id)
 
 
-def read_latest(output: Store) -> dict[str, Any] | None:
-    """What latest.json of an OUTPUT says; None where there is none.
-
-    Raises InputError for a file of that name that is not faceflow's.
-    """
-    try:
-        results = output.read_json(LATEST)
-        whole = results is None or (
-            isinstance(results, dict) and all(isinstance(results.get(k), str) for k in ("run_id", "labels"))
-        )
-    except (RunError, UnicodeDecodeError):
-        whole = False
-    if not whole:
-        raise InputError(
-            f"{output.address(LATEST)} was not written by faceflow: it has no run_id and labels; move it away, or name another "
-            "OUTPUT"
-        )
-    return results
-
-
-def is_run_of(record: Mapping[str, Any], output: Store, runs: Store) -> bool:
-    """Whether the run with this record (run.json) is one of OUTPUT: several may share a folder of run directories.
-
-    An OUTPUT that was moved together with its `_runs` keeps its runs.
-    """
-    theirs = record.get("output")
-    if theirs is None or theirs == output.root:
-        return True
-    moved = record.get("runs") == f"{theirs.rstrip('/')}/{RUNS}"
-    return moved and runs.root == output.address(RUNS)
-
-
-def stores(output: str, work_dir: str | None = None, options: Mapping[str, Any] | None = None) -> tuple[Store, Store]:
+def stores(output: str, work_dir: str | None = None, options: StorageOptions | None = None) -> tuple[Store, Store]:
     """OUTPUT, and the folder of run directories: OUTPUT/_runs, or WORK_DIR."""
     out = Store.at(output, options)
     return out, Store.at(work_dir, options) if work_dir else out.child(RUNS)

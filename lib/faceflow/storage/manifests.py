@@ -5,30 +5,59 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from faceflow.config import digest
 from faceflow.errors import FingerprintError
 from faceflow.storage import layout
+from faceflow.storage.decoding import decode
 from faceflow.storage.object_store import Store
+
+R = TypeVar("R")
+
+Fingerprint = Mapping[str, object]
+"""Everything that a stage's result depends on, by name: plain JSON values that are compared, never looked into."""
 
 
 @dataclass(frozen=True)
-class Manifest:
+class StepRecord:
+    """What like tasks of a stage did (`cluster.usage.Step`). waiting: tasks not handed out; share: done, 0 to 1."""
+
+    label: str
+    tasks: int
+    rows: int
+    cpus: int
+    begun: float
+    seconds: float
+    tasks_done: int
+    rows_done: int
+    in_flight: int
+    busy_seconds: float
+    longest_seconds: float
+    read_bytes: int
+    written_bytes: int
+    peak_bytes: int
+    retries: Mapping[str, int]
+    finished: bool
+    waiting: int
+    share: float
+
+
+@dataclass(frozen=True)
+class Manifest(Generic[R]):
     """The record a stage ends with.
 
-    fingerprint: everything the stage's result depends on; files: bytes of each file it wrote, by path in the run
-    directory; counts: what later stages and the report need to know; seconds: wall time of the stage; begun: Unix time; steps:
-    what its tasks did (`cluster.usage.Step`, as dictionaries).
+    fingerprint: everything the stage's result depends on; result: what later stages and the report need to know; files: bytes
+    of each file that it consists of, by path in the run directory; seconds: wall time of the stage; begun: Unix time.
     """
 
     stage: str
-    fingerprint: dict[str, Any]
-    counts: dict[str, Any]
-    files: dict[str, int] = field(default_factory=dict)
+    fingerprint: Fingerprint
+    result: R
+    files: Mapping[str, int] = field(default_factory=dict)
     seconds: float = 0.0
     begun: float = 0.0
-    steps: list[dict[str, Any]] = field(default_factory=list)
+    steps: tuple[StepRecord, ...] = ()
 
     @property
     def digest(self) -> str:
@@ -36,8 +65,8 @@ class Manifest:
         return digest(self.fingerprint)
 
 
-def load(run: Store, stage: str, fingerprint: Mapping[str, Any]) -> Manifest | None:
-    """The stage's manifest if it is finished and whole, else None.
+def load(run: Store, stage: str, fingerprint: Fingerprint, kind: type[R]) -> Manifest[R] | None:
+    """The stage's manifest if it is finished and whole, else None. kind: of its result.
 
     Raises FingerprintError, naming every differing key with both values, when the stage was begun or finished with
     another fingerprint.
@@ -46,7 +75,7 @@ def load(run: Store, stage: str, fingerprint: Mapping[str, Any]) -> Manifest | N
         record = run.read_json(name)
         if record is not None:
             _compare(run, stage, record["fingerprint"], json.loads(json.dumps(fingerprint)))
-    manifest = read(run, stage)
+    manifest = read(run, stage, kind)
     if manifest is None:
         return None
     if run.is_local and any(run.size(path) != size for path, size in manifest.files.items()):
@@ -54,13 +83,21 @@ def load(run: Store, stage: str, fingerprint: Mapping[str, Any]) -> Manifest | N
     return manifest
 
 
-def read(run: Store, stage: str) -> Manifest | None:
-    """The manifest of a finished stage, whatever it was made from; None where there is none."""
+def read(run: Store, stage: str, kind: type[R]) -> Manifest[R] | None:
+    """The manifest of a finished stage, whatever it was made from; None where there is none, or one of another version of
+    faceflow whose result is no such `kind`."""
     record = run.read_json(layout.manifest(stage))
-    return Manifest(**record) if record is not None else None
+    if record is None or "result" not in record:
+        return None
+    result, steps = decode(kind, record["result"]), [decode(StepRecord, step) for step in record["steps"]]
+    if result is None or None in steps:
+        return None
+    made = tuple(step for step in steps if step is not None)
+    files, seconds, begun = record["files"], record["seconds"], record["begun"]
+    return Manifest(record["stage"], record["fingerprint"], result, files, seconds, begun, made)
 
 
-def missing(run: Store, manifest: Manifest, scratch: Sequence[str]) -> str | None:
+def missing(run: Store, manifest: Manifest[Any], scratch: Sequence[str]) -> str | None:
     """The first file of a finished stage that is not there, or on a disk has another size; None where all are. scratch: folders
     that the stage has removed itself."""
     folders: dict[str, set[str]] = {}
@@ -75,16 +112,16 @@ def missing(run: Store, manifest: Manifest, scratch: Sequence[str]) -> str | Non
     return None
 
 
-def begin(run: Store, stage: str, fingerprint: Mapping[str, Any]) -> None:
+def begin(run: Store, stage: str, fingerprint: Fingerprint) -> None:
     """Note what the stage is being made from, before its first file."""
     run.write_json(layout.plan(stage), {"stage": stage, "fingerprint": dict(fingerprint)})
 
 
-def finish(run: Store, manifest: Manifest) -> None:
+def finish(run: Store, manifest: Manifest[Any]) -> None:
     run.write_json(layout.manifest(manifest.stage), asdict(manifest))
 
 
-def _compare(run: Store, stage: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def _compare(run: Store, stage: str, before: Fingerprint, now: Fingerprint) -> None:
     differences = []
     for key in sorted(set(before) | set(now)):
         old, new = before.get(key), now.get(key)

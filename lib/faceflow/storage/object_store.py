@@ -11,13 +11,14 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import fsspec
 import pyarrow as pa
 
+from faceflow.config import StorageOptions
 from faceflow.errors import FaceflowError, PublishError, RunError, SettingsError
 from faceflow.storage.s3_options import check_options, endpoint_of
 
@@ -66,7 +67,7 @@ class Store:
     options: tuple[tuple[str, Any], ...] = ()
 
     @classmethod
-    def at(cls, address: str, options: Mapping[str, Any] | None = None) -> Store:
+    def at(cls, address: str, options: StorageOptions | None = None) -> Store:
         check_options(options or {})
         if "://" not in address:
             return cls(os.path.abspath(os.path.expanduser(address)))

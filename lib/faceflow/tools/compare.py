@@ -9,25 +9,25 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from faceflow.cluster.executor import Executor, Resources, peak_memory
+from faceflow.cluster.executor import Executor, Resources
+from faceflow.cluster.worker import peak_memory
 from faceflow.config import ClusterConfig
 from faceflow.errors import FaceflowError, InputError, SettingsError, did_you_mean
 from faceflow.kernels.baselines import registry
 from faceflow.kernels.graph import edge_recipes
 from faceflow.runs.pipeline import execute
-from faceflow.stages.artifacts.faces import good_entries, id_type, label_table, read_ids, read_quarantined
+from faceflow.stages.artifacts.faces import RunData, good_entries, label_table, read_ids, read_quarantined
 from faceflow.stages.base import open_executor
 from faceflow.stages.detect import method_input
-from faceflow.storage import layout, manifests
+from faceflow.stages.results import Results
+from faceflow.storage import columns, layout
 from faceflow.storage.object_store import Store
-from faceflow.tables import Parts
 from faceflow.tools.datasets.convert import import_neighbors
 from faceflow.tools.evaluate import evaluate, read_identities
 
@@ -67,24 +67,23 @@ class Comparison:
 class _Run:
     """The neighbor table and the graph of a finished run."""
 
-    run: Store
-    parts: Parts
-    dim: int
+    data: RunData
     threshold: float | None
     ids: pa.DataType
 
     @property
     def faces(self) -> int:
-        return self.parts.faces
+        return self.data.parts.faces
 
-    def given(self, clusters: int, seed: int, threads: int) -> registry.Given:
-        return method_input.given(self.run, self.parts, self.dim, self.threshold, clusters, seed, threads)
+    def read(self, clusters: int, seed: int, threads: int) -> registry.Given:
+        return method_input.read(self.data, self.threshold, clusters, seed, threads)
 
     def labeled(self, labels: np.ndarray) -> Iterator[pa.Table]:
-        for part in range(len(self.parts)):
-            ids = read_ids(self.run, part)
-            good = good_entries(read_quarantined(self.run, part), len(ids))
-            yield label_table(ids, self.ids, good, labels[self.parts.starts[part] : self.parts.starts[part + 1]])
+        run, starts = self.data.store, self.data.parts.starts
+        for part in range(len(self.data.parts)):
+            ids = read_ids(run, part)
+            good = good_entries(read_quarantined(run, part), len(ids))
+            yield label_table(ids, self.ids, good, labels[starts[part] : starts[part + 1]])
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ class _File:
     threshold: float
     recipe: str
 
-    def given(self, clusters: int, seed: int, threads: int) -> registry.Given:
+    def read(self, clusters: int, seed: int, threads: int) -> registry.Given:
         block = import_neighbors(self.path)
         block = edge_recipes.kept(block, (block[2] >= np.float32(self.threshold)) & (block[2] > 0))
         graph = (
@@ -142,8 +141,8 @@ def compare_methods(
     folder, rows = output.child(layout.compare_folder(run_id or Path(config.input).stem)), []
     with open_executor(config.address, config.workers, progress) as executor:
         for name in names:
-            arguments = (people, config.seed, executor.largest_machine_cpus, truth, label_column, config)
-            row = _run(executor, name, source, folder, arguments)
+            threads = executor.largest_machine_cpus
+            row = _run(executor, RunMethod(name, source, folder, people, threads, truth, label_column, config))
             log.info("%s", _line(row))
             rows.append(row)
     text = table(rows)
@@ -160,38 +159,50 @@ def _table_of(config: ClusterConfig) -> _File | None:
         return None
     threshold = config.min_similarity
     if not isinstance(threshold, (int, float)):
-        raise SettingsError("a neighbor table does not show how alike strangers are: give --min-similarity as a cosine")
+        raise SettingsError(
+            "a neighbor table has no impostor pairs to find a threshold from: give --min-similarity as a cosine"
+        )
     return _File(config.input, len(import_neighbors(config.input)[0]) - 1, float(threshold), config.edges)
 
 
 def _clustered(config: ClusterConfig, runs: Store, progress: bool) -> tuple[str, _Run]:
     run_id = execute(config, incremental=False, progress=progress).run_id
     run = runs.child(run_id)
-    ingest, quantize = (manifests.read(run, stage) for stage in ("ingest", "quantize"))
-    assert ingest is not None
-    assert quantize is not None
-    return run_id, _Run(
-        run, Parts(tuple(ingest.counts["starts"])), ingest.counts["dim"], quantize.counts["threshold"], id_type(ingest.counts,
-        run)
-    )  # fmt: skip
+    results = Results.read(run)
+    data = RunData(run, results.parts, results.ingest.dim)
+    kind = columns.type_of(results.ingest.id_type)
+    return run_id, _Run(data, results.quantize.threshold.similarity, kind)
 
 
-def _run(executor: Executor, name: str, source: _Run | _File, folder: Store, arguments: tuple[Any, ...]) -> Row:
-    method = registry.METHODS[name]
-    if source.faces > method.most_faces:
+@dataclass(frozen=True)
+class RunMethod:
+    """Request: one method on one neighbor table, and its scores. clusters: how many it is told to make; threads: that it may
+    use; truth, label_column: where the identities are."""
+
+    name: str
+    source: _Run | _File
+    folder: Store
+    clusters: int
+    threads: int
+    truth: str
+    label_column: str
+    config: ClusterConfig
+
+
+def _run(executor: Executor, request: RunMethod) -> Row:
+    name, method = request.name, registry.METHODS[request.name]
+    if request.source.faces > method.most_faces:
         return Row(name, skipped=f"does not scale: not run above {method.most_faces:,} faces")
     try:
-        return executor.call(run_method, name, source, folder, *arguments, label=name, resources=Resources(cpus=0, apart=True))
+        return executor.call(run_method, request, name, resources=Resources(cpus=0, apart=True))
     except FaceflowError as error:
         return Row(name, skipped=str(error))
 
 
-def run_method(
-    name: str, source: _Run | _File, folder: Store, people: int, seed: int, threads: int, truth: str, label_column: str,
-    config: ClusterConfig,
-) -> Row:  # fmt: skip
+def run_method(request: RunMethod) -> Row:
     """In a worker of its own: one method's labels, written as Parquet, and its scores."""
-    given = source.given(people, seed, threads)
+    name, source, folder, config = request.name, request.source, request.folder, request.config
+    given = source.read(request.clusters, config.seed, request.threads)
     begun = time.perf_counter()
     labels = registry.cluster(name, given)
     seconds, peak = time.perf_counter() - begun, peak_memory()
@@ -205,7 +216,7 @@ def run_method(
             writer.close()
     scores = asdict(
         evaluate(
-            folder.address(file_name), truth, label_column=label_column, id_column=config.id_column,
+            folder.address(file_name), request.truth, label_column=request.label_column, id_column=config.id_column,
             storage_options=config.storage_options,
         )
     )  # fmt: skip

@@ -1,22 +1,22 @@
-"""What changed between two published runs: joins their labels on the id, and tells it as events and moves."""
+"""What changed between two published runs: joins their labels on the id, as events and moves."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from faceflow.config import StorageOptions
 from faceflow.errors import InputError, did_you_mean
 from faceflow.kernels.clusters.naming import transitions
 from faceflow.stages.publish.events import events, moves_schema
 from faceflow.storage import columns, layout
 from faceflow.storage.object_store import Store
+from faceflow.storage.pointer import read_pointer
 from faceflow.tools.evaluate import published_ids, read_labels, same_id_type
 
 
@@ -35,17 +35,19 @@ class Difference:
 
 
 def compare_runs(
-    output: str, first: str, second: str, to: str | None = None, storage_options: Mapping[str, Any] | None = None
+    output: str, first: str, second: str, to: str | None = None, storage_options: StorageOptions | None = None
 ) -> Difference:
     """Compare the labels of two runs of OUTPUT and write events.parquet and moves.parquet.
 
-    to: the folder for them (default: OUTPUT/diffs/FIRST..SECOND). The files are laid out as a night's `events/` and `moves/`.
-    Rows without a cluster are left out. Raises InputError for a run that OUTPUT has no labels of.
+    to: the folder for them (default: OUTPUT/diffs/FIRST..SECOND). The files are laid out as an incremental run's `events/` and
+    `moves/`. Rows without a cluster are left out. Raises InputError for a run that OUTPUT has no labels of.
     """
     store = Store.at(output, storage_options)
     known = [name.removeprefix("run=") for name in store.names("labels")]
-    latest = layout.read_latest(store) or {}
-    words = {"latest": latest.get("run_id"), "previous": latest.get("parent_run_id")}
+    latest = read_pointer(store)
+    words = {"latest": None, "previous": None} if latest is None else {
+        "latest": latest.run_id, "previous": latest.parent_run_id,
+    }  # fmt: skip
     for word in {first, second} & set(words):
         if words[word] is None:
             raise InputError(f"{output} has no {word} run: name a run, as `faceflow runs {output}` lists them")

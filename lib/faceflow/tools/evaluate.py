@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,11 +10,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from faceflow.config import StorageOptions
 from faceflow.errors import InputError, did_you_mean, one_line
 from faceflow.kernels.clusters.scores import Scores, score
 from faceflow.storage import columns, layout
 from faceflow.storage.inputs import list_faces, list_parquet, open_input
 from faceflow.storage.object_store import Store, explain
+from faceflow.storage.pointer import read_pointer
 
 
 def evaluate(
@@ -25,20 +26,20 @@ def evaluate(
     label_column: str = "label",
     id_column: str = "id",
     partial: bool = False,
-    storage_options: Mapping[str, Any] | None = None,
+    storage_options: StorageOptions | None = None,
 ) -> Scores:
     """Scores of published labels against true identities.
 
     labels: an OUTPUT folder (its latest.json is followed) or label Parquet with `id` and `cluster`; truth: Parquet with
-    id_column and label_column. A face whose cluster is null (a row set aside) counts as a cluster of its own;
-    one that was set aside for a null or repeated id does not count. partial: score the faces that TRUTH names, and leave out
+    id_column and label_column. A face whose cluster is null (a quarantined row) counts as a cluster of its own;
+    one that was quarantined for a null or repeated id does not count. partial: score the faces that TRUTH names, and leave out
     the others.
     Raises InputError for missing columns, repeated ids, a null label, or ids that only one side has (how many, and a few).
     """
     store = Store.at(labels, storage_options)
     # An OUTPUT may be named like a file, and a file has nothing in it.
-    if layout.LATEST in store.names("") and (pointer := layout.read_latest(store)) is not None:
-        labels = store.address(pointer["labels"])
+    if layout.LATEST in store.names("") and (pointer := read_pointer(store)) is not None:
+        labels = store.address(pointer.labels)
     ours = _without_unusable(read_labels(labels, "id", "cluster", storage_options))
     real = read_identities(truth, id_column, label_column, storage_options)
     ours, real = same_id_type(ours, real, labels, truth)
@@ -62,7 +63,7 @@ def evaluate(
     return score(_codes(clusters), _codes(real["value"].combine_chunks()))
 
 
-def read_identities(truth: str, id_column: str, label_column: str, options: Mapping[str, Any] | None) -> pa.Table:
+def read_identities(truth: str, id_column: str, label_column: str, options: StorageOptions | None) -> pa.Table:
     """`read_labels` of known identities. Raises InputError for a null, too."""
     real = read_labels(truth, id_column, label_column, options)
     if real["value"].null_count:
@@ -70,7 +71,7 @@ def read_identities(truth: str, id_column: str, label_column: str, options: Mapp
     return real
 
 
-def read_labels(address: str, id_column: str, value_column: str, options: Mapping[str, Any] | None) -> pa.Table:
+def read_labels(address: str, id_column: str, value_column: str, options: StorageOptions | None) -> pa.Table:
     """Columns `id` and `value` of Parquet files. Raises InputError for missing columns and files of different types."""
     store, files, _ = list_faces(address, options)
     tables = []
@@ -97,7 +98,7 @@ def read_labels(address: str, id_column: str, value_column: str, options: Mappin
         raise InputError(f"the files of {address} do not have one type: {explain(error)}") from None
 
 
-def published_ids(address: str, options: Mapping[str, Any] | None) -> pa.DataType:
+def published_ids(address: str, options: StorageOptions | None) -> pa.DataType:
     """The type of the ids in label files."""
     store, files = list_parquet(address, options)
     with open_input(store, files[0].path) as source:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
+
+from faceflow.kernels.knn.recall import RecallEstimate
+from faceflow.stages.results import ThresholdResult
 
 PNG_DPI = 130
 
@@ -46,28 +49,49 @@ def svg(figure: Figure) -> str:
     return text[text.index("<svg") :]
 
 
-def timeline(stages: Sequence[Mapping[str, Any]], cpus: int) -> Figure:
-    """When each stage and its steps ran, and how busy the CPUs were.
+class Step(Protocol):
+    """A step on the timeline, in seconds."""
 
-    stages: `name`, `start` and `seconds` (s from the first), `steps` of `label`, `start`, `seconds`, `busy_seconds`.
-    """
+    @property
+    def start(self) -> float: ...
+    @property
+    def seconds(self) -> float: ...
+    @property
+    def busy_seconds(self) -> float: ...
+
+
+class Stage(Protocol):
+    """A stage on the timeline, in seconds from the run's begin."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def start(self) -> float: ...
+    @property
+    def seconds(self) -> float: ...
+    @property
+    def steps(self) -> Sequence[Step]: ...
+
+
+def timeline(stages: Sequence[Stage], cpus: int) -> Figure:
+    """When each stage and its steps ran, and how busy the CPUs were."""
     with mpl.rc_context(STYLE):
         figure, axes = _figure(9.5, 0.9 + 0.42 * len(stages))
         for row, stage in enumerate(stages):
-            axes.barh(row, stage["seconds"], 0.72, left=stage["start"], color=GRID)
-            for step in stage["steps"]:
-                used = min(1.0, step["busy_seconds"] / max(step["seconds"] * cpus, 1e-9))
-                axes.barh(row + 0.36 - 0.36 * used, step["seconds"], 0.72 * used, left=step["start"], color=TEAL, alpha=0.85)
+            axes.barh(row, stage.seconds, 0.72, left=stage.start, color=GRID)
+            for step in stage.steps:
+                used = min(1.0, step.busy_seconds / max(step.seconds * cpus, 1e-9))
+                axes.barh(row + 0.36 - 0.36 * used, step.seconds, 0.72 * used, left=step.start, color=TEAL, alpha=0.85)
             axes.annotate(
-                f"{stage['seconds']:,.1f} s", (stage["start"] + stage["seconds"], row), (5, 0), textcoords="offset points",
+                f"{stage.seconds:,.1f} s", (stage.start + stage.seconds, row), (5, 0), textcoords="offset points",
                 va="center", color=MUTED,
             )  # fmt: skip
-        axes.set_yticks(range(len(stages)), [stage["name"] for stage in stages])
+        axes.set_yticks(range(len(stages)), [stage.name for stage in stages])
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
         axes.margins(x=0.08)
         axes.set_xlim(left=0)
-        axes.set_xlabel(f"seconds; height of the filled part: share of {cpus} CPUs at work")
+        axes.set_xlabel(f"seconds; height of the filled part: share of {cpus} CPUs busy")
         axes.tick_params(axis="y", length=0, labelcolor=INK)
     return figure
 
@@ -86,16 +110,13 @@ def sizes(bands: Mapping[str, int]) -> Figure:
     return figure
 
 
-def similarities(
-    pairs: np.ndarray | None, neighbors: np.ndarray, threshold: float | None, weak: float | None, valley: float | None,
-    flank: tuple[float, float] | None, flank_bins: int,
-) -> Figure:  # fmt: skip
+def similarities(pairs: np.ndarray | None, neighbors: np.ndarray, chosen: ThresholdResult, flank_bins: int) -> Figure:
     """Where the threshold lies among the similarities of pairs.
 
     pairs: int64[b], histogram from -1 to 1 of a sample of all pairs (None: none was taken); neighbors: int64[2, b], of the
-    neighbors found, inside clusters and between; flank: fitted impostors (`kernels.threshold.valley.Thresholds`), for
-    flank_bins bins.
+    neighbors found, inside clusters and between; flank_bins: bins that the flank of the impostors was fitted to.
     """
+    threshold, support, valley, flank = chosen.similarity, chosen.support, chosen.valley, chosen.flank
     with mpl.rc_context(STYLE):
         panels = 1 if pairs is None else 2
         figure, axes = _figure(9.5, 2.5 * panels, nrows=panels, sharex=True, squeeze=False)
@@ -109,15 +130,15 @@ def similarities(
                 level = np.exp(flank[0] - flank[1] * (right - valley)) * flank_bins / len(pairs)
                 selected = pairs[(middle > valley - 0.35 * (high - low)) & (middle < high)]
                 drawn = (level > 0.5) & (level <= np.maximum(selected, 1))
-                upper.plot(right[drawn], level[drawn], "--", color=ORANGE, label="different people, as fitted")
+                upper.plot(right[drawn], level[drawn], "--", color=ORANGE, label="impostor pairs, as fitted")
             upper.set(yscale="log", ylabel="pairs", ylim=(0.5, None), title="a sample of all pairs of faces")
-            _mark(upper, threshold, weak, valley)
+            _mark(upper, threshold, support, valley)
         lower = axes[-1, 0]
         for counts, color, name in ((neighbors[0], TEAL, "of one cluster"), (neighbors[1], RED, "of two clusters")):
             _fill(lower, counts, (low, high), color=color, alpha=0.55, label=name)
         lower.set(yscale="log", ylabel="neighbors", xlabel="cosine similarity", xlim=(low, high), ylim=(0.5, None))
         lower.set_title("the neighbors found")
-        _mark(lower, threshold, weak, None)
+        _mark(lower, threshold, support, None)
     return figure
 
 
@@ -144,10 +165,10 @@ def _range(neighbors: np.ndarray, pairs: np.ndarray | None, threshold: float | N
     return max(-1.0, min(ends) - margin), min(1.0, max(ends) + margin)
 
 
-def _mark(axes: Any, threshold: float | None, weak: float | None, valley: float | None) -> None:
+def _mark(axes: Any, threshold: float | None, support: float | None, valley: float | None) -> None:
     lines = (
         (threshold, "-", INK, "threshold"),
-        (weak if weak != threshold else None, ":", INK, "weak threshold"),
+        (support if support != threshold else None, ":", INK, "support threshold"),
         (valley, "-.", TEAL, "valley"),
     )
     for at, style, color, name in lines:
@@ -157,14 +178,13 @@ def _mark(axes: Any, threshold: float | None, weak: float | None, valley: float 
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8.5)
 
 
-def recall(certificate: Mapping[str, float], bands: np.ndarray, threshold: float | None, wanted: float) -> Figure:
-    """The certificate, and which true neighbors were missed. bands: int64[2, b], true and found, from the threshold to 1."""
+def recall(estimate: RecallEstimate, bands: np.ndarray, threshold: float | None, wanted: float) -> Figure:
+    """The recall estimate, and which true neighbors were missed. bands: int64[2, b], true and found, from the threshold to
+    1."""
     with mpl.rc_context(STYLE):
         figure, (left, right) = _figure(9.5, 2.5, ncols=2, width_ratios=[2, 3])
-        low, high, estimate = certificate["low"], certificate["high"], certificate["estimate"]
-        left.errorbar(
-            [estimate], [0], xerr=[[max(0.0, estimate - low)], [max(0.0, high - estimate)]], fmt="o", color=TEAL, capsize=4
-        )
+        low, high, middle = estimate.low, estimate.high, estimate.estimate
+        left.errorbar([middle], [0], xerr=[[max(0.0, middle - low)], [max(0.0, high - middle)]], fmt="o", color=TEAL, capsize=4)
         bottom = min(low, wanted if wanted else low)
         left.axvline(wanted, color=RED, linestyle="--", linewidth=1.2)
         left.annotate("--min-recall", (wanted, 0.42), (4, 0), textcoords="offset points", color=RED, fontsize=8.5)
@@ -195,7 +215,7 @@ def methods(rows: Sequence[Mapping[str, Any]]) -> Figure:
         left.set(xlim=(0, 1), xlabel="F")
         left.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
         right.barh(at, [max(row["seconds"], 1e-3) for row in rows], 0.6, color=MUTED)
-        right.set(xscale="log", xlabel="seconds, the neighbor table being there")
+        right.set(xscale="log", xlabel="seconds, with the neighbor table at hand")
     return figure
 
 

@@ -154,7 +154,7 @@ def test_components_split_at_rising_thresholds(seed: int, spread: float, thresho
     vectors, _ = faces(seed, 5, 10, spread)
     block = table(vectors, threshold)
     label = np.zeros(len(vectors), int)
-    todo, threshold = [set(range(len(vectors)))], threshold
+    todo, level = [set(range(len(vectors)))], threshold
     done: list[set[int]] = []
     near = cosines(block)
     while todo:
@@ -166,13 +166,13 @@ def test_components_split_at_rising_thresholds(seed: int, spread: float, thresho
                 while edge:
                     i = edge.pop()
                     part.add(i)
-                    fresh = {j for j, c in near[i].items() if c >= np.float32(threshold)} & left
+                    fresh = {j for j, c in near[i].items() if c >= np.float32(level)} & left
                     left -= fresh
                     edge |= fresh
                 parts.append(part)
-        done += [part for part in parts if len(part) <= 8 or threshold >= 1]
-        todo = [part for part in parts if len(part) > 8 and threshold < 1]
-        threshold = min(1.0, threshold + algorithms.CDP_STEP * (1 - threshold))
+        done += [part for part in parts if len(part) <= 8 or level >= 1]
+        todo = [part for part in parts if len(part) > 8 and level < 1]
+        level = min(1.0, level + algorithms.CDP_STEP * (1 - threshold))
     for number, part in enumerate(done):
         label[list(part)] = number
     with pytest.MonkeyPatch.context() as patch:

@@ -139,17 +139,17 @@ def split_components(block: Block, threshold: float) -> np.ndarray:
     Propagation in Massive Unlabeled Data for Face Recognition", ECCV 2018 (its threshold rises by 0.05)."""
     n = len(block[0]) - 1
     sources, targets, values = sources_of(block), block[1], block[2]
-    label, threshold = np.empty(n, np.int64), threshold
+    label, level = np.empty(n, np.int64), threshold
     open_rows, used = np.ones(n, bool), 0
     while open_rows.any():
-        keep = (values >= np.float32(threshold)) & open_rows[sources]
+        keep = (values >= np.float32(level)) & open_rows[sources]
         sources, targets, values = sources[keep], targets[keep], values[keep]
         results = components(n, sources, targets)
-        final = open_rows & (np.bincount(results)[results] <= (CDP_LARGEST if threshold < 1 else n))
+        final = open_rows & (np.bincount(results)[results] <= (CDP_LARGEST if level < 1 else n))
         label[final] = used + results[final]
         used += n
         open_rows &= ~final
-        threshold = min(1.0, threshold + CDP_STEP * (1 - threshold))
+        level = min(1.0, level + CDP_STEP * (1 - threshold))
     return np.unique(label, return_inverse=True)[1].astype(np.int64)
 
 

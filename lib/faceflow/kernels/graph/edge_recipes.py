@@ -24,12 +24,12 @@ WITNESSED = 0.5
 """Share of a neighbor's own neighbors that must be near a face for the two to be joined by an edge below the threshold."""
 
 BASE_WEIGHT, DENSE_POWER, DENSE_NEIGHBORS = 0.15, 3, 60
-"""Of `auto`: weight of an edge at the weak threshold, in units of the excess over it; the power of the excess, which grows from
-1 with the number of neighbors; and the number at which it has grown to that."""
+"""Of `auto`: weight of an edge at the support threshold, in units of the excess over it; the power of the excess, which grows
+from 1 with the number of neighbors; and the number at which it has grown to that."""
 
 SCALE = 0.4
-"""Unit of the excess, in parts of the way from the weak threshold to 1: about the mean excess (.50, .32 and .39 of the way on
-three labeled sets), but the same whatever faces come and go."""
+"""Unit of the excess, in parts of the way from the support threshold to 1: about the mean excess (.50, .32 and .39 of the way
+on three labeled sets), but the same whatever faces come and go."""
 
 LEAST_WEIGHT = 1e-6
 
@@ -108,7 +108,7 @@ def auto(block: Block, strong: float, weak: float) -> Block:
     """Our own, without a parameter of the data set: the thresholds come from the data (`impostors.Thresholds`).
 
     Edges from `strong` on are kept, and those from `weak` on that are `supported`. The weight is (excess + 0.15)^p x Jaccard
-    overlap of the neighbor sets, excess the similarity over the weak threshold in units of 0.4 of the way from there to 1, p
+    overlap of the neighbor sets, excess the similarity over the support threshold in units of 0.4 of the way from there to 1, p
     from 1 for rows of few neighbors to 3 for rows of 60: in dense sets the flow must prefer near faces to the many less near
     ones, and can afford to. The block's memory is used for the result.
     """

@@ -21,7 +21,7 @@ Z = 1.959964
 
 
 @dataclass(frozen=True)
-class Certificate:
+class RecallEstimate:
     """Share of the true edges of a sample of faces that the neighbor table holds, with a 95 % interval.
 
     estimate, low, high: in 0..1; faces: sampled; edges: their true neighbors above the threshold and within k.
@@ -40,9 +40,9 @@ def sample_rows(faces: int, size: int, seed: int) -> np.ndarray:
     return np.sort(rng.choice(faces, size=min(size, faces), replace=False))
 
 
-def sample_new(new: range, share: float, seed: int, nights: int) -> np.ndarray:
+def sample_new(new: range, share: float, seed: int, number: int) -> np.ndarray:
     """A seeded uniform sample without repeats of these rows, ascending int64: `share` of them, a broken one by chance."""
-    rng = np.random.default_rng([seed, 4, nights])
+    rng = np.random.default_rng([seed, 4, number])
     size = min(len(new), int(len(new) * share + rng.random()))
     return new.start + np.sort(rng.choice(len(new), size=size, replace=False))
 
@@ -118,7 +118,7 @@ def add_bands(bands: np.ndarray, similarities: np.ndarray, hit: np.ndarray, thre
         row += np.bincount(chosen, minlength=len(row))
 
 
-def certify(true: np.ndarray, results: np.ndarray) -> Certificate:
+def estimate(true: np.ndarray, results: np.ndarray) -> RecallEstimate:
     """The certificate from counts per sampled face, int64[n] each.
 
     A Wilson interval at the effective number of edges: edges of one face are missed together, so the variance is taken
@@ -127,7 +127,7 @@ def certify(true: np.ndarray, results: np.ndarray) -> Certificate:
     """
     edges, faces = int(true.sum()), len(true)
     if edges == 0:
-        return Certificate(1.0, 0.0, 1.0, faces, 0)
+        return RecallEstimate(1.0, 0.0, 1.0, faces, 0)
     p = int(results.sum()) / edges
     effective = float((true > 0).sum())
     if p < 1 and faces > 1:
@@ -135,4 +135,4 @@ def certify(true: np.ndarray, results: np.ndarray) -> Certificate:
         effective = min(float(edges), p * (1 - p) / variance) if variance > 0 else effective
     center = (p + Z**2 / (2 * effective)) / (1 + Z**2 / effective)
     half = Z / (1 + Z**2 / effective) * np.sqrt(p * (1 - p) / effective + Z**2 / (4 * effective**2))
-    return Certificate(p, float(max(0.0, min(p, center - half))), float(min(1.0, max(p, center + half))), faces, edges)
+    return RecallEstimate(p, float(max(0.0, min(p, center - half))), float(min(1.0, max(p, center + half))), faces, edges)

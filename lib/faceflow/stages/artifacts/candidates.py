@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from faceflow.kernels.knn import scratch, topk
 from faceflow.kernels.knn.tile_search import Probes
-from faceflow.stages.artifacts.faces import matrix, read_vectors
+from faceflow.stages.artifacts.faces import RunData, matrix, read_vectors
 from faceflow.storage.object_store import Store
 from faceflow.tables import CANDIDATES_SCHEMA, Parts
 
@@ -34,7 +34,7 @@ class Gathered:
 
 
 def that_probe(batch: pa.RecordBatch, cells: range) -> pa.RecordBatch:
-    """The faces of a batch of `cells/` that probe one of these cells."""
+    """The faces of a batch of `probed_cells/` that probe one of these cells."""
     flat, offsets = batch.column(1).flatten().to_numpy(), batch.column(1).offsets.to_numpy()
     inside = np.concatenate([[0], np.cumsum((flat >= cells.start) & (flat < cells.stop))])
     offsets = offsets - offsets[0]
@@ -42,9 +42,10 @@ def that_probe(batch: pa.RecordBatch, cells: range) -> pa.RecordBatch:
     return batch if len(selected) == batch.num_rows else batch.take(pa.array(selected))
 
 
-def gather(run: Store, parts: Parts, dim: int, batches: Sequence[pa.RecordBatch], of: Sequence[int] | None = None) -> Gathered:
-    """The faces of one batch of `cells/` a part (of: these parts, ascending, only), in row order, with their vectors from the
-    batch or the part itself. These are in `scratch`, and hold until the next call."""
+def gather(data: RunData, batches: Sequence[pa.RecordBatch], of: Sequence[int] | None = None) -> Gathered:
+    """The faces of one batch of `probed_cells/` a part (of: these parts, ascending, only), in row order, with their vectors
+    from the batch or the part itself. These are in `scratch`, and hold until the next call."""
+    run, parts, dim = data.store, data.parts, data.dim
     of = range(len(parts)) if of is None else of
     rows = np.concatenate(
         [

@@ -1,5 +1,5 @@
-"""Which cells faces probe and which they live in: the `cells/` files, one record batch a shard, and the `homes/` files, which
-are all that a night takes over."""
+"""Which cells faces probe and which they are assigned to: the `probed_cells/` files, one record batch a shard, and the
+`assigned_cells/` files, which are all that an incremental run carries over."""
 
 from __future__ import annotations
 
@@ -12,65 +12,86 @@ import pyarrow as pa
 
 from faceflow.kernels.ivf import probing
 from faceflow.kernels.knn.topk import decode
-from faceflow.stages.artifacts.faces import read_quantizer, read_vectors
-from faceflow.stages.base import LastNight
+from faceflow.stages.artifacts.faces import RunData, read_quantizer, read_vectors
+from faceflow.stages.changes import Changes, kept_rows
 from faceflow.storage import layout
 from faceflow.storage.manifests import is_whole
 from faceflow.storage.object_store import Store
-from faceflow.tables import HOMES_SCHEMA, QUANTIZER_METADATA, cells_schema
+from faceflow.tables import ASSIGNED_CELLS_SCHEMA, QUANTIZER_METADATA, cells_schema
 
 
 @dataclass(frozen=True)
 class Assigned:
-    """Of one part's faces: the sum of their similarities to their nearest centroid, and how many live in each cell; where they
-    were sent to shards, also (face, cell) pairs, and (face, shard) pairs that travel."""
+    """Of one part's faces: similarity, the sum of their similarities to their nearest centroids; faces: how many are assigned
+    to each cell; where they were sent to shards, also probes, (face, cell) pairs, and sent, (face, shard) pairs; files: bytes
+    of each file."""
 
-    near: float
-    homes: tuple[int, ...]
+    similarity: float
+    faces: tuple[int, ...]
+    files: dict[str, int]
     probes: int = 0
     sent: int = 0
 
 
 def read_rules(run: Store) -> tuple[probing.ProbeRule, probing.ProbeRule, float | None]:
-    """How faces probe where visitors meet, how where they do not, and the predicted recall."""
+    """How faces probe where neighbors join (`kernels.ivf.neighbor_join`), how where they do not, and the predicted recall."""
     with run.open_arrow(layout.CENTROIDS) as reader:
         trained = json.loads(reader.schema.metadata[QUANTIZER_METADATA])
     return probing.ProbeRule(**trained["rule"]), probing.ProbeRule(**trained["alone"]), trained["recall"]
 
 
-def assign_part(run: Store, part: int, dim: int, rule: probing.ProbeRule) -> tuple[dict[str, int], Assigned]:
-    """Write one part's homes and cells: one record batch per shard with the faces that probe a cell of it.
+@dataclass(frozen=True)
+class AssignPart:
+    """Request: one part's assigned cells; rule: how its faces probe cells (None: they are assigned only)."""
 
-    Returns the files' bytes and what they hold. On a disk shards gather the vectors from the part itself; on S3 the vectors
-    travel in the batch, so that a shard reads what it needs by range.
+    data: RunData
+    part: int
+    rule: probing.ProbeRule | None
+
+
+def assign_part(request: AssignPart) -> Assigned:
+    """Write one part's assigned cells and, with a rule, its probed cells: one record batch per shard with the faces that probe
+    a cell of it.
+
+    On a disk shards gather the vectors from the part itself; on S3 the vectors travel in the batch, so that a shard reads what
+    it needs by range.
     """
-    name = layout.part("cells", part)
-    if not (is_whole(run, name) and is_whole(run, layout.part("homes", part))):
+    data, part = request.data, request.part
+    run, dim, name = data.store, data.dim, layout.part("probed_cells", part)
+    if request.rule is None:
+        if not is_whole(run, layout.part("assigned_cells", part)):
+            centroids = read_quantizer(run, dim)[0]
+            keys = probing.probe_keys(read_vectors(run, part, dim), centroids, probing.ProbeRule(0.0, 1))[1]
+            similarities, cells = decode(keys)
+            _write_assigned(run, part, cells, float(similarities.sum(dtype=float)))
+        return _assigned(run, part, dim)
+    if not (is_whole(run, name) and is_whole(run, layout.part("assigned_cells", part))):
         vectors, starts = read_vectors(run, part, dim), read_quantizer(run, dim)[1]
         rows = np.arange(len(vectors), dtype=np.int32)
-        near, homes = write_cells(run, name, vectors, rows, dim, rule, starts, carry_vectors=not run.is_local)
-        _write_homes(run, part, homes, near)
+        similarity, cells = write_probes(run, name, vectors, rows, request.rule, starts, carry_vectors=not run.is_local)
+        _write_assigned(run, part, cells, similarity)
     with run.open_arrow(name) as reader:
         sent = json.loads(reader.schema.metadata[QUANTIZER_METADATA])
-    pieces, settled = _settled(run, part, dim)
-    return pieces | {name: run.size(name) or 0}, Assigned(settled.near, settled.homes, sent["probes"], sent["sent"])
+    assigned = _assigned(run, part, dim)
+    files = assigned.files | {name: run.size(name) or 0}
+    return Assigned(assigned.similarity, assigned.faces, files, sent["probes"], sent["sent"])
 
 
-def write_cells(
-    run: Store, name: str, vectors: np.ndarray, rows: np.ndarray, dim: int, rule: probing.ProbeRule,
-    starts: Sequence[int] | np.ndarray, carry_vectors: bool,
+def write_probes(
+    run: Store, name: str, vectors: np.ndarray, rows: np.ndarray, rule: probing.ProbeRule,
+    starts: Sequence[int] | np.ndarray, *, carry_vectors: bool,
 ) -> tuple[float, np.ndarray]:  # fmt: skip
     """Write the cells that these faces probe, one record batch for each range of cells from one of starts to the next. rows:
     int32[n], ascending, the faces' within the part. Returns the sum of similarities to the nearest centroids, and whose these
     are, int32[n]."""
-    offsets, keys = probing.probe_keys(vectors, read_quantizer(run, dim)[0], rule)
+    offsets, keys = probing.probe_keys(vectors, read_quantizer(run, vectors.shape[1])[0], rule)
     similarities, cells = decode(keys)
     # One entry per (range, face) that meet, in that order; a face may probe several cells of one range.
     owner = np.repeat(np.arange(len(vectors)), np.diff(offsets))
     n = max(1, len(vectors))
     travel = np.unique((np.searchsorted(starts, cells, side="right") - 1) * n + owner)
     bounds = np.searchsorted(travel, np.arange(len(starts)) * n)
-    schema = cells_schema(dim if carry_vectors else None)
+    schema = cells_schema(vectors.shape[1] if carry_vectors else None)
     lists = pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(cells), type=schema.field(1).type)
 
     def batches() -> Iterator[pa.RecordBatch]:
@@ -78,7 +99,7 @@ def write_cells(
             selected = travel[begin:end] % n
             columns = [pa.array(rows[selected]), lists.take(pa.array(selected))]
             if carry_vectors:
-                column = pa.FixedSizeListArray.from_arrays(pa.array(vectors[selected].ravel()), dim)
+                column = pa.FixedSizeListArray.from_arrays(pa.array(vectors[selected].ravel()), vectors.shape[1])
                 columns.append(column.cast(schema.field(2).type))
             yield pa.record_batch(columns, schema=schema)
 
@@ -87,44 +108,45 @@ def write_cells(
     return float(similarities[offsets[:-1]].sum(dtype=float)), cells[offsets[:-1]]
 
 
-def settle_part(run: Store, part: int, dim: int) -> tuple[dict[str, int], Assigned]:
-    """Write one part's homes alone."""
-    if not is_whole(run, layout.part("homes", part)):
-        keys = probing.probe_keys(read_vectors(run, part, dim), read_quantizer(run, dim)[0], probing.ProbeRule(0.0, 1))[1]
-        similarities, homes = decode(keys)
-        _write_homes(run, part, homes, float(similarities.sum(dtype=float)))
-    return _settled(run, part, dim)
+@dataclass(frozen=True)
+class CarryCells:
+    """Request: the assigned cells of one carried part."""
+
+    data: RunData
+    changes: Changes
+    part: int
 
 
-def carry_homes(run: Store, past: LastNight, part: int, dim: int) -> tuple[dict[str, int], Assigned]:
-    """Carry over the homes of one part from those of last night that it is made of: the file of a single one is shared where
-    all of its faces are still there."""
-    name, source = layout.part("homes", part), past.sources[part]
+def carry_cells(request: CarryCells) -> Assigned:
+    """Carry over the assigned cells of one part from those of the base parts that it consists of: the file of a single one is
+    shared where all of its faces are still there."""
+    data, changes, part = request.data, request.changes, request.part
+    run, name, source = data.store, layout.part("assigned_cells", part), changes.sources[part]
     if not is_whole(run, name):
-        first, rows = past.parts.starts[source.start], past.parts.starts[source.stop] - past.parts.starts[source.start]
-        kept = run.read_batch(layout.part("past", part)).column(0).to_numpy() - first
+        rows = changes.base_parts.starts[source.stop] - changes.base_parts.starts[source.start]
+        kept = kept_rows(run, part) - changes.first_row(part)
         if len(kept) == rows and len(source) == 1:
-            run.share(past.run, layout.part("homes", source.start), name)
+            run.share(changes.base, layout.part("assigned_cells", source.start), name)
         else:
-            near = sum(_settled(past.run, item, dim)[1].near for item in source) * len(kept) / max(1, rows)
-            homes = np.concatenate([read_homes(past.run, item) for item in source])
-            _write_homes(run, part, homes[kept], near)
-    return _settled(run, part, dim)
+            similarity = sum(_assigned(changes.base, item, data.dim).similarity for item in source) * len(kept) / max(1, rows)
+            cells = np.concatenate([read_assigned_cells(changes.base, item) for item in source])
+            _write_assigned(run, part, cells[kept], similarity)
+    return _assigned(run, part, data.dim)
 
 
-def read_homes(run: Store, part: int) -> np.ndarray:
-    """The cells in which one part's faces live, int32[n]."""
-    return np.asarray(run.read_batch(layout.part("homes", part)).column(0).to_numpy())
+def read_assigned_cells(run: Store, part: int) -> np.ndarray:
+    """The assigned cell of each of one part's faces, int32[n]."""
+    return np.asarray(run.read_batch(layout.part("assigned_cells", part)).column(0).to_numpy())
 
 
-def _write_homes(run: Store, part: int, homes: np.ndarray, near: float) -> None:
-    schema = HOMES_SCHEMA.with_metadata({QUANTIZER_METADATA: json.dumps({"near": near})})
-    run.write_arrow(layout.part("homes", part), schema, [pa.record_batch([pa.array(homes)], schema=schema)])
+def _write_assigned(run: Store, part: int, cells: np.ndarray, similarity: float) -> None:
+    schema = ASSIGNED_CELLS_SCHEMA.with_metadata({QUANTIZER_METADATA: json.dumps({"similarity": similarity})})
+    run.write_arrow(layout.part("assigned_cells", part), schema, [pa.record_batch([pa.array(cells)], schema=schema)])
 
 
-def _settled(run: Store, part: int, dim: int) -> tuple[dict[str, int], Assigned]:
-    name = layout.part("homes", part)
+def _assigned(run: Store, part: int, dim: int) -> Assigned:
+    name = layout.part("assigned_cells", part)
     batch = run.read_batch(name)
-    near = float(json.loads(batch.schema.metadata[QUANTIZER_METADATA])["near"])
+    similarity = float(json.loads(batch.schema.metadata[QUANTIZER_METADATA])["similarity"])
     counts = np.bincount(batch.column(0).to_numpy(), minlength=int(read_quantizer(run, dim)[1][-1]))
-    return {name: run.size(name) or 0}, Assigned(near, tuple(counts.tolist()))
+    return Assigned(similarity, tuple(counts.tolist()), {name: run.size(name) or 0})

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +12,15 @@ import pyarrow as pa
 from faceflow.storage import columns, layout
 from faceflow.storage.object_store import Store
 from faceflow.tables import QUANTIZER_METADATA, Parts
+
+
+@dataclass(frozen=True)
+class RunData:
+    """Where the parts of a run lie: what a task needs to read any of them. dim: of the vectors."""
+
+    store: Store
+    parts: Parts
+    dim: int
 
 
 def matrix(column: pa.Array, dim: int) -> np.ndarray:
@@ -32,12 +41,12 @@ def read_ids(run: Store, part: int) -> pa.Array:
 
 
 def read_quarantined(run: Store, part: int) -> pa.RecordBatch:
-    """The rows of one part that were set aside: `tables.QUARANTINED_SCHEMA`."""
+    """The rows of one part that cannot be used: `tables.QUARANTINED_SCHEMA`."""
     return run.read_batch(layout.part("quarantined", part))
 
 
 def good_entries(quarantined: pa.RecordBatch, entries: int) -> np.ndarray:
-    """bool[entries]: which entries of a part's ids are faces, as they were not set aside."""
+    """bool[entries]: which entries of a part's ids are faces, as they were not quarantined."""
     good = np.ones(entries, bool)
     good[quarantined.column("position").to_numpy()] = False
     return good
@@ -50,15 +59,8 @@ def label_table(ids: pa.Array, kind: pa.DataType, good: np.ndarray, clusters: np
     return pa.table([columns.as_published(ids, kind), pa.array(every, mask=~good)], names=["id", "cluster"])
 
 
-def id_type(counts: Mapping[str, Any], run: Store) -> pa.DataType:
-    """The type in which a run publishes its ids, from the counts of its ingest manifest and its directory."""
-    if "id_type" in counts:
-        return columns.type_of(counts["id_type"])
-    return run.read_batch(layout.part("ids", 0)).column(0).type
-
-
 def read_column(run: Store, kind: str, parts: Iterable[int], column: int = 0) -> np.ndarray:
-    """One column of these parts' files (`past`, `modules`, `state`), one after the other."""
+    """One column of these parts' files (`base_rows`, `modules`, `state`), one after the other."""
     return np.concatenate([run.read_batch(layout.part(kind, part)).column(column).to_numpy() for part in parts])
 
 
@@ -113,8 +115,3 @@ def read_quantizer(run: Store, dim: int) -> tuple[np.ndarray, np.ndarray]:
     batch = run.read_batch(layout.CENTROIDS)
     record = json.loads(batch.schema.metadata[QUANTIZER_METADATA])
     return matrix(batch.column(0), dim), np.array(record["shard_starts"])
-
-
-def rows_tonight(run: Store) -> np.ndarray:
-    """Of a night's run: tonight's row of each face of last night, int32[...], -1 for those that are gone."""
-    return np.asarray(run.read_batch(layout.ROWS_TONIGHT).column(0).to_numpy())

@@ -7,10 +7,9 @@ from collections.abc import Iterable
 import numpy as np
 
 from faceflow.kernels.clusters import capped_modules
-from faceflow.stages.artifacts.faces import read_vectors
+from faceflow.stages.artifacts.faces import RunData, read_vectors
 from faceflow.storage import layout
-from faceflow.storage.object_store import Store
-from faceflow.tables import EdgeList, NeighborTable, Parts
+from faceflow.tables import EdgeList, NeighborTable
 
 CAPPED = 0.5
 """Share of a module's faces whose lists are full, from which the cap may have cut it out of a larger cluster."""
@@ -22,13 +21,12 @@ MODULES_AT_ONCE = 1_024
 """Modules whose sampled faces are in memory together: 256 MB at 256 dimensions."""
 
 
-def join_capped(
-    run: Store, parts: Parts, dim: int, neighbors: int, modules: np.ndarray, edges: Iterable[EdgeList]
-) -> tuple[np.ndarray, dict[str, int]]:
-    """(modules int64[N] in which those that are one cluster have one number, counts: `joined`, modules that went into another).
+def join_capped(data: RunData, neighbors: int, modules: np.ndarray, edges: Iterable[EdgeList]) -> tuple[np.ndarray, int]:
+    """(modules int64[N] in which those that are one cluster have one number, how many modules went into another).
 
     edges: all of the graph, part by part.
     """
+    run, parts = data.store, data.parts
     size = np.bincount(modules)
     full = np.zeros(len(size))
     for part in range(len(parts)):
@@ -38,7 +36,7 @@ def join_capped(
         full += np.bincount(selected[np.diff(table.offsets) >= neighbors], minlength=len(size))
     capped = (full >= CAPPED * np.maximum(size, 1)) & (size >= capped_modules.FEWEST)
     if capped.sum() < 2:
-        return modules, {"joined": 0}
+        return modules, 0
     pairs = _near_pairs(modules, capped, edges)
     densities = np.zeros(len(pairs))
     begin = 0
@@ -50,12 +48,12 @@ def join_capped(
         step = int(np.searchsorted(np.cumsum(seen)[1::2], MODULES_AT_ONCE, side="right"))
         chosen = pairs[begin : begin + step]
         numbers, at = np.unique(chosen, return_inverse=True)
-        vectors = _sample(run, parts, dim, modules, numbers)
+        vectors = _sample(data, modules, numbers)
         for i, (a, b) in enumerate(at.reshape(-1, 2).tolist()):
             densities[begin + i] = capped_modules.density_between(vectors[a], vectors[b])
         begin += step
     joined = capped_modules.join(pairs, densities, len(size))
-    return joined[modules], {"joined": int((joined != np.arange(len(size))).sum())}
+    return joined[modules], int((joined != np.arange(len(size))).sum())
 
 
 def _near_pairs(modules: np.ndarray, capped: np.ndarray, edges: Iterable[EdgeList]) -> np.ndarray:
@@ -78,8 +76,9 @@ def _near_pairs(modules: np.ndarray, capped: np.ndarray, edges: Iterable[EdgeLis
     return np.stack([first[kept], second[kept]], axis=1)
 
 
-def _sample(run: Store, parts: Parts, dim: int, modules: np.ndarray, chosen: np.ndarray) -> list[np.ndarray]:
+def _sample(data: RunData, modules: np.ndarray, chosen: np.ndarray) -> list[np.ndarray]:
     """The vectors float32[s, dim] of evenly chosen faces of each of these modules int64[c]."""
+    run, parts, dim = data.store, data.parts, data.dim
     order = np.argsort(modules, kind="stable")
     starts = np.searchsorted(modules[order], chosen)
     ends = np.searchsorted(modules[order], chosen, side="right")

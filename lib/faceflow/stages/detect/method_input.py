@@ -9,17 +9,15 @@ import numpy as np
 from faceflow.kernels.baselines import registry
 from faceflow.kernels.graph.edge_recipes import kept
 from faceflow.kernels.graph.shared_neighbors import Block
-from faceflow.stages.artifacts.faces import read_groups, read_vectors
+from faceflow.stages.artifacts.faces import RunData, read_groups, read_vectors
 from faceflow.storage import layout
-from faceflow.storage.object_store import Store
-from faceflow.tables import EdgeList, NeighborTable, Parts
+from faceflow.tables import EdgeList, NeighborTable
 
 
-def given(
-    run: Store, parts: Parts, dim: int, threshold: float | None, clusters: int | None, seed: int, threads: int
-) -> registry.Given:
+def read(data: RunData, threshold: float | None, clusters: int | None, seed: int, threads: int) -> registry.Given:
     """Everything but the vectors is held whole, 8 bytes a neighbor and 8 an edge; vectors are read as they are asked for.
     Pairs of no positive similarity are left out, as they are of the graph."""
+    run, parts, dim = data.store, data.parts, data.dim
 
     def tables() -> Iterator[Block]:
         for part in range(len(parts)):
@@ -42,9 +40,9 @@ def given(
 
     def vectors(rows: np.ndarray) -> np.ndarray:
         out = np.empty((len(rows), dim), np.float32)
-        home = np.searchsorted(parts.starts, rows, side="right") - 1
-        for part in np.unique(home):
-            selected = home == part
+        owner = np.searchsorted(parts.starts, rows, side="right") - 1
+        for part in np.unique(owner):
+            selected = owner == part
             out[selected] = read_vectors(run, int(part), dim)[rows[selected] - parts.starts[part]]
         return out
 

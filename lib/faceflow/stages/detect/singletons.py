@@ -1,5 +1,5 @@
-"""Faces that stand alone and clearly belong to somebody are given to them (`kernels.clusters.singletons`); strangers stay
-alone."""
+"""Singletons that are significantly near to a cluster are assigned to it (`kernels.clusters.singletons`); strangers stay
+single."""
 
 from __future__ import annotations
 
@@ -12,19 +12,16 @@ from threadpoolctl import threadpool_limits
 
 from faceflow.kernels.clusters import singletons
 from faceflow.kernels.mapequation.flow import use_threads
-from faceflow.stages.artifacts.faces import read_vectors
-from faceflow.storage.object_store import Store
-from faceflow.tables import Parts
+from faceflow.stages.artifacts.faces import RunData, read_vectors
 
 FEWEST_FACES = 5
-"""Of a module that may adopt: the mean of fewer says little."""
+"""Of a module that singletons may be assigned to: the mean of fewer says little."""
 
 MOST_MEMBERS = 32
 """Faces of a module that its mean is taken from; more change it little, and would have to be read."""
 
 TRIED_FIRST = 4_096
-"""Where more faces stand alone, as many of them are tried first; if hardly any is adopted, they are strangers, and it ends
-there."""
+"""Of more singletons, as many are tried first; if hardly any is assigned, they are strangers, and it ends there."""
 
 HARDLY_ANY = 0.01
 
@@ -33,35 +30,33 @@ BLOCK_FACES = 1_024
 depend on the number of threads."""
 
 
-def adopt(
-    run: Store, parts: Parts, dim: int, modules: np.ndarray, seed: int, threads: int
-) -> tuple[np.ndarray, dict[str, int]]:
-    """(modules int64[N] with faces adopted, counts: `alone`, `adopted`)."""
+def assign(data: RunData, modules: np.ndarray, seed: int, threads: int) -> tuple[np.ndarray, int, int]:
+    """(modules int64[N] with singletons assigned, singletons before, assigned)."""
     sizes = np.bincount(modules)
     heads = np.flatnonzero(sizes >= FEWEST_FACES)
-    alone = np.flatnonzero(sizes[modules] == 1)
-    counts = {"alone": len(alone), "adopted": 0}
-    if len(heads) < singletons.SPACINGS + 2 or len(alone) == 0:
-        return modules, counts
+    single = np.flatnonzero(sizes[modules] == 1)
+    if len(heads) < singletons.SPACINGS + 2 or len(single) == 0:
+        return modules, len(single), 0
     use_threads(threads)
-    people = _means(run, parts, dim, modules, heads, len(sizes))
-    nearest, p = np.empty(len(alone), np.int64), np.ones(len(alone))
-    left = np.ones(len(alone), bool)
-    if len(alone) > 2 * TRIED_FIRST:
-        tried = np.sort(np.random.default_rng([seed, 9]).choice(len(alone), TRIED_FIRST, replace=False))
-        nearest[tried], p[tried] = _compare(run, parts, dim, alone[tried], people, threads)
+    means = _means(data, modules, heads, len(sizes))
+    nearest, p = np.empty(len(single), np.int64), np.ones(len(single))
+    left = np.ones(len(single), bool)
+    if len(single) > 2 * TRIED_FIRST:
+        tried = np.sort(np.random.default_rng([seed, 9]).choice(len(single), TRIED_FIRST, replace=False))
+        nearest[tried], p[tried] = _compare(data, single[tried], means, threads)
         if singletons.accepted(p[tried]).mean() < HARDLY_ANY:
-            return modules, counts
+            return modules, len(single), 0
         left[tried] = False
-    nearest[left], p[left] = _compare(run, parts, dim, alone[left], people, threads)
+    nearest[left], p[left] = _compare(data, single[left], means, threads)
     taken = singletons.accepted(p)
     modules = modules.copy()
-    modules[alone[taken]] = heads[nearest[taken]]
-    return modules, counts | {"adopted": int(taken.sum())}
+    modules[single[taken]] = heads[nearest[taken]]
+    return modules, len(single), int(taken.sum())
 
 
-def _means(run: Store, parts: Parts, dim: int, modules: np.ndarray, heads: np.ndarray, count: int) -> np.ndarray:
+def _means(data: RunData, modules: np.ndarray, heads: np.ndarray, count: int) -> np.ndarray:
     """Unit mean float32[h, d] of each of these modules; parts are read until all have members enough."""
+    run, parts, dim = data.store, data.parts, data.dim
     number = np.full(count, -1)
     number[heads] = np.arange(len(heads))
     wanted = np.minimum(np.bincount(modules, minlength=count)[heads], MOST_MEMBERS)
@@ -74,9 +69,10 @@ def _means(run: Store, parts: Parts, dim: int, modules: np.ndarray, heads: np.nd
 
 
 def _compare(
-    run: Store, parts: Parts, dim: int, rows: np.ndarray, people: np.ndarray, threads: int
+    data: RunData, rows: np.ndarray, means: np.ndarray, threads: int
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-    """`adoption.margins` of these rows int64[n], ascending."""
+    """`kernels.clusters.singletons.margins` of these rows int64[n], ascending."""
+    run, parts, dim = data.store, data.parts, data.dim
 
     def blocks() -> Iterator[np.ndarray]:
         cuts = np.searchsorted(rows, parts.starts)
@@ -90,7 +86,7 @@ def _compare(
     with threadpool_limits(limits=1), ThreadPoolExecutor(threads) as pool:
         waiting: deque[Future[tuple[np.ndarray, np.ndarray]]] = deque()
         for block in blocks():  # a few at a time: each holds its vectors
-            waiting.append(pool.submit(singletons.margins, block, people))
+            waiting.append(pool.submit(singletons.margins, block, means))
             if len(waiting) > 2 * threads:
                 results.append(waiting.popleft().result())
         results += [item.result() for item in waiting]

@@ -1,4 +1,4 @@
-"""Cutting the input into tasks: footers are read and checked, row groups gathered into parts, batches read back."""
+"""The input as tasks: footers are read and checked, row groups gathered into parts, batches read back."""
 
 from __future__ import annotations
 
@@ -92,21 +92,29 @@ class IngestTask:
     starts: tuple[int, ...]
 
 
-def read_footers(
-    store: Store, paths: Sequence[str], id_column: str, embedding_column: str, exclusive_column: str | None = None
-) -> list[Footer]:
+@dataclass(frozen=True)
+class ReadFooters:
+    """Request: these files' footers, with the columns that they must have."""
+
+    store: Store
+    paths: tuple[str, ...]
+    columns: Columns
+
+
+def read_footers(request: ReadFooters) -> list[Footer]:
     """Check each file's columns and note its row groups; a file without rows says nothing, whatever its columns (pandas writes
     them as null). Raises InputError naming the file and what is wrong."""
+    store, names = request.store, request.columns
     results = []
-    for path in paths:
+    for path in request.paths:
         with readable(store, path) as parquet:
             if parquet.metadata.num_rows == 0:
                 continue
             schema = parquet.schema_arrow
             named = (
-                (id_column, "--id-column"),
-                (embedding_column, "--embedding-column"),
-                (exclusive_column, "--exclusive-column"),
+                (names.id, "--id-column"),
+                (names.embedding, "--embedding-column"),
+                (names.exclusive, "--exclusive-column"),
             )
             for column, flag in named:
                 if column is None:
@@ -115,29 +123,29 @@ def read_footers(
                     count = schema.names.count(column)
                     detail = f"{did_you_mean(column, schema.names)} (set {flag})" if count == 0 else f" {count} times"
                     raise InputError(f"{one_line(path)} has {'no' if count == 0 else 'the'} column {column!r}{detail}")
-            id_type, embedding = schema.field(id_column).type, schema.field(embedding_column)
+            id_type, embedding = schema.field(names.id).type, schema.field(names.embedding)
             if columns.id_storage(id_type) is None:
                 raise InputError(
-                    f"{one_line(path)}: column {id_column!r} is {id_type}; an id must be a string, an integer or binary: "
+                    f"{one_line(path)}: column {names.id!r} is {id_type}; an id must be a string, an integer or binary: "
                     f"{columns.CASTS}"
                 )
-            if exclusive_column is not None:
-                kind = schema.field(exclusive_column).type
+            if names.exclusive is not None:
+                kind = schema.field(names.exclusive).type
                 if columns.id_storage(kind) is None:
                     raise InputError(
-                        f"{one_line(path)}: column {exclusive_column!r} is {kind}; it must be a string or an integer: "
+                        f"{one_line(path)}: column {names.exclusive!r} is {kind}; it must be a string or an integer: "
                         f"{columns.CASTS}"
                     )
             stored = columns.embedding_storage(embedding.type)
             if stored is None:
                 raise InputError(
-                    f"{one_line(path)}: column {embedding_column!r} is {embedding.type}; an embedding must be a list of "
+                    f"{one_line(path)}: column {names.embedding!r} is {embedding.type}; an embedding must be a list of "
                     "float16, float32 or float64"
                 )
             dim = stored.list_size if pa.types.is_fixed_size_list(stored) else None
             if dim == 0:
-                raise InputError(f"{one_line(path)}: column {embedding_column!r} is {embedding.type}: embeddings are empty")
-            groups, id_bytes = _survey(parquet.metadata, id_column)
+                raise InputError(f"{one_line(path)}: column {names.embedding!r} is {embedding.type}: embeddings are empty")
+            groups, id_bytes = _survey(parquet.metadata, names.id)
             results.append(Footer(path, groups, id_type, id_bytes, dim))
     return results
 
@@ -162,24 +170,24 @@ class IdTypes:
     published: pa.DataType
 
 
-def settle_ids(footers: Sequence[Footer], past: IdTypes | None) -> IdTypes:
-    """The types of ids that these files and the run before have in common: published as that run did, else as the first file
+def common_id_types(footers: Sequence[Footer], base: IdTypes | None) -> IdTypes:
+    """The types of ids that these files and the base run have in common: published as that run did, else as the first file
     has them. Text is one type however it is held, and so are integers and binary values.
 
-    Raises InputError where files, or a file and the run before, differ.
+    Raises InputError where files, or a file and the base run, differ.
     """
     known = [(footer, columns.id_storage(footer.id_type)) for footer in footers]
     known = [(footer, kind) for footer, kind in known if kind is not None and not pa.types.is_null(kind)]
     integers = (columns.INTEGER, columns.UNSIGNED)
-    first = past.stored if past is not None else known[0][1] if known else columns.TEXT
+    first = base.stored if base is not None else known[0][1] if known else columns.TEXT
     for footer, kind in known:
         if kind != first and not (kind in integers and first in integers):
-            target = f"{past.published} in the published run" if past is not None else (
+            target = f"{base.published} in the current run" if base is not None else (
                 f"{known[0][0].id_type} in {one_line(known[0][0].path)}"
             )  # fmt: skip
             raise InputError(f"ids are {target} but {footer.id_type} in {one_line(footer.path)}: make them one type")
-    if past is not None:
-        return past
+    if base is not None:
+        return base
     if any(kind == columns.INTEGER for _, kind in known):
         first = columns.INTEGER
     return IdTypes(first, columns.published(known[0][0].id_type) if known else pa.string())
@@ -196,16 +204,26 @@ def check_dimensions(footers: Sequence[Footer]) -> None:
             )
 
 
-def first_dimension(store: Store, paths: Sequence[str], embedding_column: str) -> int:
-    """Dimension of the first embedding that is there. Raises InputError when there is none."""
-    for path in paths:
-        with readable(store, path) as parquet:
-            for batch in parquet.iter_batches(batch_size=1024, columns=[embedding_column]):
-                lengths = Columns("", embedding_column, None).embeddings(batch).value_lengths().drop_null()
+@dataclass(frozen=True)
+class FirstDimension:
+    """Request: the dimension of the embeddings of these files."""
+
+    store: Store
+    paths: tuple[str, ...]
+    embedding_column: str
+
+
+def first_dimension(request: FirstDimension) -> int:
+    """Dimension of the first embedding that is not empty. Raises InputError when there is none."""
+    names = Columns("", request.embedding_column, None)
+    for path in request.paths:
+        with readable(request.store, path) as parquet:
+            for batch in parquet.iter_batches(batch_size=1024, columns=[request.embedding_column]):
+                lengths = names.embeddings(batch).value_lengths().drop_null()
                 nonzero = lengths.filter(pc.greater(lengths, 0))
                 if len(nonzero):
                     return int(nonzero[0].as_py())
-    raise InputError(f"column {embedding_column!r} holds no embedding at all: every one is null or empty")
+    raise InputError(f"column {request.embedding_column!r} holds no embedding at all: every one is null or empty")
 
 
 def part_faces(faces: int, dim: int) -> int:

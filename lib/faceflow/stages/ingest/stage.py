@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import logging
-from typing import Any
-
 from faceflow.config import ClusterConfig
 from faceflow.errors import InputError
 from faceflow.stages.base import Context, Outcome, Stage
 from faceflow.stages.ingest import incremental
-from faceflow.stages.ingest.parquet_input import read_footers
-from faceflow.stages.ingest.reading import id_bytes_of, judge, take_in
+from faceflow.stages.ingest.parquet_input import ReadFooters, read_footers
+from faceflow.stages.ingest.reading import check_bad_rows, columns_of, id_bytes_of, read_files
+from faceflow.stages.results import IngestResult
 from faceflow.storage import columns
 from faceflow.storage.inputs import Listing, contains, list_faces
-
-log = logging.getLogger("faceflow")
+from faceflow.storage.manifests import Fingerprint
 
 
 def list_input(config: ClusterConfig) -> Listing:
@@ -30,39 +27,43 @@ def _listing(context: Context) -> Listing:
     return context.listing or list_input(context.config)
 
 
-def inputs(context: Context) -> dict[str, Any]:
+def inputs(context: Context) -> Fingerprint:
     """The exact files this run is made from."""
-    past = {"past run": context.past.run_id} if context.past is not None else {}
     listing = _listing(context)
-    known = {"input_snapshot": listing.snapshot} if listing.snapshot is not None else {}
-    return {"input_files": {f.path: f.state for f in listing.files}} | known | past
+    fingerprint: dict[str, object] = {"input_files": {f.path: f.state for f in listing.files}}
+    if listing.snapshot is not None:
+        fingerprint["input_snapshot"] = [listing.snapshot.format, listing.snapshot.snapshot]
+    if context.base is not None:
+        fingerprint["base run"] = context.base.run_id
+    return fingerprint
 
 
 def check_first_file(config: ClusterConfig, listing: Listing) -> None:
     """Refuse columns that are not there, or not of a fitting type, before a cluster starts and a run is begun."""
-    read_footers(listing.store, [listing.files[0].path], config.id_column, config.embedding_column, config.exclusive_column)
+    read_footers(ReadFooters(listing.store, (listing.files[0].path,), columns_of(config)))
 
 
-def run(context: Context) -> Outcome:
+def run(context: Context) -> Outcome[IngestResult]:
     """Read every footer, cut the rows into parts, then read, check and write the parts in parallel."""
-    store, files, snapshot = listing = _listing(context)
-    if context.past is not None:
-        return incremental.run(context, listing)
-    taken = take_in(context, store, {f.path: i for i, f in enumerate(files)}, context.stores.run)
-    judge(context, taken.bad, taken.entries[-1])
-    counts = {
-        "faces": taken.starts[-1], "quarantined": taken.bad.total, "dim": taken.dim, "files": len(files), "starts":
-        taken.starts, "entries": taken.entries, "input_snapshot": snapshot, "id_type": columns.name_of(taken.ids.published),
-        "id_bytes": id_bytes_of(taken.sizes),
-    }  # fmt: skip
-    return Outcome(counts, taken.sizes)
+    listing = _listing(context)
+    if context.base is not None:
+        return incremental.run(context, context.base, listing)
+    files = {f.path: i for i, f in enumerate(listing.files)}
+    read = read_files(context, listing.store, files, context.stores.run)
+    check_bad_rows(context, read.bad, read.entries[-1])
+    result = IngestResult(
+        faces=read.starts[-1], quarantined=read.bad.total, dim=read.dim, files=len(listing.files), starts=read.starts,
+        entries=read.entries, id_type=columns.name_of(read.ids.published), id_bytes=id_bytes_of(read.sizes),
+        input_snapshot=listing.snapshot,
+    )  # fmt: skip
+    return Outcome(result, read.sizes)
 
 
 STAGE = Stage(
     name="ingest",
     reads=(),
-    writes=("idcheck", "arrivals", "matches", "vectors", "ids", "quarantined", "origins", "past"),
-    scratch=("idcheck", "arrivals", "matches"),
+    writes=("id_check", "new_files", "matches", "vectors", "ids", "quarantined", "origins", "base_rows"),
+    scratch=("id_check", "new_files", "matches"),
     settings=("input", "id_column", "embedding_column", "bad_rows", "verify_content", "exclusive_column"),
     packages=("faceflow",),
     inputs=inputs,

@@ -3,42 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 
 from faceflow.cluster.executor import Resources
 from faceflow.kernels.graph import csr, edge_recipes, near_identical
-from faceflow.stages.artifacts.faces import read_groups
+from faceflow.stages.artifacts.faces import RunData, read_groups
 from faceflow.stages.base import Context, Outcome, Stage, merge_sizes
+from faceflow.stages.results import LinkResult
 from faceflow.storage import layout
 from faceflow.storage.manifests import is_whole
-from faceflow.storage.object_store import Store
-from faceflow.tables import EDGES_SCHEMA, EdgeList, NeighborTable, Parts
+from faceflow.tables import EDGES_SCHEMA, EdgeList, NeighborTable
 
 
-def run(context: Context) -> Outcome:
+def run(context: Context) -> Outcome[LinkResult]:
     """Apply the recipe: part by part where an edge depends on its row alone, else in one task beside the data."""
-    config, parts, run = context.config, context.parts, context.stores.run
-    threshold, weak = context.thresholds
+    config, data, threshold = context.config, context.data, context.results.quantize.threshold
     if config.edges == "threshold":
-        results = context.executor.map(
+        linked = context.executor.map(
             link_part,
-            [(run, p, parts.starts[p], config.neighbors, threshold) for p in range(len(parts))],
+            [LinkPart(data, part, config.neighbors, threshold.similarity) for part in range(len(data.parts))],
             "link",
-            sizes=[parts.rows(part) for part in range(len(parts))],
+            sizes=[data.parts.rows(part) for part in range(len(data.parts))],
         )
-        return Outcome({"edges": sum(count for _, count in results)}, merge_sizes([pieces for pieces, _ in results]))
-    pieces, count = context.executor.call(
-        link_all, run, parts, config.edges, threshold, weak, context.executor.machine_cpus(config.detect_resource),
-        label="link", resources=Resources(cpus=0, custom=config.detect_resource),
-    )  # fmt: skip
-    return Outcome({"edges": count}, pieces)
+    else:
+        threads = context.executor.machine_cpus(config.detect_resource)
+        request = LinkAll(data, config.edges, threshold.similarity, threshold.support, threads)
+        resources = Resources(cpus=0, custom=config.detect_resource)
+        linked = [context.executor.call(link_all, request, "link", resources=resources)]
+    return Outcome(LinkResult(sum(part.edges for part in linked)), merge_sizes([part.files for part in linked]))
 
 
 STAGE = Stage(
     name="link",
-    reads=("neighbors", "copies"),
+    reads=("neighbors", "groups"),
     writes=("edges",),
     settings=("neighbors", "min_similarity", "edges"),
     after=("ingest", "quantize", "search"),
@@ -47,22 +47,41 @@ STAGE = Stage(
 )
 
 
-def link_part(run: Store, part: int, first_row: int, neighbors: int, threshold: float | None) -> tuple[dict[str, int], int]:
-    """Write one part's edges by the threshold recipe; returns the file's bytes and the number of edges."""
+@dataclass(frozen=True)
+class Linked:
+    """Edges that were written, and the bytes of their files."""
+
+    edges: int
+    files: dict[str, int]
+
+
+@dataclass(frozen=True)
+class LinkPart:
+    """Request: the edges of one part by the threshold recipe."""
+
+    data: RunData
+    part: int
+    neighbors: int
+    threshold: float | None
+
+
+def link_part(request: LinkPart) -> Linked:
+    """Write one part's edges by the threshold recipe."""
+    run, part = request.data.store, request.part
     name = layout.part("edges", part)
     if is_whole(run, name):
-        return {name: run.size(name) or 0}, len(run.read_batch(name).column(0).flatten())
-    table = NeighborTable.from_batch(run.read_batch(layout.part("neighbors", part)), first_row)
-    collected = edge_recipes.threshold(table, neighbors, threshold)
-    return {name: run.write_arrow(name, EDGES_SCHEMA, [collected.to_batch()])}, len(collected.rows)
+        return Linked(len(run.read_batch(name).column(0).flatten()), {name: run.size(name) or 0})
+    table = NeighborTable.from_batch(run.read_batch(layout.part("neighbors", part)), request.data.parts.starts[part])
+    edges = edge_recipes.threshold(table, request.neighbors, request.threshold)
+    return Linked(len(edges.rows), {name: run.write_arrow(name, EDGES_SCHEMA, [edges.to_batch()])})
 
 
 class _Tables:
     """The neighbor tables of all parts, one at a time, each time it is iterated, with the lists that were searched again in
     place of the first ones. A similarity of zero or less makes no edge."""
 
-    def __init__(self, run: Store, parts: Parts, wider: pa.RecordBatch | None) -> None:
-        self._run, self._parts = run, parts
+    def __init__(self, data: RunData, wider: pa.RecordBatch | None) -> None:
+        self._run, self._parts = data.store, data.parts
         self._rows = wider.column(0).to_numpy() if wider is not None else np.empty(0, np.int32)
         self._lists = NeighborTable.from_batch(wider.select([1]), 0) if wider is not None else None
 
@@ -93,27 +112,37 @@ def _replaced(table: NeighborTable, rows: np.ndarray, lists: NeighborTable, sele
     return NeighborTable(table.first_row, np.concatenate([[0], np.cumsum(new)]), collected[0], collected[1])
 
 
-def link_all(
-    run: Store, parts: Parts, recipe: str, threshold: float | None, weak: float | None, threads: int
-) -> tuple[dict[str, int], int]:
-    """Write the edges of all parts by a recipe that compares the neighbors of two rows; returns the files' bytes and how many
-    edges there are."""
-    collapses = recipe == "auto"
+@dataclass(frozen=True)
+class LinkAll:
+    """Request: the edges of all parts by a recipe that compares the neighbors of two rows; threshold, support: similarity from
+    which pairs are edges, and from which supported ones are (None: 0)."""
+
+    data: RunData
+    recipe: str
+    threshold: float | None
+    support: float | None
+    threads: int
+
+
+def link_all(request: LinkAll) -> Linked:
+    """Write the edges of all parts."""
+    run, parts = request.data.store, request.data.parts
+    collapses = request.recipe == "auto"
     wider = run.read_batch(layout.WIDER) if collapses and run.exists(layout.WIDER) else None
-    *arrays, order = csr.compress(_Tables(run, parts, wider), threads)
+    *arrays, order = csr.compress(_Tables(request.data, wider), request.threads)
     block = arrays[0], arrays[1], arrays[2]
     del arrays
     number = np.empty(len(order), np.int64)
     number[order] = np.arange(len(order))
     if collapses:
         block = near_identical.collapse(block, number[read_groups(run, parts.faces)[order]])
-    strong, low = (item if item is not None else 0.0 for item in (threshold, weak))
-    offsets, rows, weights = edge_recipes.weighted(recipe, block, strong, low)
+    strong, low = (value if value is not None else 0.0 for value in (request.threshold, request.support))
+    offsets, rows, weights = edge_recipes.weighted(request.recipe, block, strong, low)
     del block
-    pieces = {}
+    files = {}
     for part in range(len(parts)):
-        selected = range(parts.starts[part], parts.starts[part + 1])
-        collected = EdgeList(selected.start, *csr.taken_back((offsets, rows, weights), order, number, selected))
+        span = range(parts.starts[part], parts.starts[part + 1])
+        edges = EdgeList(span.start, *csr.taken_back((offsets, rows, weights), order, number, span))
         name = layout.part("edges", part)
-        pieces[name] = run.write_arrow(name, EDGES_SCHEMA, [collected.to_batch()])
-    return pieces, len(rows)
+        files[name] = run.write_arrow(name, EDGES_SCHEMA, [edges.to_batch()])
+    return Linked(len(rows), files)

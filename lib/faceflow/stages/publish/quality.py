@@ -1,9 +1,9 @@
-"""Quality without labels: sums of each part, beside its labels, and one table of all clusters, the most doubtful first."""
+"""Quality without labels: sums of each part, beside its labels, and one table of all clusters, the least certain first."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +12,9 @@ import pyarrow.parquet as pq
 from faceflow.kernels.clusters import quality
 from faceflow.stages.artifacts.faces import ids_of, rows_of
 from faceflow.stages.publish.stability import resample
+from faceflow.stages.results import Example, QualityResult
 from faceflow.storage import layout
+from faceflow.storage.layout import RunStores
 from faceflow.storage.object_store import Store
 from faceflow.tables import NeighborTable, Parts
 
@@ -22,8 +24,6 @@ SCHEMA = pa.schema(
     + [(name, pa.float64() if name in SUMS else pa.int64()) for name in quality.Doubts.__dataclass_fields__]
 )
 """`kernels.clusters.quality.Doubts` of one part, by cluster."""
-
-NONE: dict[str, Any] = {"within": None, "between": None, "outside_share": 0.0, "doubtful_share": 0.0}
 
 LARGEST, DOUBTFUL, SHOWN_FACES = 12, 12, 8
 """Clusters that the report shows, and how many of their faces."""
@@ -41,11 +41,28 @@ def write_part(run: Store, part: int, first_row: int, clusters: np.ndarray) -> n
     return histogram
 
 
-def summarize(
-    run: Store, output: Store, run_id: str, parts: Parts, seed: int, directed: bool | None
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Write OUTPUT/quality/run=<run id>/clusters.parquet, one row a cluster of two faces and more; returns the totals, and what
-    the report shows of some clusters. directed: how the map equation made them; None: something else did."""
+@dataclass(frozen=True)
+class Summarize:
+    """Request: the quality of all clusters. directed: how the map equation made them; None: something else did."""
+
+    stores: RunStores
+    parts: Parts
+    seed: int
+    directed: bool | None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The totals, and what the report shows of some clusters."""
+
+    quality: QualityResult
+    examples: tuple[Example, ...]
+
+
+def summarize(request: Summarize) -> Summary:
+    """Write OUTPUT/quality/run=<run id>/clusters.parquet, one row a cluster of two faces and more, the least certain first."""
+    run, output, run_id = request.stores.run, request.stores.output, request.stores.run_id
+    parts = request.parts
     batches = [run.read_batch(layout.part("quality", part)) for part in range(len(parts))]
     clusters = np.unique(np.concatenate([np.empty(0, np.int64), *(b.column(0).to_numpy() for b in batches)]))
     total = quality.Doubts.none(len(clusters))
@@ -56,7 +73,7 @@ def summarize(
     order = np.lexsort((clusters, -total.faces, -share))
     order = order[total.faces[order] > 1]
     lookup, near = run.read_batch(layout.CLUSTERS).column(0).to_numpy(), total.other >= 0
-    stable = resample(run, parts, lookup, clusters[order], total.faces[order], seed, directed)
+    stable = resample(run, parts, lookup, clusters[order], request.seed, request.directed)
     beside = np.full(len(clusters), -1)
     beside[near] = lookup[rows_of(run, "modules", parts, total.other[near])]
     with np.errstate(invalid="ignore"):
@@ -74,25 +91,22 @@ def summarize(
     doubtful = np.flatnonzero(share[order[:DOUBTFUL]] > 0)
     chosen = np.union1d(largest, doubtful)
     pairs = np.stack([total.face, total.other])[:, order[chosen]]
-    examples = [
-        line | {"largest": i in largest, "doubtful": i in doubtful, "ids": ids, "pair": pair}
-        for i, line, (ids, pair) in zip(
-            chosen.tolist(), table.take(pa.array(chosen)).to_pylist(),
-            _shown(run, parts, lookup, clusters[order[chosen]], pairs), strict=True,
-        )
-    ]  # fmt: skip
-    counts: dict[str, Any] = dict(NONE)
-    inside, outside = int(total.inside.sum()), int(total.outside.sum())
-    if inside:
-        counts["within"] = round(float(total.within.sum()) / inside, 4)
-    if outside:
-        counts["between"] = round(float(total.between.sum()) / outside, 4)
-    counts["outside_share"] = round(outside / max(1, parts.faces), 4)
-    counts["doubtful_share"] = round(int(total.doubtful.sum()) / max(1, parts.faces), 4)
-    tried = ~np.isnan(stable)
-    counts["stability"] = round(float(np.average(stable[tried], weights=total.faces[order][tried])), 4) if tried.any() else None
-    counts["stability_clusters"] = int(tried.sum())
-    return counts | {"sizes": quality.size_histogram(total.faces)}, examples
+    shown = _shown(run, parts, lookup, clusters[order[chosen]], pairs)
+    examples = tuple(
+        Example(**row, largest=i in largest, doubtful=i in doubtful, ids=tuple(ids), pair=tuple(pair))
+        for i, row, (ids, pair) in zip(chosen.tolist(), table.take(pa.array(chosen)).to_pylist(), shown, strict=True)
+    )
+    inside, outside, tried = int(total.inside.sum()), int(total.outside.sum()), ~np.isnan(stable)
+    result = QualityResult(
+        within=round(float(total.within.sum()) / inside, 4) if inside else None,
+        between=round(float(total.between.sum()) / outside, 4) if outside else None,
+        outside_share=round(outside / max(1, parts.faces), 4),
+        doubtful_share=round(int(total.doubtful.sum()) / max(1, parts.faces), 4),
+        stability=round(float(np.average(stable[tried], weights=total.faces[order][tried])), 4) if tried.any() else None,
+        stability_clusters=int(tried.sum()),
+        sizes=quality.size_histogram(total.faces),
+    )
+    return Summary(result, examples)
 
 
 def _shown(

@@ -20,7 +20,7 @@ MOST_FACES_ON_S3 = 1_000_000
 
 
 def resample(
-    run: Store, parts: Parts, lookup: np.ndarray, clusters: np.ndarray, sizes: np.ndarray, seed: int, directed: bool | None
+    run: Store, parts: Parts, lookup: np.ndarray, clusters: np.ndarray, seed: int, directed: bool | None
 ) -> np.ndarray:
     """How stable these clusters int64[c], the most doubtful first, are under resampled edges (`kernels.clusters.stability`),
     float64[c]: all of a small set; else the first and a random sample, each with the clusters that its edges lead to, up to

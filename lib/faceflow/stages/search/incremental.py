@@ -1,10 +1,10 @@
-"""A night's search: only pairs with an active face are compared, and merged into last night's tables."""
+"""Incremental search: only pairs with an active face are compared, and merged into the base run's tables."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -13,9 +13,10 @@ from faceflow.cluster.executor import Resources
 from faceflow.kernels.knn import incremental_search, scratch, topk
 from faceflow.stages.artifacts import cells
 from faceflow.stages.artifacts.candidates import candidates_batch, gather, read_candidates, that_probe
-from faceflow.stages.artifacts.faces import read_vectors, rows_tonight
-from faceflow.stages.base import Context, LastNight
-from faceflow.stages.changes import carried_table, read_active
+from faceflow.stages.artifacts.faces import RunData, read_vectors
+from faceflow.stages.base import Context
+from faceflow.stages.changes import Changes, carried_table, read_active, rows_now
+from faceflow.stages.search.full import Limits
 from faceflow.storage import layout
 from faceflow.storage.manifests import is_whole
 from faceflow.storage.object_store import Store
@@ -36,102 +37,124 @@ RANGES = 4
 
 RESIDENT_BYTES = 768 * 2**20
 """Of the vectors of a task's parts, where they have to be fetched. How faces are dealt to tasks must follow from the data
-alone: whoever continues an interrupted night takes over what some of them have found."""
+alone: a run that continues an interrupted one takes over what some of them have found."""
 
 
-def search_night(context: Context) -> int:
+def search(context: Context, changes: Changes) -> int:
     """Search for the active faces; returns the number of candidate files."""
-    config, parts, run, executor = context.config, context.parts, context.stores.run, context.executor
-    support_threshold = context.thresholds[1]
-    every = range(len(parts))
+    config, data, executor, plan = context.config, context.data, context.executor, context.results.quantize
+    run, parts, limits = data.store, data.parts, Limits(config.neighbors, plan.threshold.support)
     resources = Resources(custom=config.search_resource)
-    results = context.done["quantize"].counts["active"]
-    if context.done["quantize"].counts["index"] == "exact":
+    if plan.cells is None:
         executor.map(
             search_exact_part,
-            [(run, parts, part, context.dim, config.neighbors, support_threshold) for part in every],
+            [SearchExactPart(data, limits, part) for part in range(len(parts))],
             "search",
-            sizes=[parts.rows(part) for part in every],
+            sizes=[parts.rows(part) for part in range(len(parts))],
             resources=resources,
         )
         return len(parts)
-    count = context.done["quantize"].counts["cells"]
-    ranges = min(count, 1 if sum(results) <= ACTIVE_FACES else -(-RANGES * sum(results) // ACTIVE_FACES))
+    count, active = plan.cells.cells, sum(plan.active)
+    ranges = min(count, 1 if active <= ACTIVE_FACES else -(-RANGES * active // ACTIVE_FACES))
     starts = tuple(count * i // ranges for i in range(ranges + 1))
-    from_parts = tuple(part for part in every if results[part])
-    executor.map(assign_active, [(run, part, context.dim, starts) for part in from_parts], "probe", resources=resources)
+    from_parts = tuple(part for part in range(len(parts)) if plan.active[part])
+    requests = [ProbeActive(data, part, starts) for part in from_parts]
+    executor.map(probe_active, requests, "probe", resources=resources)
     most = MOST_PARTS
     if not run.is_local:
-        largest = 4 * context.dim * max(parts.rows(part) for part in every)
+        largest = 4 * data.dim * max(parts.rows(part) for part in range(len(parts)))
         most = max(1, min(most, RESIDENT_BYTES // max(1, largest)))
     tasks = -(-len(parts) // min(most, max(1, len(parts) // FEWEST_TASKS)))
     groups = [range(len(parts) * task // tasks, len(parts) * (task + 1) // tasks) for task in range(tasks)]
     executor.map(
         search_parts,
-        [
-            (run, parts, selected, i, tasks, from_parts, context.dim, starts, config.neighbors, support_threshold, 1)
-            for i, selected in enumerate(groups)
-        ],
+        [SearchParts(data, limits, group, i, tasks, from_parts, starts) for i, group in enumerate(groups)],
         "search",
-        sizes=[parts.starts[selected.stop] - parts.starts[selected.start] for selected in groups],
+        sizes=[parts.starts[group.stop] - parts.starts[group.start] for group in groups],
         resources=resources,
         smaller=in_smaller_steps,
     )
     return tasks
 
 
-def in_smaller_steps(piece: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments of `search_parts` for the same parts in twice as many steps."""
-    return (*piece[:-1], 2 * piece[-1])
+@dataclass(frozen=True)
+class ProbeActive:
+    """Request: the cells that one part's active faces probe; starts: of the ranges of cells, and the end."""
+
+    data: RunData
+    part: int
+    starts: tuple[int, ...]
 
 
-def assign_active(run: Store, part: int, dim: int, starts: tuple[int, ...]) -> None:
-    """Write the cells that one part's active faces probe, so many that nobody needs to introduce them, and their vectors; one
+def probe_active(request: ProbeActive) -> None:
+    """Write the cells that one part's active faces probe, so many that no neighbor join is needed, and their vectors; one
     record batch for each range of cells."""
-    name = layout.part("fresh", part)
-    if not is_whole(run, name):
-        rows = np.flatnonzero(read_active(run, part)).astype(np.int32)
-        vectors = read_vectors(run, part, dim)[rows]
-        cells.write_cells(run, name, vectors, rows, dim, cells.read_rules(run)[1], starts, carry_vectors=True)
+    data, part = request.data, request.part
+    name = layout.part("active_cells", part)
+    if not is_whole(data.store, name):
+        rows = np.flatnonzero(read_active(data.store, part)).astype(np.int32)
+        vectors = read_vectors(data.store, part, data.dim)[rows]
+        rule = cells.read_rules(data.store)[1]
+        cells.write_probes(data.store, name, vectors, rows, rule, request.starts, carry_vectors=True)
 
 
-def search_parts(
-    run: Store, parts: Parts, selected: range, task: int, tasks: int, from_parts: Sequence[int], dim: int,
-    starts: tuple[int, ...], neighbors: int, threshold: float | None, steps: int,
-) -> None:  # fmt: skip
-    """Compare the active faces, which are in from_parts, with all others of these parts that live in a cell they probe, and
-    with each other in the task's share of the cells; write the candidates of every part, which may name a face several times.
-    The cells between two starts one after the other in `steps` groups, so that fewer active faces are in memory at once."""
-    name = layout.candidates(task)
-    if is_whole(run, name):
+@dataclass(frozen=True)
+class SearchParts:
+    """Request: the active faces against all others of these parts. task, tasks: which one of how many; from_parts: that have
+    active faces; starts: of the ranges of cells, and the end; the cells of a range one after the other in `steps` groups, so
+    that fewer active faces are in memory at once."""
+
+    data: RunData
+    limits: Limits
+    parts: range
+    task: int
+    tasks: int
+    from_parts: tuple[int, ...]
+    starts: tuple[int, ...]
+    steps: int = 1
+
+
+def in_smaller_steps(request: SearchParts) -> SearchParts:
+    """The same parts in twice as many steps."""
+    return replace(request, steps=2 * request.steps)
+
+
+def search_parts(request: SearchParts) -> None:
+    """Compare the active faces with all others of these parts whose assigned cell they probe, and with each other in the task's
+    share of the cells; write the candidates of every part, which may name a face several times."""
+    data, starts, steps, k = request.data, request.starts, request.steps, request.limits.neighbors
+    name = layout.candidates(request.task)
+    if is_whole(data.store, name):
         return
-    residents = _residents(run, parts, selected, dim, starts[-1])
-    own = range(starts[-1] * task // tasks, starts[-1] * (task + 1) // tasks)
+    residents = _residents(data, request.parts, starts[-1])
+    own = range(starts[-1] * request.task // request.tasks, starts[-1] * (request.task + 1) // request.tasks)
     lists: list[topk.CandidateList] = []
     for index, (begin, end) in enumerate(itertools.pairwise(starts)):
-        batches = [run.read_batch(layout.part("fresh", part), index) for part in from_parts]
+        batches = [data.store.read_batch(layout.part("active_cells", part), index) for part in request.from_parts]
         cuts = sorted({begin + (end - begin) * step // steps for step in range(steps + 1)})
         for span in itertools.starmap(range, itertools.pairwise(cuts)):
-            fresh = gather(run, parts, dim, [that_probe(batch, span) for batch in batches], from_parts)
-            keys = scratch.array(
-                "keys", ((len(fresh.rows) + incremental_search.MOST_RESIDENTS) * topk.room_for(neighbors),), np.uint64
-            )
+            active = gather(data, [that_probe(batch, span) for batch in batches], request.from_parts)
+            room = (len(active.rows) + incremental_search.MOST_RESIDENTS) * topk.room_for(k)
+            keys = scratch.array("keys", (room,), np.uint64)
             lists += incremental_search.search_cells(
-                fresh.vectors, fresh.rows, fresh.probes, span, own, residents, neighbors, threshold, keys
+                active.vectors, active.rows, active.probes, span, own, residents, k, request.limits.threshold, keys
             )
-    _write_lists(run, name, parts, incremental_search.joined(lists))
+    _write_lists(data.store, name, data.parts, incremental_search.joined(lists))
 
 
-def _residents(run: Store, parts: Parts, selected: range, dim: int, count: int) -> incremental_search.Residents:
-    """The faces of these parts that are not active, by the cell of `count` that they live in."""
-    others = [np.flatnonzero(~read_active(run, part)) for part in selected]
-    homes = np.concatenate([cells.read_homes(run, part)[rows] for part, rows in zip(selected, others, strict=True)])
-    rows = np.concatenate([parts.starts[part] + rows for part, rows in zip(selected, others, strict=True)])
-    rows = rows[np.argsort(homes, kind="stable")]
+def _residents(data: RunData, group: range, count: int) -> incremental_search.Residents:
+    """The faces of these parts that are not active, by the cell of `count` that they are assigned to."""
+    run, parts, dim = data.store, data.parts, data.dim
+    others = [np.flatnonzero(~read_active(run, part)) for part in group]
+    assigned = np.concatenate(
+        [cells.read_assigned_cells(run, part)[rows] for part, rows in zip(group, others, strict=True)]
+    )  # fmt: skip
+    rows = np.concatenate([parts.starts[part] + rows for part, rows in zip(group, others, strict=True)])
+    rows = rows[np.argsort(assigned, kind="stable")]
     begin = np.zeros(count + 1, np.int64)
-    np.cumsum(np.bincount(homes, minlength=count), out=begin[1:])
-    vectors = [read_vectors(run, part, dim) for part in selected]
-    firsts = np.array([parts.starts[part] for part in selected] + [parts.starts[selected.stop]])
+    np.cumsum(np.bincount(assigned, minlength=count), out=begin[1:])
+    vectors = [read_vectors(run, part, dim) for part in group]
+    firsts = np.array([parts.starts[part] for part in group] + [parts.starts[group.stop]])
     block = np.empty((incremental_search.MOST_RESIDENTS, dim), np.float32)
 
     def of(cell: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -145,59 +168,71 @@ def _residents(run: Store, parts: Parts, selected: range, dim: int, count: int) 
     return of
 
 
-def _write_lists(run: Store, name: str, parts: Parts, results: topk.CandidateList) -> None:
+def _write_lists(run: Store, name: str, parts: Parts, lists: topk.CandidateList) -> None:
     """Write candidates of rows of all parts, in any order, one record batch a part."""
-    rows, offsets, keys = results
+    rows, offsets, keys = lists
     order = np.argsort(rows, kind="stable")
     bounds = np.searchsorted(rows[order], parts.starts)
-    lists = pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(keys, pa.uint64()))
+    column = pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(keys, pa.uint64()))
 
     def batches() -> Iterator[pa.RecordBatch]:
         for begin, end, first in zip(bounds[:-1], bounds[1:], parts.starts, strict=False):
             mine = order[begin:end]
-            columns = [pa.array((rows[mine] - first).astype(np.int32)), lists.take(pa.array(mine))]
+            columns = [pa.array((rows[mine] - first).astype(np.int32)), column.take(pa.array(mine))]
             yield pa.record_batch(columns, schema=CANDIDATES_SCHEMA)
 
     run.write_arrow(name, CANDIDATES_SCHEMA, batches())
 
 
-def search_exact_part(run: Store, parts: Parts, part: int, dim: int, neighbors: int, threshold: float | None) -> None:
+@dataclass(frozen=True)
+class SearchExactPart:
+    """Request: every active face against one part."""
+
+    data: RunData
+    limits: Limits
+    part: int
+
+
+def search_exact_part(request: SearchExactPart) -> None:
     """Compare every active face with one part, and write the candidates of every part."""
+    data, part, limits = request.data, request.part, request.limits
+    run, parts, dim = data.store, data.parts, data.dim
     name = layout.candidates(part)
     if is_whole(run, name):
         return
     members, active = read_vectors(run, part, dim), read_active(run, part)
-    results: list[list[topk.CandidateList]] = []
+    lists: list[list[topk.CandidateList]] = []
     own: list[topk.CandidateList] = []
-    selected = np.arange(len(members))
+    own_rows = np.arange(len(members)).astype(np.int32)
     for other in range(len(parts)):
         rows = np.flatnonzero(read_active(run, other))
         queries = read_vectors(run, other, dim)[rows]
-        results.append([])
+        lists.append([])
         for begin in range(0, len(rows), QUERY_FACES):
             chunk = slice(begin, begin + QUERY_FACES)
             theirs, mine = incremental_search.search_part(
                 np.ascontiguousarray(queries[chunk]), (parts.starts[other] + rows[chunk]).astype(np.int32),
-                np.ascontiguousarray(members), parts.starts[part], active, neighbors, threshold,
+                np.ascontiguousarray(members), parts.starts[part], active, limits.neighbors, limits.threshold,
             )  # fmt: skip
-            results[-1].append((rows[chunk].astype(np.int32), *theirs))
-            own.append((selected.astype(np.int32), *mine))
-    results[part] += own
+            lists[-1].append((rows[chunk].astype(np.int32), *theirs))
+            own.append((own_rows, *mine))
+    lists[part] += own
 
     def batches() -> Iterator[pa.RecordBatch]:
-        for other, lists in enumerate(results):
-            offsets, rows, similarities = topk.merge(lists, parts.rows(other), neighbors + 1)
+        for other, part_lists in enumerate(lists):
+            offsets, rows, similarities = topk.merge(part_lists, parts.rows(other), limits.neighbors + 1)
             yield candidates_batch(np.arange(parts.rows(other)), offsets, topk.encode(similarities, rows))
 
     run.write_arrow(name, CANDIDATES_SCHEMA, batches())
 
 
-def merge_night(run: Store, past: LastNight, parts: Parts, part: int, files: int, neighbors: int) -> NeighborTable:
+def merge(data: RunData, changes: Changes, part: int, files: int, neighbors: int) -> NeighborTable:
     """One part's neighbor table: what was carried over, and the new candidates. Writes the faces' states."""
-    carried, state = carried_table(run, past, parts, part, neighbors)
+    run, parts = data.store, data.parts
+    carried, state = carried_table(run, changes, parts, part, neighbors)
     new = np.ones(parts.faces, bool)
-    target = rows_tonight(run)
-    new[target[target >= 0]] = False
+    now = rows_now(run)
+    new[now[now >= 0]] = False
     lists = read_candidates(run, [layout.candidates(index) for index in range(files)], part)
     *table, changed = incremental_search.merge_into(
         (carried.offsets, carried.rows, carried.values), lists, state == ACTIVE, new, neighbors

@@ -1,80 +1,104 @@
-"""The recall certificate: sampled faces are searched exactly. A night keeps last night's sample, knows its true neighbors, and
-searches for them among the new faces only; of these it samples as large a share."""
+"""The recall estimate: sampled faces are searched exactly, and what the search missed is counted.
+
+An incremental run keeps the base run's sample, knows its true neighbors, and searches for them among the new faces only; of
+these it samples as large a share.
+"""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 
 from faceflow.kernels.knn import recall, topk
+from faceflow.kernels.knn.recall import RecallEstimate
 from faceflow.stages.artifacts.candidates import candidates_batch, read_candidates
-from faceflow.stages.artifacts.faces import matrix, read_vectors, rows_tonight
-from faceflow.stages.base import Context, LastNight
+from faceflow.stages.artifacts.faces import RunData, matrix, read_vectors
+from faceflow.stages.base import Context
+from faceflow.stages.changes import Changes, rows_now
 from faceflow.storage import layout
 from faceflow.storage.manifests import is_whole
-from faceflow.storage.object_store import Store
-from faceflow.tables import CANDIDATES_SCHEMA, TRUTH_SCHEMA, NeighborTable, Parts, queries_schema
+from faceflow.tables import CANDIDATES_SCHEMA, TRUTH_SCHEMA, NeighborTable, queries_schema
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """faces: how many are sampled; unknown: of how many every true neighbor is to be found; old_parts: parts whose faces the
-    others have been compared with."""
+    """faces: how many are sampled; unknown: of how many every true neighbor is to be found; known_parts: the first parts, whose
+    faces the others have been compared with."""
 
     faces: int
     unknown: int
-    old_parts: int
+    known_parts: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The recall estimate, true neighbors and those found by similarity, and the bytes of the file that is kept."""
+
+    recall: RecallEstimate
+    bands: tuple[tuple[int, ...], tuple[int, ...]]
+    files: Mapping[str, int]
 
 
 def draw(context: Context) -> Sampled:
-    """Choose the faces of the certificate, and write them with the true neighbors that are known already."""
-    config, plan = context.config, context.done["quantize"].counts
-    past = context.last_night if plan["incremental"] else None
-    if past is not None:
-        assert context.past is not None
-        before = context.past.done["search"].fingerprint
-        if before.get("recall_sample") != config.recall_sample or past.run.size(layout.TRUTH) is None:
-            past = None
-    faces, unknown = context.executor.call(
-        write_sample, context.stores.run, context.parts, config.recall_sample, config.neighbors, config.seed, plan["nights"],
-        past, label="sample",
-    )  # fmt: skip
-    return Sampled(faces, unknown, len(past.sources) if past is not None else 0)
+    """Choose the faces to sample, and write them with the true neighbors that are known already."""
+    config, changes = context.config, context.carried
+    if changes is not None and context.base is not None:
+        before = context.base.results.manifests["search"].fingerprint
+        if before.get("recall_sample") != config.recall_sample or changes.base.size(layout.TRUTH) is None:
+            changes = None
+    since = context.results.quantize.since_full
+    request = WriteSample(context.data, config.recall_sample, config.neighbors, config.seed, since, changes)
+    faces, unknown = context.executor.call(write_sample, request, "sample")
+    return Sampled(faces, unknown, changes.carried_parts if changes is not None else 0)
 
 
-def certify(context: Context, sampled: Sampled) -> tuple[dict[str, Any], dict[str, int]]:
-    """Compare the neighbor tables with the truth: counts `recall` and `recall_bands`, and the bytes of what is kept."""
-    run, parts, dim, neighbors = context.stores.run, context.parts, context.dim, context.config.neighbors
-    threshold, executor = context.thresholds[0], context.executor
-    searched = range(0 if sampled.unknown else sampled.old_parts, len(parts))
-    executor.call(join_queries, run, dim, len(parts), label="sampled")
+def measure(context: Context, sampled: Sampled) -> Measured:
+    """Compare the neighbor tables with the truth."""
+    data, k, executor = context.data, context.config.neighbors, context.executor
+    threshold = context.results.quantize.threshold.similarity
+    searched = range(0 if sampled.unknown else sampled.known_parts, len(data.parts))
+    executor.call(join_queries, data, "recall")
     executor.map(
         search_truth,
-        [(run, parts, part, dim, neighbors, threshold, part >= sampled.old_parts) for part in searched],
-        "certify",
-        sizes=[parts.rows(part) for part in searched],
+        [SearchTruth(data, part, k, threshold, part >= sampled.known_parts) for part in searched],
+        "recall",
+        sizes=[data.parts.rows(part) for part in searched],
     )
-    certificate, bands = executor.call(compare, run, searched, sampled.faces, neighbors, threshold, label="recall")
-    return {"recall": asdict(certificate), "recall_bands": bands.tolist()}, {layout.TRUTH: run.size(layout.TRUTH) or 0}
+    estimate, bands = executor.call(compare, Compare(data, searched, sampled.faces, k, threshold), "recall")
+    below, above = (tuple(band) for band in bands.tolist())
+    return Measured(estimate, (below, above), {layout.TRUTH: data.store.size(layout.TRUTH) or 0})
 
 
-def write_sample(
-    run: Store, parts: Parts, size: int, neighbors: int, seed: int, nights: int, past: LastNight | None
-) -> tuple[int, int]:
+@dataclass(frozen=True)
+class WriteSample:
+    """Request: `size` sampled faces with their k true neighbors as far as known; since_full: incremental runs since the last
+    full one, which the draw depends on; changes: None: nothing is known."""
+
+    data: RunData
+    size: int
+    k: int
+    seed: int
+    since_full: int
+    changes: Changes | None
+
+
+def write_sample(request: WriteSample) -> tuple[int, int]:
     """Write which faces are sampled, ascending, and what is known of them; returns how many, and of how many nothing is."""
+    run, parts, changes = request.data.store, request.data.parts, request.changes
     if not is_whole(run, layout.SAMPLE):
-        if past is None:
-            rows = recall.sample_rows(parts.faces, size, seed)
+        if changes is None:
+            rows = recall.sample_rows(parts.faces, request.size, request.seed)
             known, offsets, keys = np.zeros(len(rows), bool), np.zeros(len(rows) + 1, np.int64), np.empty(0, np.uint64)
         else:
-            before = past.run.read_batch(layout.TRUTH)
+            before = changes.base.read_batch(layout.TRUTH)
             truth = before.column(0).to_numpy(), before.column(2).offsets.to_numpy(), before.column(2).values.to_numpy()
-            new = range(parts.starts[len(past.sources)], parts.faces)
-            drawn = recall.sample_new(new, before.num_rows / past.parts.faces, seed, nights)
-            rows, known, offsets, keys = recall.carry_truth(truth, rows_tonight(run), drawn, neighbors)
+            new = range(parts.starts[changes.carried_parts], parts.faces)
+            share = before.num_rows / changes.base_parts.faces
+            drawn = recall.sample_new(new, share, request.seed, request.since_full)
+            rows, known, offsets, keys = recall.carry_truth(truth, rows_now(run), drawn, request.k)
         lists = pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(keys, pa.uint64()))
         columns = [pa.array(rows.astype(np.int32)), pa.array(known), lists]
         run.write_arrow(layout.SAMPLE, TRUTH_SCHEMA, [pa.record_batch(columns, schema=TRUTH_SCHEMA)])
@@ -82,58 +106,86 @@ def write_sample(
     return sample.num_rows, sample.num_rows - int(sample.column(1).to_numpy(zero_copy_only=False).sum())
 
 
-def write_queries(run: Store, parts: Parts, part: int, dim: int, table: NeighborTable) -> None:
+def write_queries(data: RunData, part: int, table: NeighborTable) -> None:
     """Write the sampled faces of one part, with their neighbors of its table."""
-    first_row, schema = parts.starts[part], queries_schema(dim)
+    run, first_row, schema = data.store, data.parts.starts[part], queries_schema(data.dim)
     sample = run.read_batch(layout.SAMPLE).column(0).to_numpy()
-    selected = sample[(sample >= first_row) & (sample < parts.starts[part + 1])]
+    rows = sample[(sample >= first_row) & (sample < data.parts.starts[part + 1])]
+    vectors = read_vectors(run, part, data.dim)[rows - first_row]
     columns = [
-        pa.array(selected),
-        pa.FixedSizeListArray.from_arrays(pa.array(read_vectors(run, part, dim)[selected - first_row].ravel()), dim),
-        table.to_batch().column(0).take(pa.array(selected - first_row)),
+        pa.array(rows),
+        pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), data.dim),
+        table.to_batch().column(0).take(pa.array(rows - first_row)),
     ]
     batch = pa.record_batch([c.cast(f.type) for c, f in zip(columns, schema, strict=True)], schema=schema)
     run.write_arrow(layout.queries(part), schema, [batch])
 
 
-def join_queries(run: Store, dim: int, parts: int) -> None:
+def join_queries(data: RunData) -> None:
     """Write the sampled faces of all parts as one batch, which every part's search of the truth reads."""
+    run = data.store
     if not is_whole(run, layout.ALL_QUERIES):
-        joined = pa.Table.from_batches([run.read_batch(layout.queries(part)) for part in range(parts)]).combine_chunks()
-        run.write_arrow(layout.ALL_QUERIES, queries_schema(dim), joined.to_batches())
+        batches = [run.read_batch(layout.queries(part)) for part in range(len(data.parts))]
+        joined = pa.Table.from_batches(batches).combine_chunks()
+        run.write_arrow(layout.ALL_QUERIES, queries_schema(data.dim), joined.to_batches())
 
 
-def search_truth(run: Store, parts: Parts, part: int, dim: int, neighbors: int, threshold: float | None, new: bool) -> None:
-    """Search the sampled faces exactly in one part: all of them if it is new to them, else those of whom nothing is known."""
+@dataclass(frozen=True)
+class SearchTruth:
+    """Request: the true neighbors of the sampled faces in one part: of all of them if the part is new, else of those of which
+    nothing is known."""
+
+    data: RunData
+    part: int
+    k: int
+    threshold: float | None
+    is_new: bool
+
+
+def search_truth(request: SearchTruth) -> None:
+    """Search the sampled faces exactly in one part."""
+    data, part = request.data, request.part
+    run, dim = data.store, data.dim
     if is_whole(run, layout.truth(part)):
         return
     queries, known = run.read_batch(layout.ALL_QUERIES), run.read_batch(layout.SAMPLE).column(1).to_numpy(zero_copy_only=False)
-    selected = np.arange(len(known)) if new else np.flatnonzero(~known)
-    vectors, rows = matrix(queries["vector"], dim)[selected], queries["row"].to_numpy()[selected]
-    offsets, keys = recall.search_part(vectors, rows, read_vectors(run, part, dim), parts.starts[part], neighbors, threshold)
-    run.write_arrow(layout.truth(part), CANDIDATES_SCHEMA, [candidates_batch(selected, offsets, keys)])
+    asked = np.arange(len(known)) if request.is_new else np.flatnonzero(~known)
+    vectors, rows = matrix(queries["vector"], dim)[asked], queries["row"].to_numpy()[asked]
+    members = read_vectors(run, part, dim)
+    offsets, keys = recall.search_part(vectors, rows, members, data.parts.starts[part], request.k, request.threshold)
+    run.write_arrow(layout.truth(part), CANDIDATES_SCHEMA, [candidates_batch(asked, offsets, keys)])
 
 
-def compare(
-    run: Store, searched: range, sampled: int, neighbors: int, threshold: float | None
-) -> tuple[recall.Certificate, np.ndarray]:
+@dataclass(frozen=True)
+class Compare:
+    """Request: what was found for so many sampled faces against the truth of the searched parts."""
+
+    data: RunData
+    searched: range
+    sampled: int
+    k: int
+    threshold: float | None
+
+
+def compare(request: Compare) -> tuple[RecallEstimate, np.ndarray]:
     """Compare what was found for the sampled faces with the truth; also by similarity (`recall.add_bands`). The truth is kept,
-    for the next night."""
+    for the next incremental run."""
+    run, sampled, k, threshold = request.data.store, request.sampled, request.k, request.threshold
     queries, sample = run.read_batch(layout.ALL_QUERIES), run.read_batch(layout.SAMPLE)
-    lists = read_candidates(run, [layout.truth(part) for part in searched], 0)
+    lists = read_candidates(run, [layout.truth(part) for part in request.searched], 0)
     lists.append((np.arange(sampled), sample.column(2).offsets.to_numpy(), sample.column(2).values.to_numpy()))
-    offsets, rows, similarities = topk.merge(lists, sampled, neighbors + 1)
+    offsets, rows, similarities = topk.merge(lists, sampled, k + 1)
     truth = pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(topk.encode(similarities, rows)))
     columns = [sample.column(0), pa.array(np.ones(sampled, bool)), truth]
     run.write_arrow(layout.TRUTH, TRUTH_SCHEMA, [pa.record_batch(columns, schema=TRUTH_SCHEMA)])
-    results = NeighborTable.from_batch(pa.record_batch([queries["neighbors"]], names=["neighbors"]), 0)
+    table = NeighborTable.from_batch(pa.record_batch([queries["neighbors"]], names=["neighbors"]), 0)
     counts, bands = np.zeros((2, sampled), np.int64), np.zeros((2, recall.BANDS), np.int64)
     for i, row in enumerate(queries["row"].to_pylist()):
-        selected = slice(offsets[i], offsets[i + 1])
-        others = rows[selected] != row
-        true_neighbors = rows[selected][others][:neighbors], similarities[selected][others][:neighbors]
-        mine = slice(results.offsets[i], results.offsets[i + 1])
-        true, hit = recall.check(true_neighbors, (results.rows[mine], results.values[mine]), neighbors, threshold)
+        span = slice(offsets[i], offsets[i + 1])
+        others = rows[span] != row
+        true_neighbors = rows[span][others][:k], similarities[span][others][:k]
+        mine = slice(table.offsets[i], table.offsets[i + 1])
+        true, hit = recall.check(true_neighbors, (table.rows[mine], table.values[mine]), k, threshold)
         counts[:, i] = len(hit), hit.sum()
         recall.add_bands(bands, true, hit, threshold)
-    return recall.certify(*counts), bands
+    return recall.estimate(*counts), bands

@@ -1,109 +1,101 @@
-"""Stage 3, search: each shard runs its tiles; each part merges what the shards found into its neighbor table."""
+"""Stage 3, search: the neighbor table of every part, its recall estimate, and the groups of near-identical faces."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import pyarrow as pa
 
-from faceflow.cluster.executor import Resources
+from faceflow.errors import QualityError
 from faceflow.kernels.graph import csr, edge_recipes
 from faceflow.kernels.ivf import probing, quantizer
 from faceflow.kernels.knn import recall, scratch, topk
 from faceflow.kernels.knn import tile_search as cpu
 from faceflow.kernels.threshold import valley
 from faceflow.logs import event
-from faceflow.stages.artifacts.candidates import candidates_batch, gather, read_candidates, that_probe, write_candidates
-from faceflow.stages.artifacts.faces import read_quantizer, read_vectors
-from faceflow.stages.base import Context, LastNight, Outcome, Stage, merge_sizes
-from faceflow.stages.search import incremental, near_identical, recall_estimate
+from faceflow.stages.artifacts.candidates import read_candidates
+from faceflow.stages.artifacts.faces import RunData
+from faceflow.stages.base import Context, Outcome, Redo, Stage, merge_sizes
+from faceflow.stages.changes import Changes
+from faceflow.stages.results import SearchResult
+from faceflow.stages.search import full, incremental, near_identical, recall_estimate
 from faceflow.storage import layout
 from faceflow.storage.manifests import is_whole
-from faceflow.storage.object_store import Store
-from faceflow.tables import CANDIDATES_SCHEMA, NEIGHBORS_SCHEMA, NeighborTable, Parts
+from faceflow.tables import NEIGHBORS_SCHEMA, NeighborTable
 
 log = logging.getLogger("faceflow")
 
-EXACT_BLOCKS = 16
-SMALLEST_BLOCK, LARGEST_BLOCK = 1_024, 65_536
-"""Faces of one block of the exact plan: about EXACT_BLOCKS shards, within what a product and its buffers may weigh."""
 
-Block = tuple[int, int, int]
-"""(part, first row within it, end) of one block of the exact plan."""
-
-
-def run(context: Context) -> Outcome:
-    """Search every shard, or tonight's faces in every shard, then merge every part."""
-    config, parts = context.config, context.parts
-    plan = context.done["quantize"].counts
-    run, on_gpu = context.stores.run, config.gpus_per_worker > 0
-    resources = Resources(gpus=config.gpus_per_worker, custom=config.search_resource)
-    limits = (config.neighbors, context.thresholds[1], on_gpu, config.gpu_float16)
-    night = bool(plan["incremental"])
-    if on_gpu and not night:
-        context.executor.call(check_gpu, config.neighbors, label="gpu", resources=resources)
-    past = context.last_night if night else None
-    if past is not None:
-        shards = incremental.search_night(context)
-    elif plan["index"] == "exact":
-        blocks = exact_blocks(parts)
-        shards = len(blocks)
-        context.executor.map(
-            search_exact_shard,
-            [(run, parts, context.dim, shard, blocks, *limits) for shard in range(shards)],
-            "search",
-            sizes=[end - begin for _, begin, end in blocks],
-            resources=resources,
-        )
-    else:
-        shards = plan["shards"]
-        context.executor.map(
-            search_cells_shard,
-            [(run, parts, context.dim, shard, *limits, 1) for shard in range(shards)],
-            "search",
-            resources=resources,
-            smaller=in_smaller_steps,
-        )
+def run(context: Context) -> Outcome[SearchResult]:
+    """Search every shard, or for the active faces only, then merge every part."""
+    config, data, changes = context.config, context.data, context.carried
+    files = incremental.search(context, changes) if changes is not None else full.search(context)
     begun = time.perf_counter()
     sampled = recall_estimate.draw(context)
     drawn = time.perf_counter() - begun
-    levels = (context.thresholds[0], near_identical.near_level(context))
-    results = context.executor.map(
+    near = near_identical.near_level(context)
+    merged = context.executor.map(
         merge_part,
-        [(run, parts, part, context.dim, shards, config.neighbors, past, levels) for part in range(len(parts))],
+        [
+            MergePart(data, part, files, config.neighbors, changes, context.results.quantize.threshold.similarity, near)
+            for part in range(len(data.parts))
+        ],
         "merge",
-        sizes=[parts.rows(part) for part in range(len(parts))],
+        sizes=[data.parts.rows(part) for part in range(len(data.parts))],
     )
-    repeated, written = near_identical.settle(context)
+    groups = near_identical.group_all(context)
     begun = time.perf_counter()
-    counts, pieces = recall_estimate.certify(context, sampled)
-    counts |= {
-        "neighbors": sum(collected for _, collected, _ in results),
-        "full": sum(full for _, _, full in results),
-    } | repeated
-    counts["certificate_seconds"] = round(drawn + time.perf_counter() - begun, 3)
-    if counts["full"]:
+    measured = recall_estimate.measure(context, sampled)
+    seconds = round(drawn + time.perf_counter() - begun, 3)
+    result = SearchResult(
+        sum(part.neighbors for part in merged), sum(part.full_lists for part in merged), measured.recall, measured.bands,
+        seconds, groups.followers, groups.searched_again,
+    )  # fmt: skip
+    if result.full_lists:
         log.warning(
             "%s faces have %d neighbors above the threshold, as many as --neighbors keeps: parts of larger clusters are joined "
-            "where no gap separates them", f"{counts['full']:,}", config.neighbors,
-            extra=event("full_lists", faces=counts["full"]),
+            "where no gap separates them", f"{result.full_lists:,}", config.neighbors,
+            extra=event("full_lists", faces=result.full_lists),
         )  # fmt: skip
-    return Outcome(counts, merge_sizes([pieces, written, *(pieces for pieces, _, _ in results)]))
+    return Outcome(result, merge_sizes([measured.files, groups.files, *(part.files for part in merged)]))
+
+
+def gate(context: Context) -> Redo | None:
+    """Whether the measured recall is as wanted, or what to do about it.
+
+    Raises QualityError where it is not and may not, or cannot, be raised.
+    """
+    config, measured, plan = context.config, context.results.search.recall, context.results.quantize
+    text = f"edge recall {measured.estimate:.4f} (95 % interval {measured.low:.4f} to {measured.high:.4f})"
+    log.info(
+        "recall   %s from %s faces, %s true neighbors", text, f"{measured.faces:,}", f"{measured.edges:,}",
+        extra=event("recall", **asdict(measured)),
+    )  # fmt: skip
+    if measured.estimate >= config.min_recall:
+        return None
+    reason = f"recall too low: searching again with more probes (attempt {context.attempt + 2})"
+    if plan.incremental:  # what it saved was too dear
+        return Redo("quantize", reason)
+    hopeless = plan.cells is None or plan.cells.exhausted
+    if config.raise_probes and not hopeless:
+        return Redo("quantize", reason, keep=("quantizer",))
+    advice = "lower --min-recall" if hopeless else "use --raise-probes, more --probes or --index exact, or lower --min-recall"
+    raise QualityError(f"{text} is below --min-recall {config.min_recall}: {advice}; nothing was published")
 
 
 STAGE = Stage(
     name="search",
-    reads=("vectors", "quantizer", "cells", "homes", "before"),
-    writes=("fresh", "candidates", "certificate", "truth", "neighbors", "state", "near", "copies"),
-    scratch=("before", "fresh", "candidates", "certificate", "near"),
+    reads=("vectors", "quantizer", "probed_cells", "assigned_cells", "active"),
+    writes=("active_cells", "candidates", "recall", "truth", "neighbors", "state", "near_identical", "groups"),
+    scratch=("active", "active_cells", "candidates", "recall", "near_identical"),
     settings=("neighbors", "min_similarity", "edges", "recall_sample", "seed", "gpu_float16"),
     after=("ingest", "quantize"),
     packages=("faceflow", "numpy", "numba"),
     run=run,
+    gate=gate,
 )
 
 
@@ -123,157 +115,50 @@ def warm_up() -> None:
     edge_recipes.auto((block[0], block[1], block[2]), 0.5, 0.4)
 
 
-def check_gpu(neighbors: int) -> None:
-    from faceflow.errors import SettingsError
-    from faceflow.kernels.knn import gpu_search
+@dataclass(frozen=True)
+class MergePart:
+    """Request: the neighbor table of one part. files: of candidates; changes: in an incremental run; threshold: similarity from
+    which faces are neighbors; near: from which they are near-identical (None: none)."""
 
-    gpu_search.check_device()
-    if neighbors > gpu_search.MAX_NEIGHBORS:
-        raise SettingsError(f"neighbors is {neighbors}: a GPU search keeps at most {gpu_search.MAX_NEIGHBORS}")
-
-
-def exact_blocks(parts: Parts) -> list[Block]:
-    """The cut of all rows into blocks of about equal size that do not straddle parts; depends on the parts alone."""
-    wanted = min(LARGEST_BLOCK, max(SMALLEST_BLOCK, -(-parts.faces // EXACT_BLOCKS)))
-    return [(part, *block) for part in range(len(parts)) for block in cpu.blocks_of(parts.rows(part), wanted)]
-
-
-def search_exact_shard(
-    run: Store, parts: Parts, dim: int, shard: int, blocks: Sequence[Block],
-    neighbors: int, threshold: float | None, on_gpu: bool,
-    float16: bool,
-) -> None:  # fmt: skip
-    """Compare block `shard` with the blocks that the ring gives it, and write the candidates of every part."""
-    if is_whole(run, layout.candidates(shard)):
-        return
-
-    def load(block: Block) -> tuple[int, np.ndarray]:
-        part, begin, end = block
-        return parts.starts[part] + begin, np.ascontiguousarray(read_vectors(run, part, dim)[begin:end])
-
-    collected: dict[int, list[tuple[int, np.ndarray, np.ndarray]]] = {}
-
-    def take(first_row: int, offsets: np.ndarray, keys: np.ndarray) -> None:
-        part = int(np.searchsorted(parts.starts, first_row, side="right")) - 1
-        collected.setdefault(part, []).append((first_row - parts.starts[part], offsets, keys))
-
-    first_row, members = load(blocks[shard])
-    if on_gpu:
-        from faceflow.kernels.knn import gpu_search
-
-        others = [b for b in range(len(blocks)) if b != shard]
-        gpu_search.search_blocks(members, first_row, (load(blocks[b]) for b in others), neighbors, threshold, take, float16)
-    else:
-        others = cpu.ring(shard, len(blocks))[1:]
-        cpu.search_blocks(members, first_row, (load(blocks[b]) for b in others), neighbors, threshold, take)
-
-    def batches() -> Iterator[pa.RecordBatch]:
-        for part in range(len(parts)):
-            pieces = sorted(collected.pop(part, []), key=lambda piece: piece[0])
-            rows = [np.arange(first, first + len(offsets) - 1) for first, offsets, _ in pieces]
-            counts = [np.diff(offsets) for _, offsets, _ in pieces]
-            offsets = np.concatenate([[0], np.cumsum(np.concatenate([np.empty(0, np.int64), *counts]))])
-            keys = np.concatenate([np.empty(0, np.uint64), *(keys for _, _, keys in pieces)])
-            yield candidates_batch(np.concatenate([np.empty(0, np.int64), *rows]), offsets, keys)
-
-    run.write_arrow(layout.candidates(shard), CANDIDATES_SCHEMA, batches())
+    data: RunData
+    part: int
+    files: int
+    neighbors: int
+    changes: Changes | None
+    threshold: float | None
+    near: float | None
 
 
-def in_smaller_steps(piece: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments of `search_cells_shard` for the same shard in twice as many steps."""
-    return (*piece[:-1], 2 * piece[-1])
+@dataclass(frozen=True)
+class MergedPart:
+    """Bytes of one part's files, its neighbors, and how many lists are full with neighbors above the threshold."""
+
+    files: dict[str, int]
+    neighbors: int
+    full_lists: int
 
 
-def search_cells_shard(
-    run: Store,
-    parts: Parts,
-    dim: int,
-    shard: int,
-    neighbors: int,
-    threshold: float | None,
-    on_gpu: bool,
-    float16: bool,
-    steps: int,
-) -> None:
-    """Search one shard and write the candidates of every part; its cells one after the other in `steps` groups, of which
-    only one is in memory."""
-    name = layout.candidates(shard)
-    if is_whole(run, name):
-        return
-    starts = read_quantizer(run, dim)[1]
-    begin, end = int(starts[shard]), int(starts[shard + 1])
-    steps = min(steps, end - begin)
-    if steps == 1:
-        _search_cells(run, parts, dim, shard, range(begin, end), name, neighbors, threshold, on_gpu, float16)
-        return
-    collected = [layout.candidates_step(shard, steps, step) for step in range(steps)]
-    for step, path in enumerate(collected):
-        span = range(begin + (end - begin) * step // steps, begin + (end - begin) * (step + 1) // steps)
-        if not is_whole(run, path):
-            _search_cells(run, parts, dim, shard, span, path, neighbors, threshold, on_gpu, float16)
-
-    def batches() -> Iterator[pa.RecordBatch]:
-        for part in range(len(parts)):
-            offsets, rows, similarities = topk.merge(read_candidates(run, collected, part), parts.rows(part), neighbors)
-            selected = np.flatnonzero(np.diff(offsets))
-            yield candidates_batch(selected, np.append(offsets[selected], offsets[-1]), topk.encode(similarities, rows))
-
-    run.write_arrow(name, CANDIDATES_SCHEMA, batches())
-    for path in collected:
-        run.delete(path)
-
-
-def _search_cells(
-    run: Store, parts: Parts, dim: int, shard: int, cells: range, name: str,
-    neighbors: int, threshold: float | None, on_gpu: bool, float16: bool,
-) -> None:  # fmt: skip
-    """Gather the faces that probe these cells of a shard, search them, and write the candidates of every part."""
-    batches = [that_probe(run.read_batch(layout.part("cells", part), shard), cells) for part in range(len(parts))]
-    collected = gather(run, parts, dim, batches)
-    if on_gpu:
-        from faceflow.kernels.knn import gpu_search
-
-        buffers = gpu_search.search_cells(
-            collected.vectors, collected.rows, collected.probes, cells, neighbors, threshold, float16
-        )
-    else:
-        keys = scratch.array("keys", (len(collected.rows) * topk.room_for(neighbors),), np.uint64)
-        buffers = cpu.search_cells(collected.vectors, collected.rows, collected.probes, cells, neighbors, threshold, keys)
-    rows, bounds = collected.rows, collected.bounds
-    del batches, collected  # the vectors are most of the memory
-    write_candidates(run, name, parts, rows, bounds, buffers)
-
-
-def merge_part(
-    run: Store,
-    parts: Parts,
-    part: int,
-    dim: int,
-    shards: int,
-    neighbors: int,
-    past: LastNight | None,
-    levels: tuple[float | None, float | None],
-) -> tuple[dict[str, int], int, int]:
-    """Write one part's neighbor table, and beside it its sampled faces and near-identical pairs; returns its bytes, its number
-    of neighbors, and how many lists are full with neighbors above the threshold. levels: the threshold, and from where faces
-    are near-identical (None: none)."""
+def merge_part(request: MergePart) -> MergedPart:
+    """Write one part's neighbor table, and beside it its sampled faces and near-identical pairs."""
     scratch.forget()  # of the search before
+    data, part, changes, neighbors = request.data, request.part, request.changes, request.neighbors
+    run, parts = data.store, data.parts
     name, first_row = layout.part("neighbors", part), parts.starts[part]
-    names = [name, *([layout.part("state", part)] if past is not None else [])]
-    if all(is_whole(run, item) for item in names):
+    names = [name, *([layout.part("state", part)] if changes is not None else [])]
+    if all(is_whole(run, path) for path in names):
         table = NeighborTable.from_batch(run.read_batch(name), first_row)
     else:
-        if past is not None:
-            table = incremental.merge_night(run, past, parts, part, shards, neighbors)
+        if changes is not None:
+            table = incremental.merge(data, changes, part, request.files, neighbors)
         else:
-            lists = read_candidates(run, [layout.candidates(shard) for shard in range(shards)], part)
+            lists = read_candidates(run, [layout.candidates(shard) for shard in range(request.files)], part)
             table = NeighborTable(first_row, *topk.merge(lists, parts.rows(part), neighbors))
             del lists
         run.write_arrow(name, NEIGHBORS_SCHEMA, [table.to_batch()])
-    recall_estimate.write_queries(run, parts, part, dim, table)
-    threshold, near = levels
-    if near is not None:
-        near_identical.write_near(run, part, table, near)
-    full = np.flatnonzero(np.diff(table.offsets) >= neighbors)
-    above = table.values[table.offsets[full + 1] - 1] >= np.float32(threshold if threshold is not None else -np.inf)
-    return {item: run.size(item) or 0 for item in names}, len(table.rows), int(above.sum())
+    recall_estimate.write_queries(data, part, table)
+    if request.near is not None:
+        near_identical.write_near(run, part, table, request.near)
+    full_lists = np.flatnonzero(np.diff(table.offsets) >= neighbors)
+    least = np.float32(request.threshold if request.threshold is not None else -np.inf)
+    above = table.values[table.offsets[full_lists + 1] - 1] >= least
+    return MergedPart({path: run.size(path) or 0 for path in names}, len(table.rows), int(above.sum()))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
 
+from faceflow.config import StorageOptions
 from faceflow.errors import InputError, SettingsError
 from faceflow.kernels.graph.shared_neighbors import Block
 from faceflow.tools.datasets.synthesize import empty_folder, write_files
@@ -20,7 +19,7 @@ def import_faces(
     *,
     labels: str | None = None,
     dim: int | None = None,
-    storage_options: Mapping[str, Any] | None = None,
+    storage_options: StorageOptions | None = None,
 ) -> dict[str, int]:
     """Write features as Parquet files (id int64: the row, embedding float32[dim], label int32 where given) below `output`.
 

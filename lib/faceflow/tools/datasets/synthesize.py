@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from faceflow.config import StorageOptions
 from faceflow.errors import InputError, SettingsError, did_you_mean
 from faceflow.storage.inputs import list_parquet, open_input
 from faceflow.storage.object_store import Store, explain
@@ -29,7 +29,7 @@ def synthesize(
     sizes: str | None = None,
     look: str = "plain",
     seed: int = 0,
-    storage_options: Mapping[str, Any] | None = None,
+    storage_options: StorageOptions | None = None,
 ) -> dict[str, int]:
     """Write `faces` synthetic faces (columns id int64, embedding float32[dim], label int32) as Parquet files below `output`.
 
@@ -55,7 +55,7 @@ def synthesize(
     return {"faces": faces, "identities": len(drawn), "files": files}
 
 
-def empty_folder(output: str, options: Mapping[str, Any] | None) -> Store:
+def empty_folder(output: str, options: StorageOptions | None) -> Store:
     """The store of a folder to write a data set to. Raises SettingsError where it holds Parquet, or cannot be written."""
     store = Store.at(output, options)
     if any(name.endswith(".parquet") for name in store.names("")):
@@ -92,7 +92,7 @@ def write_files(store: Store, faces: int, dim: int, block: Callable[[int, int], 
     return count
 
 
-def _read_sizes(path: str, options: Mapping[str, Any] | None) -> tuple[np.ndarray, np.ndarray]:
+def _read_sizes(path: str, options: StorageOptions | None) -> tuple[np.ndarray, np.ndarray]:
     store, files = list_parquet(path, options)
     try:
         with open_input(store, files[0].path) as source:

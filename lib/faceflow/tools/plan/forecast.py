@@ -7,16 +7,16 @@ import shutil
 import statistics
 from dataclasses import dataclass
 
-from faceflow.cluster.executor import Resources, chunks
+from faceflow.cluster.executor import Resources
 from faceflow.config import ClusterConfig
 from faceflow.errors import SettingsError
 from faceflow.kernels.ivf import plan as plans
 from faceflow.kernels.ivf import quantizer
 from faceflow.stages.base import open_executor
 from faceflow.stages.detect.stage import assigns_singletons
-from faceflow.stages.ingest.parquet_input import check_dimensions, first_dimension, read_footers, settle_ids
-from faceflow.stages.ingest.reading import FOOTERS_PER_TASK
-from faceflow.stages.quantize import stage as quantize
+from faceflow.stages.ingest.parquet_input import common_id_types
+from faceflow.stages.ingest.reading import all_footers, columns_of, dimension_of
+from faceflow.stages.quantize import full as quantize
 from faceflow.storage.inputs import list_faces
 from faceflow.storage.object_store import Store
 from faceflow.tables import MAX_FACES
@@ -58,27 +58,20 @@ def plan_run(config: ClusterConfig) -> Forecast:
     store, files, _ = list_faces(config.input, config.storage_options, config.snapshot)
     with open_executor(config.address, config.workers, progress=False) as executor:
         private = executor.is_private
-        columns = (config.id_column, config.embedding_column, config.exclusive_column)
-        groups = list(chunks([file.path for file in files], FOOTERS_PER_TASK))
-        read = executor.map(read_footers, [(store, tuple(group), *columns) for group in groups], "footers")
-        footers = [footer for results in read for footer in results]
-        settle_ids(footers, None)
-        check_dimensions(footers)
+        footers = all_footers(executor, store, [file.path for file in files], columns_of(config))
+        common_id_types(footers, None)
         faces = sum(sum(footer.group_rows) for footer in footers)
         if not 0 < faces <= MAX_FACES:
             raise SettingsError(f"input {config.input} has {faces:,} rows: a run takes 1 to {MAX_FACES:,}")
-        paths = tuple(footer.path for footer in footers)
-        dim = next((f.dim for f in footers if f.dim), None) or executor.call(
-            first_dimension, store, paths, config.embedding_column, label="probe"
-        )
+        dim = dimension_of(executor, store, footers, config.embedding_column)
         threads = executor.machine_cpus(config.detect_resource)
         outlook = executor.call(
-            sample.look, config, store, footers, dim, threads, label="look",
+            sample.look, sample.Look(config, store, tuple(footers), dim, threads), "look",
             resources=Resources(cpus=0, custom=config.detect_resource),
         )  # fmt: skip
         cpus = executor.cpus
         workers = min(cpus, config.workers or cpus)
-        flops = statistics.median(executor.call(quantize.measure_flops, dim, label="measure") for _ in range(3))
+        flops = statistics.median(executor.call(quantize.measure_flops, dim, "measure") for _ in range(3))
         memory = executor.machine_memory(config.detect_resource)
         cut_for = quantize.workers_of(config, executor)
     load = costs.Workload(
@@ -119,7 +112,7 @@ def _problems(
     if central > memory:
         room = (memory - costs.BASE_BYTES) / load.faces - costs.FACE_BYTES
         fits = int(room / costs.GRAPH_BYTES)
-        advice = f", or --neighbors {fits} (which splits people of more photos)" if 1 <= fits < config.neighbors else ""
+        advice = f", or --neighbors {fits} (which may split people with more photos)" if 1 <= fits < config.neighbors else ""
         results.append(
             f"link and detect hold the graph in {central / 2**30:,.1f} GiB, and their machine has {memory / 2**30:,.1f} GiB: "
             f"take a larger one (and name it by --detect-resource), a higher --min-similarity{advice}"

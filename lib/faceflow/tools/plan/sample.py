@@ -14,7 +14,7 @@ from faceflow.kernels.ivf import plan as plans
 from faceflow.kernels.ivf import probing, quantizer
 from faceflow.kernels.threshold import sample_weights, valley
 from faceflow.stages.ingest import row_checks
-from faceflow.stages.ingest.parquet_input import Columns, Footer, readable, settle_ids
+from faceflow.stages.ingest.parquet_input import Columns, Footer, common_id_types, readable
 from faceflow.storage.object_store import Store
 
 PAIRED_FACES = 32_768
@@ -44,7 +44,7 @@ class Outlook:
     """What the sample foretells of the whole set.
 
     sampled: faces looked at; threshold, support_threshold, valley, impostors: as quantize finds them (None: given, or none);
-    neighbors: of a face from the weak threshold on, at most k; edges: those that are left, near-identical faces counting as
+    neighbors: of a face from the support threshold on, at most k; edges: those that are left, near-identical faces counting as
     one; single: share of the faces that have none; people: clusters of five faces and more; plan: of the search; probes: a
     face, mean; id_bytes: a face's id, mean; unusable: share of the sampled rows that would be quarantined.
     """
@@ -65,8 +65,20 @@ class Outlook:
     unusable: float
 
 
-def look(config: ClusterConfig, store: Store, footers: Sequence[Footer], dim: int, threads: int) -> Outlook:
+@dataclass(frozen=True)
+class Look:
+    """Request: what a sample of these files foretells."""
+
+    config: ClusterConfig
+    store: Store
+    footers: tuple[Footer, ...]
+    dim: int
+    threads: int
+
+
+def look(request: Look) -> Outlook:
     """Read a sample of the input and foretell the rest. Raises InputError where no face of it can be used."""
+    config, store, footers, dim, threads = request.config, request.store, request.footers, request.dim, request.threads
     faces = sum(sum(footer.group_rows) for footer in footers)
     plan = plans.choose(
         faces, dim, config.index, config.cells, config.probes, quantizer.ITERATIONS, quantizer.SAMPLE_PER_CELL,
@@ -109,7 +121,7 @@ def look(config: ClusterConfig, store: Store, footers: Sequence[Footer], dim: in
 def _thresholds(
     config: ClusterConfig, sample: _Sample, faces: int
 ) -> tuple[float | None, float | None, float | None, float | None]:  # fmt: skip
-    """(threshold, weak threshold, valley, impostors a face), as `stages.quantize.threshold` finds them."""
+    """(threshold, support threshold, valley, impostors a face), as `stages.quantize.threshold` finds them."""
     if not isinstance(config.min_similarity, str):
         return config.min_similarity, config.min_similarity, None, None
     weights = np.ones(len(sample.vectors), np.float32)
@@ -135,7 +147,7 @@ def _sample(
     blocks: list[int] = []
     rows = id_bytes = 0
     by_path: dict[str, list[tuple[int, int]]] = {}
-    names = Columns(config.id_column, config.embedding_column, None, settle_ids(footers, None).stored)
+    names = Columns(config.id_column, config.embedding_column, None, common_id_types(footers, None).stored)
     for path, group, size in chosen:
         by_path.setdefault(path, []).append((group, min(size, length)))
     for path, places in by_path.items():

@@ -16,17 +16,20 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from faceflow.cluster.executor import peak_memory
+from faceflow.cluster.worker import peak_memory
 from faceflow.config import ClusterConfig
 from faceflow.errors import QualityError, SettingsError
 from faceflow.kernels.ivf import plan as plans
 from faceflow.kernels.ivf import quantizer
-from faceflow.runs.pipeline import STAGES, execute
+from faceflow.runs.pipeline import execute
+from faceflow.runs.stages import STAGES
 from faceflow.stages.base import open_executor
-from faceflow.stages.ingest.parquet_input import read_footers, readable
-from faceflow.storage import layout, manifests
+from faceflow.stages.ingest.parquet_input import ReadFooters, read_footers, readable
+from faceflow.stages.ingest.reading import columns_of
+from faceflow.stages.results import Results
+from faceflow.storage import layout
 from faceflow.storage.inputs import list_faces
-from faceflow.storage.manifests import Manifest
+from faceflow.storage.manifests import StepRecord
 from faceflow.storage.object_store import Store
 from faceflow.tools import figures
 from faceflow.tools.plan import costs
@@ -49,14 +52,14 @@ GROUP_FACES = 16_384
 
 @dataclass(frozen=True)
 class Run:
-    """One run of the grid. seconds: of each stage and `total`; steps: what its stages' tasks did (`cluster.usage.Step`); load:
+    """One run of the grid. seconds: of each stage and `total`; steps: what its stages' tasks did (`StepRecord`); load:
     how much there was to do."""
 
     faces: int
     workers: int
     repeat: int
     seconds: Mapping[str, float]
-    steps: Mapping[str, Sequence[Mapping[str, Any]]]
+    steps: Mapping[str, Sequence[StepRecord]]
     worker_peak_memory_bytes: int
     load: costs.Workload
 
@@ -126,8 +129,8 @@ def measure_scaling(
             if answers.setdefault(size, answer) != answer:
                 raise QualityError(f"{size:,} faces with {count} workers got other labels than before: please report it")
             run = records.child(result.run_id)
-            done = {stage.name: made for stage in STAGES if (made := manifests.read(run, stage.name)) is not None}
-            steps = {name: made.steps for name, made in done.items()}
+            done = Results.read(run)
+            steps = {name: manifest.steps for name, manifest in done.manifests.items()}
             load = _load(settings, done, executor.largest_machine_cpus)
             runs.append(Run(size, count, repeat, result.seconds, steps, result.worker_peak_memory_bytes, load))
             log.info(
@@ -148,17 +151,17 @@ def _settings(config: ClusterConfig, source: str, output: str, workers: int) -> 
     return own | {"snapshot": snapshot, "work_dir": None, "run_id": None, "restart": False, "labels_table": None}
 
 
-def _load(config: ClusterConfig, done: Mapping[str, Manifest], threads: int) -> costs.Workload:
-    """What the run had to do, as its manifests tell."""
-    faces, plan = done["ingest"].counts["faces"], done["quantize"].counts
+def _load(config: ClusterConfig, done: Results, threads: int) -> costs.Workload:
+    """What the run had to do, as the results of its stages tell."""
+    faces, plan, cells = done.ingest.faces, done.quantize, done.quantize.cells
     workers = config.workers or 1
     return costs.Workload(
-        faces, done["ingest"].counts["dim"], done["search"].counts["neighbors"] / faces, done["link"].counts["edges"] / faces,
-        done["detect"].counts.get("alone", 0) / faces,
-        done["publish"].counts["clusters"] - done["publish"].counts["singletons"],
-        plan.get("cells", 0), plan.get("mean_probes", 0.0), plans.pairs_counted(faces) if "valley" in plan else 0,
-        min(faces, config.recall_sample), quantizer.ITERATIONS, quantizer.SAMPLE_PER_CELL, plans.held_out_faces(faces),
-        config.edges != "threshold", config.engine == "native", 0.0, workers, threads, plan["gflops"] * 1e9 / workers,
+        faces, done.ingest.dim, done.search.neighbors / faces, done.link.edges / faces, done.detect.singletons / faces,
+        done.publish.clusters - done.publish.singletons, cells.cells if cells is not None else 0,
+        (cells.mean_probes or 0.0) if cells is not None else 0.0,
+        plans.pairs_counted(faces) if plan.threshold.automatic else 0, min(faces, config.recall_sample),
+        quantizer.ITERATIONS, quantizer.SAMPLE_PER_CELL, plans.held_out_faces(faces), config.edges != "threshold",
+        config.engine == "native", 0.0, workers, threads, (plan.gflops or 0.0) * 1e9 / workers,
     )  # fmt: skip
 
 
@@ -178,7 +181,7 @@ def _grown(load: costs.Workload, faces: int) -> costs.Workload:
 
 def _sizes(config: ClusterConfig, faces: Sequence[int] | None) -> tuple[int, list[int]]:
     store, results, _ = list_faces(config.input, config.storage_options, config.snapshot)
-    footers = read_footers(store, [file.path for file in results], config.id_column, config.embedding_column)
+    footers = read_footers(ReadFooters(store, tuple(file.path for file in results), columns_of(config)))
     total = sum(sum(footer.group_rows) for footer in footers)
     sizes = sorted(set(faces)) if faces else [total]
     if sizes[0] < 1 or sizes[-1] > total:
@@ -221,7 +224,7 @@ def _digest(store: Store, folder: str) -> str:
 
 
 def _beyond(workers: Sequence[int], sizes: Sequence[int]) -> list[tuple[int, int]]:
-    """Projections that everybody asks for: more workers, and more faces."""
+    """The default projections: more workers, and more faces."""
     most, largest = max(workers), max(sizes)
     grid = [(most * times, faces) for faces in (largest, 5 * largest) for times in (1, 2, 4, 8)]
     return [item for item in grid if item != (most, largest)]
@@ -252,12 +255,11 @@ def _stage_at(run: Run, stage: str, measured: int, workers: int) -> float:
     steps = run.steps.get(stage, [])
     seconds = run.seconds[stage]
     for step in steps:
-        if step["tasks"] > 1:
+        if step.tasks > 1:
             before, after = (
-                laws.makespan(step["tasks"], step["busy_seconds"], step["longest_seconds"], count)
-                for count in (measured, workers)
+                laws.makespan(step.tasks, step.busy_seconds, step.longest_seconds, count) for count in (measured, workers)
             )
-            seconds += after - min(before, step["seconds"])
+            seconds += after - min(before, step.seconds)
     return seconds
 
 
