@@ -7,7 +7,8 @@ import pytest
 from faceflow import ClusterConfig
 from faceflow.cli.main import main
 from faceflow.cli.parser import build_parser
-from faceflow.config import SETTINGS, load_config
+from faceflow.config import SETTINGS
+from faceflow.config_loading import load_config
 from faceflow.errors import SettingsError
 
 
@@ -74,7 +75,7 @@ def test_every_setting_has_a_flag_and_help(capsys: pytest.CaptureFixture[str]) -
     for name, field in SETTINGS.items():
         if name not in ("input", "output"):
             assert f"--{name.replace('_', '-')}" in text
-            assert field.metadata["help"]
+            assert field.help
 
 
 def test_unknown_flag_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ import ray.autoscaler
 import yaml
 
 from faceflow.cli.parser import build_parser
-from faceflow.config import load_config
+from faceflow.config_loading import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 KUBERAY = ROOT / "jobs" / "kuberay"

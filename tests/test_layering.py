@@ -13,7 +13,8 @@ PACKAGE = ROOT / "lib" / "faceflow"
 
 LAYERS = [
     {"errors"},
-    {"tables", "config", "logs", "kernel_cache"},
+    {"setting_types"},
+    {"tables", "config", "config_loading", "logs", "kernel_cache"},
     {"kernels", "storage", "cluster"},
     {"stages"},
     {"runs"},

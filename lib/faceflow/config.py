@@ -3,175 +3,260 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-import numbers
-import re
-import tomllib
+import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, get_args, get_type_hints
+
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, ValidationError
+from pydantic.dataclasses import dataclass
 
 from faceflow.errors import SettingsError, did_you_mean
+from faceflow.setting_types import (
+    CLUSTER,
+    COMPARE,
+    CONSTRAINTS,
+    GRAPH,
+    INPUT,
+    JOBS,
+    NIGHTLY,
+    OUTPUT,
+    PLAN,
+    RESOURCES,
+    RUN,
+    RUNS,
+    SCALING,
+    SEARCH,
+    MaybeText,
+    Method,
+    Number,
+    Setting,
+    Share,
+    StorageOptions,
+    Text,
+    Whole,
+    between,
+    byte_count,
+    check_thumbnails,
+    cosine,
+    json_object,
+    none_from_text,
+    run_name,
+)
 
-StorageOptions = Mapping[str, Any]
-"""Options of the s3fs file system, passed on as they are."""
 
-METHODS = (
-    "infomap", "components", "hac-single", "hac-average", "chinese-whispers", "label-propagation", "leiden", "knn-dbscan",
-    "hdbscan", "rank-order", "cdp", "dpc", "lce", "spectral", "minibatch-kmeans",
-)  # fmt: skip
-
-
-def _setting(
-    default: Any, help: str, *, metavar: str | None = None, choices: tuple[str, ...] | None = None, nightly: bool = False
-) -> Any:
-    return field(default=default, metadata={"help": help, "metavar": metavar, "choices": choices, "nightly": nightly})
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class ClusterConfig:
     """Settings of one run. Every field but `input` and `output` has a default; values are checked on construction.
 
     Raises SettingsError, naming the setting and what it accepts.
     """
 
-    input: str
-    output: str
-    id_column: str = _setting("id", "column with each face's id: a string or any integer type")
-    embedding_column: str = _setting("embedding", "column with the embedding: a (large, fixed-size) list of floats")
-    bad_rows: str = _setting(
-        "fail",
-        "rows that cannot be used (null, NaN, zero or repeated id, …). fail: refuse the input; quarantine: set them aside "
-        "under OUTPUT/quarantined, without a cluster",
-        choices=("fail", "quarantine"),
-    )
-    max_bad_fraction: float = _setting(0.01, "share of rows that may be set aside; more are refused", metavar="X")
-    neighbors: int = _setting(
-        200,
-        "maximum neighbors per face (k)",
-        metavar="K",
-    )
-    min_similarity: float | str | None = _setting(
-        "auto",
-        "cosine similarity below which two faces are not neighbors. auto: found from the similarities of a sample of pairs, "
-        "without labels; 'none' keeps the plain K nearest",
-        metavar="COS",
-    )
-    edges: str = _setting(
-        "auto",
-        "how neighbors become weighted edges. threshold: the cosine; shared: cosine x overlap of the two faces' neighbors; "
-        "nep, facemap, tpdi: as published; auto: our own, which also keeps pairs below the threshold that neighbors vouch for",
-        choices=("auto", "threshold", "shared", "nep", "facemap", "tpdi"),
-    )
-    index: str = _setting(
-        "auto",
-        "search plan. exact: every pair is compared; cells: only pairs in nearby cells of a coarse quantizer; "
-        "auto: whichever is predicted to be faster",
-        choices=("auto", "exact", "cells"),
-    )
-    cells: int | None = _setting(
-        None, "number of cells of the coarse quantizer (default: from the number of faces)", metavar="N"
-    )
-    probes: int | None = _setting(
-        None,
-        "nearest cells that each face is compared with (default: per face, what a predicted recall of 0.998 takes)",
-        metavar="N",
-    )
-    memory_limit: int | None = _setting(
-        None,
-        "resident memory of one worker, as 8GiB, 500MB or bytes (default: its share of what Ray says is there)",
-        metavar="BYTES",
-    )
-    min_recall: float = _setting(
-        0.99, "edge recall below which the run fails (exit code 4), measured on a sample of faces; 0 accepts any", metavar="X"
-    )
-    raise_probes: bool = _setting(False, "instead of failing, search again with more probes until min-recall holds")
-    recall_sample: int = _setting(1_000, "faces searched exactly to measure the edge recall", metavar="N")
-    method: str = _setting(
-        "infomap",
-        "how the graph becomes clusters. infomap: the map equation; the others are those of `faceflow compare` (they need the "
-        "methods extra)",
-        choices=METHODS,
-    )
-    clusters: int | None = _setting(None, "clusters to make, for methods that must be told (minibatch-kmeans)", metavar="N")
-    assign_singletons: str = _setting(
-        "auto",
-        "assign singletons to the nearest cluster when significant (false discovery rate 5 %). auto: where min-similarity, "
-        "edges and method are the defaults",
-        choices=("auto", "always", "never"),
-    )
-    engine: str = _setting(
-        "native",
-        "community detection: native is our own map-equation engine, infomap the package",
-        choices=("native", "infomap"),
-    )
-    flow: str = _setting(
-        "directed",
-        "the random walk that is described: directed follows edges their way, undirected either way",
-        choices=("directed", "undirected"),
-    )
-    trials: int = _setting(1, "community detection from this many seeds; the shortest codelength wins", metavar="N")
-    verify_codelength: bool = _setting(False, "have the infomap package score the final modules, and fail if it disagrees")
-    seed: int = _setting(0, "seed of everything random; same input, settings and seed: same labels", metavar="N")
-    workers: int | None = _setting(None, "tasks at work at once, at most (default: every CPU of the Ray cluster)", metavar="N")
-    gpus_per_worker: float = _setting(0.0, "GPUs a search task asks Ray for; above 0 searches on the GPU", metavar="X")
-    search_resource: str | None = _setting(
-        None, "custom Ray resource that search tasks ask for, which only the machines meant for them have", metavar="NAME"
-    )
-    detect_resource: str | None = _setting(
-        None,
-        "custom Ray resource that the tasks that hold the whole graph ask for (link, detect): a machine of large memory",
-        metavar="NAME",
-    )
-    gpu_float16: bool = _setting(False, "hold vectors on the GPU as float16 (half the memory; products add up in float32)")
-    run_id: str | None = _setting(
-        None, "name of the run (default: the unfinished run with these settings, else a new one from the time)", metavar="ID"
-    )
-    restart: bool = _setting(
-        False, "throw away what the unfinished run with these settings, or RUN_ID, has done, and begin again"
-    )
-    work_dir: str | None = _setting(
-        None, "where run directories lie (default: OUTPUT/_runs): a fast shared disk, or another bucket", metavar="DIR"
-    )
-    constraints: str | None = _setting(
-        None, "Parquet or CSV file with id_a, id_b and kind: 'must' share a cluster, or 'cannot'", metavar="FILE"
-    )
-    exclusive_column: str | None = _setting(
-        None, "column whose value (a photo's id, say) two faces of one cluster should not share; a string or an integer",
-        metavar="TEXT",
-    )  # fmt: skip
-    full_every: int = _setting(
-        30, "nights after which everything is searched and detected anew; those between build on each other", metavar="N",
-        nightly=True,
-    )  # fmt: skip
-    verify_content: bool = _setting(
-        False, "read every file again and compare its rows, instead of trusting sizes and ETags or modification times",
-        nightly=True,
-    )  # fmt: skip
-    snapshot: int | None = _setting(
-        None, "of a Delta or Iceberg table as INPUT: its version, or snapshot id (default: the newest)", metavar="N"
-    )
-    labels_table: str | None = _setting(
-        None,
-        "Delta table, a folder or s3:// address, that gets the labels too, by one commit that replaces all",
-        metavar="TABLE",
-    )
-    thumbnails: str | None = _setting(
-        None,
-        "where the report finds a face's picture: a URL or path with {id}, https://photos.example/{id}.jpg say; pictures on a "
-        "disk become part of the page",
-        metavar="TEMPLATE",
-    )
-    storage_options: StorageOptions | None = _setting(
-        None, 'options of the s3fs file system, as JSON: {"endpoint_url": …, "key": …, "secret": …}', metavar="JSON"
-    )
-    address: str | None = _setting(
-        None,
-        "Ray cluster to use (default: RAY_ADDRESS if set, as under `ray job submit`; else a private local one)",
-        metavar="RAY",
-    )
+    input: Annotated[Text, Setting("Parquet file, folder (nested) or glob, Delta or Iceberg table; local or s3://", INPUT)]
+    output: Annotated[Text, Setting("folder or s3:// prefix for labels, pointer and runs", OUTPUT)]
+    id_column: Annotated[Text, Setting("column with each face's id: a string, an integer or binary; unique", INPUT)] = "id"
+    embedding_column: Annotated[
+        Text, Setting("column with the embedding: a (large, fixed-size) list of floats", INPUT)
+    ] = "embedding"  # fmt: skip
+    bad_rows: Annotated[
+        Literal["fail", "quarantine"],
+        Setting(
+            "rows that cannot be used (null, NaN, zero or repeated id, …). fail: refuse the input; quarantine: list them under "
+            "OUTPUT/quarantined, without a cluster", INPUT, commands=JOBS,
+        ),
+    ] = "fail"  # fmt: skip
+    max_bad_fraction: Annotated[
+        Share, Setting("share of rows that may be quarantined; more are refused", INPUT, "X", JOBS)
+    ] = 0.01  # fmt: skip
+    neighbors: Annotated[Whole, between(1, 10_000), Setting("maximum neighbors per face (k)", SEARCH, "K")] = 200
+    min_similarity: Annotated[
+        float | str | None, BeforeValidator(cosine),
+        Setting(
+            "cosine similarity below which two faces are not neighbors. auto: found from the similarities of a sample of "
+            "pairs, "
+            "without labels; 'none' keeps the plain K nearest", GRAPH, "COS",
+        ),
+    ] = "auto"  # fmt: skip
+    edges: Annotated[
+        Literal["auto", "threshold", "shared", "nep", "facemap", "tpdi"],
+        Setting(
+            "how neighbors become weighted edges. threshold: the cosine; shared: cosine x overlap of the two faces' neighbors; "
+            "nep, facemap, tpdi: as published; auto: our own, which also keeps pairs below the threshold that common neighbors "
+            "support", GRAPH,
+        ),
+    ] = "auto"  # fmt: skip
+    index: Annotated[
+        Literal["auto", "exact", "cells"],
+        Setting(
+            "search plan. exact: every pair is compared; cells: only pairs in nearby cells of a coarse quantizer; auto: "
+            "the one "
+            "that is predicted to be faster", SEARCH,
+        ),
+    ] = "auto"  # fmt: skip
+    cells: Annotated[
+        Annotated[Whole, between(1, 2**24)] | None, BeforeValidator(none_from_text),
+        Setting("number of cells of the coarse quantizer (default: from the number of faces)", SEARCH, "N"),
+    ] = None  # fmt: skip
+    probes: Annotated[
+        Annotated[Whole, between(1, 1024)] | None, BeforeValidator(none_from_text),
+        Setting(
+            "nearest cells that each face is compared with (default: per face, for a predicted recall of 0.998)", SEARCH, "N"
+        ),
+    ] = None  # fmt: skip
+    memory_limit: Annotated[
+        int | None, BeforeValidator(byte_count),
+        Setting("resident memory of one worker, as 8GiB, 500MB or bytes (default: its share of Ray's)", RESOURCES, "BYTES"),
+    ] = None  # fmt: skip
+    min_recall: Annotated[
+        Share,
+        Setting(
+            "edge recall below which the run fails (exit code 4), measured on a sample of faces; 0 accepts "
+            "any", SEARCH, "X", JOBS
+        ),
+    ] = 0.99  # fmt: skip
+    raise_probes: Annotated[
+        bool, Setting("instead of failing, search again with more probes until min-recall holds", SEARCH, commands=JOBS)
+    ] = False  # fmt: skip
+    recall_sample: Annotated[
+        Whole, between(1, 100_000), Setting("faces searched exactly to measure the edge recall", SEARCH, "N")
+    ] = 1_000  # fmt: skip
+    method: Annotated[
+        Method,
+        Setting(
+            "how the graph becomes clusters. infomap: the map equation; the others are those of `faceflow compare` (they "
+            "need the "
+            "methods extra)", GRAPH, commands=(CLUSTER, NIGHTLY, SCALING, PLAN),
+        ),
+    ] = "infomap"  # fmt: skip
+    clusters: Annotated[
+        Annotated[Whole, between(1, 2**31 - 1)] | None, BeforeValidator(none_from_text),
+        Setting("clusters to make, for a method that needs the number (minibatch-kmeans)", GRAPH, "N", (*RUNS, SCALING)),
+    ] = None  # fmt: skip
+    assign_singletons: Annotated[
+        Literal["auto", "always", "never"],
+        Setting(
+            "assign singletons to the nearest cluster when significant (false discovery rate 5 %). auto: where min-similarity, "
+            "edges and method are the defaults", GRAPH,
+        ),
+    ] = "auto"  # fmt: skip
+    engine: Annotated[
+        Literal["native", "infomap"],
+        Setting("community detection: native is our own map-equation engine, infomap the package", GRAPH),
+    ] = "native"  # fmt: skip
+    flow: Annotated[
+        Literal["directed", "undirected"],
+        Setting("the random walk: directed follows edges their way, undirected either way", GRAPH, commands=JOBS),
+    ] = "directed"  # fmt: skip
+    trials: Annotated[
+        Whole, between(1, 1000),
+        Setting("community detection from this many seeds; the shortest codelength wins", GRAPH, "N", JOBS),
+    ] = 1  # fmt: skip
+    verify_codelength: Annotated[
+        bool, Setting("have the infomap package score the final modules, and fail if it disagrees", GRAPH, commands=JOBS)
+    ] = False  # fmt: skip
+    seed: Annotated[
+        Whole, between(0, 2**31 - 1),
+        Setting("seed of everything random; same input, settings and seed: same labels", RUN, "N"),
+    ] = 0  # fmt: skip
+    workers: Annotated[
+        Annotated[Whole, between(1, 100_000)] | None, BeforeValidator(none_from_text),
+        Setting(
+            "most tasks at once (default: one per CPU of the Ray cluster)", RESOURCES, "N", (CLUSTER, NIGHTLY, COMPARE, PLAN)
+        ),
+    ] = None  # fmt: skip
+    gpus_per_worker: Annotated[
+        Number, between(0, 64), Setting("GPUs a search task asks Ray for; above 0 searches on the GPU", RESOURCES, "X")
+    ] = 0.0  # fmt: skip
+    search_resource: Annotated[
+        MaybeText,
+        Setting("custom Ray resource that search tasks ask for: only the machines meant for them have "
+                "it", RESOURCES, "NAME", JOBS),
+    ] = None  # fmt: skip
+    detect_resource: Annotated[
+        MaybeText,
+        Setting(
+            "custom Ray resource that tasks with the whole graph ask for (link, detect): a machine with much memory", RESOURCES,
+            "NAME",
+        ),
+    ] = None  # fmt: skip
+    gpu_float16: Annotated[
+        bool,
+        Setting("hold vectors on the GPU as float16 (half the memory; products add up in float32)", RESOURCES, commands=JOBS),
+    ] = False  # fmt: skip
+    run_id: Annotated[
+        Annotated[str, AfterValidator(run_name)] | None, BeforeValidator(none_from_text),
+        Setting(
+            "name of the run (default: the unfinished run with these settings, else a new one from the time)", RUN, "ID",
+            (CLUSTER, NIGHTLY, COMPARE),
+        ),
+    ] = None  # fmt: skip
+    restart: Annotated[
+        bool,
+        Setting(
+            "delete what the unfinished run with these settings, or RUN_ID, has done, and begin again", RUN,
+            commands=(CLUSTER, NIGHTLY, COMPARE),
+        ),
+    ] = False  # fmt: skip
+    work_dir: Annotated[
+        MaybeText,
+        Setting(
+            "folder of run directories (default: OUTPUT/_runs): a fast shared disk, or another bucket", OUTPUT, "DIR",
+            (CLUSTER, NIGHTLY, COMPARE, PLAN),
+        ),
+    ] = None  # fmt: skip
+    constraints: Annotated[
+        MaybeText,
+        Setting(
+            "Parquet or CSV file with id_a, id_b and kind: 'must-link' or 'cannot-link'", CONSTRAINTS, "FILE", JOBS
+        ),
+    ] = None  # fmt: skip
+    exclusive_column: Annotated[
+        MaybeText,
+        Setting(
+            "column whose value (a photo's id, say) two faces of one cluster should not share; a string or an integer",
+            CONSTRAINTS, "TEXT",
+        ),
+    ] = None  # fmt: skip
+    full_every: Annotated[
+        Whole, between(1, 10_000), Setting("full run every N runs; those between are incremental", RUN, "N", (NIGHTLY,))
+    ] = 30  # fmt: skip
+    verify_content: Annotated[
+        bool,
+        Setting(
+            "read every file again and compare its rows, instead of trusting sizes and ETags or modification times", RUN,
+            commands=(NIGHTLY,),
+        ),
+    ] = False  # fmt: skip
+    snapshot: Annotated[
+        Annotated[Whole, between(0, 2**63 - 1)] | None, BeforeValidator(none_from_text),
+        Setting("of a Delta or Iceberg table as INPUT: its version, or snapshot id (default: the newest)", INPUT, "N"),
+    ] = None  # fmt: skip
+    labels_table: Annotated[
+        MaybeText,
+        Setting(
+            "Delta table, a folder or s3:// address, that gets the labels too, by one commit that replaces "
+            "all", OUTPUT, "TABLE",
+            RUNS,
+        ),
+    ] = None  # fmt: skip
+    thumbnails: Annotated[
+        Annotated[str, AfterValidator(check_thumbnails)] | None, BeforeValidator(none_from_text),
+        Setting(
+            "where the report finds a face's picture: a URL or path with {id}, https://photos.example/{id}.jpg say; "
+            "pictures on a "
+            "disk become part of the page", OUTPUT, "TEMPLATE", RUNS,
+        ),
+    ] = None  # fmt: skip
+    storage_options: Annotated[
+        StorageOptions | None, BeforeValidator(json_object),
+        Setting('options of the s3fs file system, as JSON: {"endpoint_url": …, "key": …, "secret": …}', OUTPUT, "JSON"),
+    ] = None  # fmt: skip
+    address: Annotated[
+        MaybeText,
+        Setting(
+            "Ray cluster to use (default: RAY_ADDRESS if set, as under `ray job submit`; else a private local one)", RESOURCES,
+            "RAY",
+        ),
+    ] = None  # fmt: skip
 
     def __post_init__(self) -> None:
         for name in ("input", "output"):
@@ -182,44 +267,8 @@ class ClusterConfig:
                 raise SettingsError(f"{name} is empty: name a column")
         if self.id_column == self.embedding_column:
             raise SettingsError(f"id_column and embedding_column are both {self.id_column!r}: they must differ")
-        self._range("neighbors", 1, 10_000)
-        self._range("cells", 1, 2**24)
-        self._range("probes", 1, 1024)
-        self._range("workers", 1, 100_000)
-        self._range("seed", 0, 2**31 - 1)
-        self._range("gpus_per_worker", 0, 64)
-        if self.memory_limit is not None and not 512 * 2**20 <= self.memory_limit <= 2**50:
-            raise SettingsError(
-                f"memory_limit is {self.memory_limit} bytes: it must be at least 512MiB; write its unit too, as in 8GiB"
-            )
-        self._range("min_recall", 0, 1)
-        self._range("max_bad_fraction", 0, 1)
-        self._range("recall_sample", 1, 100_000)
-        self._range("trials", 1, 1000)
-        self._range("full_every", 1, 10_000)
-        self._range("snapshot", 0, 2**63 - 1)
-        threshold = self.min_similarity
-        if threshold not in (None, "auto") and not (isinstance(threshold, numbers.Real) and -1 <= threshold <= 1):
-            raise SettingsError(f"min_similarity is {threshold}: a cosine lies between -1 and 1; or 'auto', or 'none'")
-        if self.clusters is not None and self.clusters < 1:
-            raise SettingsError(f"clusters is {self.clusters}: it must be 1 or more")
         if self.method == "minibatch-kmeans" and self.clusters is None:
-            raise SettingsError("method minibatch-kmeans must be told how many clusters to make: set clusters")
-        for name, setting in SETTINGS.items():
-            choices = setting.metadata.get("choices")
-            if choices and getattr(self, name) not in choices:
-                raise SettingsError(f"{name} is {getattr(self, name)!r}{did_you_mean(str(getattr(self, name)), choices)}")
-        if self.thumbnails is not None:
-            check_thumbnails(self.thumbnails)
-        if self.run_id is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.run_id):
-            raise SettingsError(
-                f"run_id is {self.run_id!r}: use 1 to 100 letters, digits, '.', '_' or '-', the first a letter or digit"
-            )
-
-    def _range(self, name: str, low: float, high: float) -> None:
-        value = getattr(self, name)
-        if value is not None and not low <= value <= high:
-            raise SettingsError(f"{name} is {value}: it must lie between {low} and {high}")
+            raise SettingsError("method minibatch-kmeans needs the number of clusters: set clusters")
 
     def public(self) -> Mapping[str, object]:
         """The settings as plain JSON values, without anything that could hold a credential."""
@@ -232,111 +281,66 @@ class ClusterConfig:
         return {name: getattr(self, name) for name in names}
 
 
-def check_thumbnails(template: str) -> None:
-    """Raise SettingsError where a template for pictures has no {id}, or is an address of a kind that no report may hold."""
-    scheme = re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", template)
-    if "{id}" not in template:
-        raise SettingsError(f"thumbnails is {template!r}: it must have {{id}} where a face's id stands")
-    if scheme and scheme[0].lower() not in ("http:", "https:", "file:"):
-        raise SettingsError(
-            f"thumbnails is {template!r}: it must be a path, or an address that begins with http, https or file"
-        )
+HINTS = get_type_hints(ClusterConfig, include_extras=True)
+"""The annotated type of every setting."""
 
-
-SETTINGS: dict[str, dataclasses.Field[Any]] = {f.name: f for f in dataclasses.fields(ClusterConfig)}
-
-_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
-_UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
-
-
-def _parse_bytes(name: str, value: Any) -> int:
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)", str(value).strip().lower())
-    if match is None or match[2] not in _UNITS:
-        raise SettingsError(f"{name} is {value!r}: it must be a size like 8GiB, 500MB or a number of bytes")
-    return int(float(match[1]) * _UNITS[match[2]])
-
-
-_CONVERT: dict[str, Any] = {
-    "str": str,
-    "int": int,
-    "float": float,
-    "int | None": int,
-    "float | None": float,
-    "float | str | None": float,
-    "str | None": str,
+SETTINGS: dict[str, Setting] = {
+    name: next(item for item in hint.__metadata__ if isinstance(item, Setting)) for name, hint in HINTS.items()
 }
+"""Every setting by its name."""
+
+DEFAULTS: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(ClusterConfig)}
 
 
-def parse_setting(name: str, value: Any) -> Any:
-    """A value from the command line (text) or from TOML (typed) as the setting's own type.
-
-    Raises SettingsError for an unknown name (with "did you mean") or a value of the wrong type.
-    """
-    if name not in SETTINGS:
-        raise SettingsError(f"unknown setting {name!r}{did_you_mean(name, SETTINGS)}")
-    kind = str(SETTINGS[name].type)
-    if kind.startswith("Mapping"):
-        if isinstance(value, str):
-            try:
-                value = json.loads(value)
-            except json.JSONDecodeError as error:
-                # The text may hold a secret: say where it is wrong, not what it says.
-                raise SettingsError(f"{name} is not valid JSON (line {error.lineno}, column {error.colno})") from None
-        if value is not None and not isinstance(value, dict):
-            raise SettingsError(f"{name} must be a JSON object")
-        return value
-    if "None" in kind and (value is None or (isinstance(value, str) and value.lower() == "none")):
-        return None
-    if name == "memory_limit":
-        return _parse_bytes(name, value)
-    if name == "min_similarity" and str(value).lower() == "auto":
-        return "auto"
-    if kind == "bool":
-        if isinstance(value, bool) or str(value).lower() in ("true", "false"):
-            return value if isinstance(value, bool) else value.lower() == "true"
-        raise SettingsError(f"{name} is {value!r}: it must be true or false")
-    convert = _CONVERT[kind]
-    wrong = isinstance(value, bool) or (convert is str and not isinstance(value, str))
-    if convert is int and isinstance(value, float):
-        wrong = True
-    if not wrong:
-        try:
-            return convert(value)
-        except (TypeError, ValueError):
-            pass
-    noun = {str: "a text", int: "a whole number", float: "a number"}[convert]
-    if name == "min_similarity":
-        noun = "a cosine, 'auto' or 'none'"
-    raise SettingsError(f"{name} is {value!r}: it must be {noun}")
+def choices_of(name: str) -> tuple[str, ...]:
+    """The values that a setting may have, if these are named; else none."""
+    kind = get_args(HINTS[name])[0]
+    return get_args(kind) if "Literal" in str(kind) else ()
 
 
-def load_config(flags: Mapping[str, Any], toml_path: str | None = None) -> ClusterConfig:
-    """Flags over TOML over defaults. `flags` holds only what was given; keys may use '-' or '_'.
-
-    Raises SettingsError for an unreadable file, an unknown key or a bad value.
-    """
-    values: dict[str, Any] = {}
-    if toml_path is not None:
-        try:
-            text = tomllib.loads(Path(toml_path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise SettingsError(f"cannot read config {toml_path}: {error.strerror}") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise SettingsError(f"config {toml_path} is not valid TOML: {error}") from None
-        for key, value in text.items():
-            try:
-                values[key.replace("-", "_")] = parse_setting(key.replace("-", "_"), value)
-            except SettingsError as error:
-                raise SettingsError(f"config {toml_path}: {error}") from None
-    for key, value in flags.items():
-        values[key] = parse_setting(key, value)
-    for name in ("input", "output"):
-        if name not in values:
-            raise SettingsError(f"{name} is missing: give it on the command line or in the config file")
-    return ClusterConfig(**values)
+METHODS = choices_of("method")
+"""Names of the clustering methods."""
 
 
-def digest(value: Any) -> str:
-    """Stable short hash of a JSON-like value."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def is_switch(name: str) -> bool:
+    """Whether a setting is true or false."""
+    return get_args(HINTS[name])[0] is bool
+
+
+_init = ClusterConfig.__init__
+
+
+@functools.wraps(_init)
+def _checked_init(self: ClusterConfig, *args: Any, **settings: Any) -> None:
+    try:
+        _init(self, *args, **settings)
+    except ValidationError as error:
+        raise _explained(error) from None
+
+
+ClusterConfig.__init__ = _checked_init  # type: ignore[method-assign]
+ClusterConfig.__doc__ = (ClusterConfig.__doc__ or "").rstrip() + "\n\n    Attributes\n    ----------\n" + "\n".join(
+    f"    {name} : default {DEFAULTS[name]!r}\n        {setting.help}" if DEFAULTS[name] is not dataclasses.MISSING
+    else f"    {name} : str\n        {setting.help}" for name, setting in SETTINGS.items()
+)  # fmt: skip
+
+_NOUNS = {"int": "a whole number", "float": "a number", "bool": "true or false", "string": "a text"}
+
+
+def _explained(error: ValidationError) -> SettingsError:
+    """The first thing that is wrong, in our words."""
+    first = error.errors()[0]
+    return wrong_setting(str(first["loc"][0]), first["type"], first["msg"], first["input"])
+
+
+def wrong_setting(name: str, kind: str, message: str, value: Any) -> SettingsError:
+    """What to say of a value that pydantic refuses, by the kind of its error."""
+    if kind == "unexpected_keyword_argument":
+        return SettingsError(f"unknown setting {name!r}{did_you_mean(name, SETTINGS)}")
+    if kind.startswith("missing"):
+        return SettingsError(f"{name} is missing: give it on the command line or in the config file")
+    if kind == "literal_error":
+        return SettingsError(f"{name} is {value!r}{did_you_mean(str(value), choices_of(name))}")
+    if kind != "stated":
+        message = f"it must be {_NOUNS.get(kind.split('_')[0], 'something else')}"
+    return SettingsError(f"{name} is {value!r}: {message}")

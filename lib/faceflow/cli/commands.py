@@ -10,9 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from faceflow.config import SETTINGS, ClusterConfig, check_thumbnails, load_config, parse_setting
+from faceflow.config import SETTINGS, ClusterConfig
+from faceflow.config_loading import load_config, parse_setting
 from faceflow.errors import SettingsError
 from faceflow.logs import say
+from faceflow.setting_types import check_thumbnails
 
 UNSET: Any = object()
 """The value of a setting that the command line does not mention."""
@@ -35,11 +37,9 @@ def _cluster(arguments: argparse.Namespace) -> None:
     if arguments.json:
         say(json.dumps(result.as_dict()))
     else:
-        say(
-            f"{result.faces:,} faces, {result.edges:,} edges -> {result.clusters:,} clusters, {result.singletons:,} of one face"
-        )
+        say(f"{result.faces:,} faces, {result.edges:,} edges -> {result.clusters:,} clusters, {result.singletons:,} singletons")
         if result.quarantined:
-            say(f"{result.quarantined:,} rows were set aside: quarantined/run={result.run_id} under OUTPUT says which and why")
+            say(f"{result.quarantined:,} rows are quarantined: OUTPUT/quarantined/run={result.run_id} lists them with reasons")
         say(f"run {result.run_id}, {result.seconds['total']:.1f} s; labels: {result.labels}")
 
 
@@ -59,7 +59,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         say(f"{name:10}" + "  ".join(f"{value:9.4f}" for value in row))
     say(f"NMI {scores.nmi:.4f}  ARI {scores.ari:.4f}")
     say(
-        f"{scores.faces:,} faces, {scores.clusters:,} clusters ({scores.singletons:,} of one face), "
+        f"{scores.faces:,} faces, {scores.clusters:,} clusters ({scores.singletons:,} singletons), "
         f"{scores.identities:,} identities"
     )
 
@@ -189,7 +189,7 @@ def _diff(arguments: argparse.Namespace) -> None:
         f"{results.faces:,} faces in both, {results.moved:,} of them in another cluster; "
         f"{results.new:,} new, {results.gone:,} gone"
     )
-    say(", ".join(f"{count:,} clusters {event}" for event, count in results.events.items()) or "every cluster is as it was")
+    say(", ".join(f"{count:,} clusters {event}" for event, count in results.events.items()) or "no cluster changed")
     say(f"events: {results.events_file}\nmoves: {results.moves_file}")
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Sequence
 from typing import Any
 
 from faceflow import __version__, logs
 from faceflow.cli.commands import UNSET
-from faceflow.config import SETTINGS
+from faceflow.config import DEFAULTS, SETTINGS, choices_of, is_switch
 from faceflow.errors import did_you_mean
 
 EXIT_CODES = """exit codes: 0 done; 2 bad input or settings; 3 could not finish (the same command continues);
@@ -39,36 +38,39 @@ def _add_command(commands: Any, name: str, help: str, description: str, **option
 
 def _settings_parser(commands: Any, name: str, help: str, description: str) -> argparse.ArgumentParser:
     parser = _add_command(commands, name, help, description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "input", metavar="INPUT", nargs="?", default=UNSET, help="Parquet file, folder (nested) or glob; local or s3://"
-    )
-    parser.add_argument(
-        "output", metavar="OUTPUT", nargs="?", default=UNSET, help="folder or s3:// prefix for labels, pointer and runs"
-    )
+    parser.usage = f"faceflow {name} INPUT OUTPUT [options]"
+    for key in ("input", "output"):
+        parser.add_argument(key, metavar=key.upper(), nargs="?", default=UNSET, help=SETTINGS[key].help)
     _add_settings(parser, name)
     return parser
 
 
-def _add_settings(parser: argparse.ArgumentParser, name: str, without: Sequence[str] = ()) -> None:
-    for key, field in SETTINGS.items():
-        meta = field.metadata
-        if key in ("input", "output", *without) or (meta["nightly"] and name != "nightly"):
+def _add_settings(parser: argparse.ArgumentParser, command: str) -> None:
+    """The settings that a command obeys, by group, and how it reports."""
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for key, setting in SETTINGS.items():
+        if key in ("input", "output") or command not in setting.commands:
             continue
-        flag = f"--{key.replace('_', '-')}"
-        if field.type == "bool":
-            parser.add_argument(flag, dest=key, action="store_const", const=True, default=UNSET, help=meta["help"])
-            continue
-        shown = "" if field.default is None else f" (default: {field.default})"
-        parser.add_argument(
-            flag, dest=key, default=UNSET, help=(meta["help"] + shown).replace("%", "%%"),
-            metavar=meta["metavar"] or ("|".join(meta["choices"]) if meta["choices"] else "TEXT"),
-        )  # fmt: skip
-    parser.add_argument("--config", metavar="FILE", help="TOML file with any of these settings; flags win over it")
-    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line of stdout")
-    parser.add_argument("--quiet", action="store_true", help="no progress bars and no stage lines on stderr")
-    parser.add_argument(
+        if setting.group not in groups:
+            groups[setting.group] = parser.add_argument_group(setting.group)
+        _add_setting(groups[setting.group], key)
+    more = parser.add_argument_group("configuration and output")
+    more.add_argument("--config", metavar="FILE", help="TOML file with any of these settings; flags win over it")
+    more.add_argument("--json", action="store_true", help="print one JSON object as the last line of stdout")
+    more.add_argument("--quiet", action="store_true", help="no progress bars and no stage lines on stderr")
+    more.add_argument(
         "--log-format", choices=logs.FORMATS, default="text", help="log lines on stderr as text or JSON objects (default: text)"
     )
+
+
+def _add_setting(group: argparse._ArgumentGroup, key: str) -> None:
+    setting, flag = SETTINGS[key], f"--{key.replace('_', '-')}"
+    if is_switch(key):
+        group.add_argument(flag, dest=key, action="store_const", const=True, default=UNSET, help=setting.help)
+        return
+    shown = "" if DEFAULTS[key] is None else f" (default: {DEFAULTS[key]})"
+    metavar = setting.metavar or "|".join(choices_of(key)) or "TEXT"
+    group.add_argument(flag, dest=key, default=UNSET, help=(setting.help + shown).replace("%", "%%"), metavar=metavar)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -88,18 +90,19 @@ def build_parser() -> argparse.ArgumentParser:
         "cluster a Parquet data set of face embeddings",
         "Give every face of INPUT a cluster id and publish the labels under OUTPUT:\n"
         "  OUTPUT/labels/run=<run id>/part-*.parquet   id (its own type), cluster (int64), in input order\n"
-        "  OUTPUT/latest.json                          points to the labels in force; replaced atomically\n"
+        "  OUTPUT/latest.json                          names the current labels; replaced atomically\n"
         "Run the same command again after an interruption: it continues from what is finished.",
     )
     _settings_parser(
         commands,
         "nightly",
-        "cluster a growing data set again, at the cost of what is new",
-        "As `cluster`, but building on the run that OUTPUT/latest.json names: files that are as they were are not read again,\n"
-        "only new and changed faces are searched, and a cluster keeps its id from night to night. Also written:\n"
+        "cluster a growing data set again: an incremental run",
+        "An incremental run on top of the current one: only new and changed files are read, only their faces are searched "
+        "for,\n"
+        "and a cluster keeps its id. Also written:\n"
         "  OUTPUT/events/run=<run id>/   what became of the clusters: created, grown, shrunk, merged, split, vanished\n"
-        "  OUTPUT/moves/run=<run id>/    every face whose cluster is another now (from or to null: new, or gone)\n"
-        "The first night does everything, and so does every --full-every'th.",
+        "  OUTPUT/moves/run=<run id>/    every face in another cluster than before (from or to null: new, or removed)\n"
+        "The first run on an OUTPUT is a full run, and so is every --full-every'th.",
     )
     evaluate = _add_command(
         commands,
@@ -110,14 +113,12 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("labels", metavar="LABELS", help="an OUTPUT folder (follows latest.json) or label Parquet")
     evaluate.add_argument("truth", metavar="TRUTH", help="Parquet with an id and a label column; a file, folder or glob")
     evaluate.add_argument("--label-column", default="label", metavar="TEXT", help="identity column of TRUTH (default: label)")
-    evaluate.add_argument(
-        "--partial", action="store_true", help="TRUTH names a part of the faces: score these, and leave out the others"
-    )
+    evaluate.add_argument("--partial", action="store_true", help="score only the faces that TRUTH names")
     evaluate.add_argument("--id-column", default="id", metavar="TEXT", help="id column of TRUTH (default: id)")
     compare = _add_command(
         commands,
         "compare",
-        "run every known clustering method on one neighbor table and score them",
+        "run published clustering methods on one neighbor table and score them",
         "Cluster INPUT once, run every method on its neighbor table, and score each against TRUTH: a table as text and CSV,\n"
         "a plot, and each method's labels, in OUTPUT/compare/run=<run id>/. Needs the methods extra.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -128,7 +129,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--output", default="compare-out", metavar="OUTPUT", help="folder or s3:// prefix (default: compare-out)"
     )
     compare.add_argument(
-        "--methods", metavar="A,B", help="only these methods (default: all that need not be told how many clusters there are)"
+        "--methods", metavar="A,B", help="only these methods (default: all but those that need the number of clusters)"
     )
     compare.add_argument("--label-column", default="label", metavar="TEXT", help="identity column of TRUTH (default: label)")
     _add_settings(compare, "compare")
@@ -148,18 +149,18 @@ def build_parser() -> argparse.ArgumentParser:
     scaling.add_argument("--faces", metavar="100k,1M", help="numbers of faces, from INPUT's first on (default: all)")
     scaling.add_argument("--repeats", type=int, default=3, metavar="N", help="runs of each, interleaved (default: 3)")
     scaling.add_argument("--predict", metavar="8:5M,16:5M", help="workers:faces to project (default: up to 8 times as many)")
-    _add_settings(scaling, "scaling", ("workers", "run_id", "restart", "work_dir", "labels_table", "thumbnails"))
+    _add_settings(scaling, "scaling")
     plan = _add_command(
         commands,
         "plan",
-        "tell what a run will take, and whether it fits",
-        "Look at a sample of INPUT and at the cluster: faces, edges, memory, disk and seconds to be expected. Writes nothing.\n"
-        "Exit code 2 where the run cannot fit, with what to change.",
+        "predict time, memory and disk of a run, and check that it fits",
+        "Predict faces, edges, memory, disk and seconds from a sample of INPUT and the Ray cluster. Writes nothing.\n"
+        "Exit code 2 if the run cannot fit; the message says what to change.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     plan.add_argument("input", metavar="INPUT", help="as for cluster")
     plan.add_argument("output", metavar="OUTPUT", nargs="?", default=".", help="as for cluster; for the space on its disk")
-    _add_settings(plan, "plan", ("run_id", "restart", "labels_table", "thumbnails"))
+    _add_settings(plan, "plan")
     synthesize = _add_command(
         commands,
         "synthesize",
@@ -177,13 +178,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--look",
         default="plain",
         metavar="NAME",
-        help="plain: people well apart; ms1m: as in MS-Celeb-1M, with poor photos and wrong labels (default: plain)",
+        help="plain: identities far apart; ms1m: as in MS-Celeb-1M, with poor photos and wrong labels (default: plain)",
     )
     synthesize.add_argument("--seed", type=int, default=0, metavar="N", help="seed; same arguments, same faces (default: 0)")
     imports = _add_command(
         commands,
         "import",
-        "turn a published benchmark's files into Parquet",
+        "convert a published benchmark's files to Parquet",
         "Write FEATURES (.bin of float32, or .npy) and their labels as Parquet (id, embedding, label) into the folder OUTPUT.",
     )
     imports.add_argument("features", metavar="FEATURES", help="a local .bin file of float32 rows, or a .npy array [faces, dim]")
@@ -194,21 +195,21 @@ def build_parser() -> argparse.ArgumentParser:
         commands,
         "runs",
         "list the runs of an OUTPUT",
-        "State, furthest stage, age and size of every run of OUTPUT, the newest first; * marks the one in force.",
+        "State, furthest stage, age and size of every run of OUTPUT, the newest first; * marks the current one.",
     )
     clean = _add_command(
         commands,
         "clean",
         "remove old runs of an OUTPUT",
-        "Remove all but the newest runs of OUTPUT with their labels; never the run in force, nor one that may be "
-        "at work (unfinished, and begun or continued within a day).",
+        "Remove all but the newest runs of OUTPUT with their labels; never the current run, nor an unfinished one "
+        "that was begun or continued within a day.",
     )
-    clean.add_argument("--keep", type=int, required=True, metavar="N", help="runs to keep beside the one in force")
-    clean.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+    clean.add_argument("--keep", type=int, required=True, metavar="N", help="runs to keep beside the current one")
+    clean.add_argument("--dry-run", action="store_true", help="only list what would be removed")
     diff = _add_command(
         commands,
         "diff",
-        "tell what changed between two runs of an OUTPUT",
+        "list what changed between two runs of an OUTPUT",
         "Count the faces that moved, came and went between RUN_A and RUN_B and what became of the clusters, and list both as "
         "events.parquet and moves.parquet.",
     )
@@ -221,18 +222,18 @@ def build_parser() -> argparse.ArgumentParser:
     status = _add_command(
         commands,
         "status",
-        "tell how far a run of an OUTPUT is",
-        "Stage, step, rows, rate and retries of the run at work, or of the last one, from anywhere that can read OUTPUT.",
+        "show how far a run of an OUTPUT is",
+        "Stage, step, rows, rate and retries of a running run, or of the last one, from any machine that can read OUTPUT.",
     )
-    status.add_argument("--run-id", metavar="ID", help="a run (default: the one that spoke last)")
+    status.add_argument("--run-id", metavar="ID", help="a run (default: the one with the last heartbeat)")
     report = _add_command(
         commands,
         "report",
         "write the report of a run again",
-        "Write report.html and its charts for a finished run of OUTPUT; every run writes its own when it is done.",
+        "Write report.html and its charts for a finished run of OUTPUT; every run writes its own at the end.",
     )
-    report.add_argument("--run-id", metavar="ID", help="a run (default: the one in force)")
-    report.add_argument("--thumbnails", metavar="TEMPLATE", help=SETTINGS["thumbnails"].metadata["help"])
+    report.add_argument("--run-id", metavar="ID", help="a run (default: the current one)")
+    report.add_argument("--thumbnails", metavar="TEMPLATE", help=SETTINGS["thumbnails"].help)
     report.add_argument("--to", metavar="FOLDER", help="where it goes (default: OUTPUT/reports/run=<run id>)")
     for command in (runs, clean, status, report):
         command.add_argument("output", metavar="OUTPUT", help="OUTPUT of cluster commands")

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 class Step:
     """One set of like tasks at work, or done. begun: Unix time, seconds; seconds: wall time so far; rows: of all tasks (0:
     they are not counted in rows); cpus: of the cluster; busy_seconds: of all its tasks, as their workers measured;
-    longest_seconds: of the longest; read_bytes, written_bytes: what its tasks read and wrote (`storage.object_store.moved`);
+    longest_seconds: of the longest; read_bytes, written_bytes: what its tasks read and wrote (`storage.traffic.moved`);
     peak_bytes: largest resident memory of a worker; retries: by cause."""
 
     label: str

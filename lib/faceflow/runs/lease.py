@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 
 from faceflow.errors import PublishError, RunError
 from faceflow.storage import layout
-from faceflow.storage.decoding import decode
+from faceflow.storage.json_records import decode
 from faceflow.storage.manifests import StepRecord
 from faceflow.storage.object_store import Store
 

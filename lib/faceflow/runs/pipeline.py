@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass
 
 from faceflow.cluster.executor import Executor
-from faceflow.config import ClusterConfig, digest
+from faceflow.config import ClusterConfig
 from faceflow.errors import InputError, RunError, SettingsError
 from faceflow.logs import bind, event
 from faceflow.runs import publication
@@ -29,6 +29,7 @@ from faceflow.stages.results import Results
 from faceflow.stages.search.stage import warm_up
 from faceflow.storage import layout
 from faceflow.storage.inputs import Listing
+from faceflow.storage.json_records import digest
 from faceflow.storage.layout import RunStores
 from faceflow.storage.object_store import Store
 from faceflow.storage.pointer import Pointer, read_pointer

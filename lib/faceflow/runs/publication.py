@@ -30,8 +30,8 @@ log = logging.getLogger("faceflow")
 
 @dataclass(frozen=True)
 class ReportRequest:
-    """Request: the report of a run. thumbnails: URL or path with {id}, where its faces' pictures are; to: the folder (None: below
-    OUTPUT)."""
+    """Request: the report of a run. thumbnails: URL or path with {id}, where its faces' pictures are; to: the folder (None:
+    below OUTPUT)."""
 
     output: Store
     run: Store
@@ -54,7 +54,8 @@ WriteReport = Callable[[ReportRequest], WrittenReport]
 
 
 def check_labels_table(config: ClusterConfig) -> None:
-    """Raise SettingsError where the labels table overlaps what a run reads or writes, InputError where it is no labels table."""
+    """Raise SettingsError where the labels table overlaps what a run reads or writes, InputError where it is no labels
+    table."""
     table = config.labels_table
     if table is None:
         return
@@ -119,7 +120,8 @@ def set_current(job: Job, pointer: Pointer) -> None:
             give_up(output, job.runs, run_id)
             raise PublishError(
                 f"run {winner} published to {output.root} while the incremental run {run_id} was running: the labels of "
-                f"{winner} are current, and those of {run_id} are removed. The next `nightly` (with another --run-id, if you name one) "
+                f"{winner} are current, and those of {run_id} are removed. The next `nightly` (with another --run-id, if "
+                f"you name one) "
                 "builds on them"
             ) from None
         raise PublishError(

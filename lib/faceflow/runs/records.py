@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 
 from faceflow.config import ClusterConfig
 from faceflow.storage import layout
-from faceflow.storage.decoding import decode
+from faceflow.storage.json_records import decode
 from faceflow.storage.object_store import Store
 
 BEGUN, PUBLISHED, REFUSED, SUPERSEDED = "begun", "published", "refused", "superseded"

@@ -17,7 +17,8 @@ from faceflow.stages.results import Results, StageResult
 from faceflow.storage.inputs import Listing
 from faceflow.storage.layout import RunStores
 from faceflow.storage.manifests import Fingerprint
-from faceflow.storage.object_store import Store, moved
+from faceflow.storage.object_store import Store
+from faceflow.storage.traffic import moved
 from faceflow.tables import Parts
 
 R = TypeVar("R", bound=StageResult, covariant=True)

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from faceflow.kernels.knn.recall import RecallEstimate
 from faceflow.storage import manifests
-from faceflow.storage.inputs import TableSnapshot
+from faceflow.storage.file_info import TableSnapshot
 from faceflow.storage.layout import STAGES
 from faceflow.storage.manifests import Manifest
 from faceflow.storage.object_store import Store

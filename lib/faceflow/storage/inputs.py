@@ -10,7 +10,7 @@ import stat
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -20,18 +20,11 @@ import pyarrow.parquet as pq
 from faceflow.config import StorageOptions
 from faceflow.errors import InputError, SettingsError, one_line
 from faceflow.storage import table_formats
-from faceflow.storage.object_store import FileInfo, Store, explain
+from faceflow.storage.file_info import FileInfo, TableSnapshot
+from faceflow.storage.object_store import Store, explain
 from faceflow.storage.s3_options import endpoint_of
 
 FOOTERS_AT_ONCE = 8
-
-
-@dataclass(frozen=True)
-class TableSnapshot:
-    """Which state of a table an input is. format: delta or iceberg; snapshot: Delta's version or Iceberg's snapshot id."""
-
-    format: str
-    snapshot: int
 
 
 class Listing(NamedTuple):

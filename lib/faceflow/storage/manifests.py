@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Generic, TypeVar
 
-from faceflow.config import digest
 from faceflow.errors import FingerprintError
 from faceflow.storage import layout
-from faceflow.storage.decoding import decode
+from faceflow.storage.json_records import decode, digest
 from faceflow.storage.object_store import Store
 
 R = TypeVar("R")

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import hashlib
 import json
 import os
 import secrets
 import shutil
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,40 +18,9 @@ import pyarrow as pa
 
 from faceflow.config import StorageOptions
 from faceflow.errors import FaceflowError, PublishError, RunError, SettingsError
+from faceflow.storage import local_files, s3_requests
 from faceflow.storage.s3_options import check_options, endpoint_of
-
-_TEMPORARY = ".tmp-"
-
-LOCK_SECONDS = 30.0
-"""How long a lock is waited for, which is held for milliseconds."""
-
-_moved = [0, 0]
-
-
-def moved() -> tuple[int, int]:
-    """(bytes of the record batches that this process has read, bytes of the files that it has written) so far."""
-    return _moved[0], _moved[1]
-
-
-def count_read(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """The batch, counted as read."""
-    _moved[0] += batch.nbytes
-    return batch
-
-
-@dataclass(frozen=True)
-class FileInfo:
-    """What identifies one version of a file: its address, size, ETag or modification time, and rows, if counted."""
-
-    path: str
-    size: int
-    version: str
-    rows: int | None = None
-
-    @property
-    def state(self) -> list[int | str | None]:
-        """All of it but the address."""
-        return [self.size, self.version, self.rows]
+from faceflow.storage.traffic import count_read, count_written
 
 
 @dataclass(frozen=True)
@@ -136,7 +103,7 @@ class Store:
                 results = self.fs.ls(self.address(relative), detail=False)
             except (FileNotFoundError, NotADirectoryError):
                 return []
-        return sorted(name for name in (p.rstrip("/").rsplit("/", 1)[-1] for p in results) if _TEMPORARY not in name)
+        return sorted(name for name in (p.rstrip("/").rsplit("/", 1)[-1] for p in results) if local_files.TEMPORARY not in name)
 
     def total_size(self, relative: str) -> int:
         """Bytes of all files below a folder; 0 where there is none."""
@@ -176,45 +143,20 @@ class Store:
         durable: also flush it to the disk before it appears (S3 always does).
         """
         with self._explained(relative):
-            if not self.is_local:
-                # One put, or a multipart upload that completes on close: nothing is visible before.
-                handle = self.fs.open(self.address(relative), "wb", block_size=16 * 2**20)
-                try:
-                    yield handle
-                    _moved[1] += handle.tell()
-                except BaseException:
-                    handle.discard()
-                    handle.closed = True
-                    raise
-                handle.close()
-                return
-            path = self.address(relative)
-            folder, name = os.path.split(path)
-            os.makedirs(folder, exist_ok=True)
-            temporary = os.path.join(folder, f"{_TEMPORARY}{name}-{secrets.token_hex(6)}")
-            try:
-                # Nobody else reads a half-written file; whole, it gets the mode that any new file would have.
-                with open(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
+            if self.is_local:
+                with local_files.write_whole(self.address(relative), durable) as file:
                     yield file
-                    _moved[1] += file.tell()
-                    os.fchmod(file.fileno(), 0o666 & ~_umask())
-                    file.flush()
-                    if durable:
-                        os.fsync(file.fileno())
-                os.replace(temporary, path)
-            except BaseException as error:
-                reached = os.path.getsize(temporary) if os.path.exists(temporary) else 0
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(temporary)
-                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                    free = shutil.disk_usage(folder).free
-                    raise RunError(
-                        f"the disk is full: {path} needs more than {reached + free:,} bytes, and {free:,} are free there; make "
-                        "room or give another --work-dir; what is finished is kept, and the same command continues"
-                    ) from None
+                return
+            # One put, or a multipart upload that completes on close: nothing is visible before.
+            handle = self.fs.open(self.address(relative), "wb", block_size=16 * 2**20)
+            try:
+                yield handle
+                count_written(handle.tell())
+            except BaseException:
+                handle.discard()
+                handle.closed = True
                 raise
-            if durable:
-                _sync_folder(folder)
+            handle.close()
 
     def write_bytes(self, relative: str, data: bytes, durable: bool = False) -> None:
         with self.open_write(relative, durable) as file:
@@ -245,38 +187,17 @@ class Store:
         data = _json_bytes(value)
         lost = PublishError(f"{self.address(relative)} was replaced by another run meanwhile; it stays as that run left it")
         with self._explained(relative):
-            if not self.is_local:
-                bucket, _, key = self.address(relative)[len("s3://") :].partition("/")
-                condition = {"IfNoneMatch": "*"} if expected is None else {"IfMatch": expected}
-                try:
-                    return str(self.fs.call_s3("put_object", Bucket=bucket, Key=key, Body=data, **condition)["ETag"])
-                except Exception as error:
-                    if not _is_precondition_failure(error):
-                        raise
-                    # A put whose answer was lost on the way is sent again, and then finds itself there.
-                    results, version = self.read_versioned(relative)
-                    if results != data or version is None:
-                        raise lost from None
-                    return version
-            path = self.address(relative)
-            folder, name = os.path.split(path)
-            os.makedirs(folder, exist_ok=True)
-            temporary = os.path.join(folder, f"{_TEMPORARY}{name}-{secrets.token_hex(6)}")
-            try:
-                # Written and flushed before the lock, which is held for a look and a rename: a process may be suspended there.
-                with open(temporary, "xb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
-                with _exclusive(path):
-                    if self.version(relative) != expected:
-                        raise lost
-                    os.replace(temporary, path)
-            finally:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(temporary)
-            _sync_folder(folder)
-            return hashlib.sha256(data).hexdigest()
+            if self.is_local:
+                if not local_files.replace_if(self.address(relative), data, expected):
+                    raise lost
+                return hashlib.sha256(data).hexdigest()
+            version = s3_requests.put_if(self.fs, self.address(relative), data, expected)
+            if version is None:
+                # A put whose answer was lost on the way is sent again, and then finds itself there.
+                content, version = self.read_versioned(relative)
+                if content != data or version is None:
+                    raise lost
+            return version
 
     def read_versioned(self, relative: str) -> tuple[bytes | None, str | None]:
         """(content, version) of a file, which belong together; None where there is no file."""
@@ -292,12 +213,10 @@ class Store:
     def version(self, relative: str) -> str | None:
         """What `replace_json` compares: the ETag on S3, a hash of the content on a disk; None where there is no file."""
         with self._explained(relative):
+            if self.is_local:
+                return local_files.version_of(self.address(relative))
             try:
-                if self.is_local:
-                    with open(self.address(relative), "rb") as file:
-                        return hashlib.sha256(file.read()).hexdigest()
-                bucket, _, key = self.address(relative)[len("s3://") :].partition("/")
-                return str(self.fs.call_s3("head_object", Bucket=bucket, Key=key)["ETag"])
+                return s3_requests.etag(self.fs, self.address(relative))
             except FileNotFoundError:
                 return None
 
@@ -309,21 +228,9 @@ class Store:
         """
         with self._explained(target):
             if self.is_local and source.is_local:
-                path = self.address(target)
-                os.makedirs(os.path.dirname(path), exist_ok=True)
-                temporary = os.path.join(os.path.dirname(path), f"{_TEMPORARY}link-{secrets.token_hex(6)}")
-                try:
-                    os.link(source.address(relative), temporary)
-                except OSError:
+                if not local_files.link(source.address(relative), self.address(target)):
                     with self.open_write(target) as file, open(source.address(relative), "rb") as original:
                         shutil.copyfileobj(original, file, 16 * 2**20)
-                else:
-                    try:
-                        os.replace(temporary, path)
-                    finally:
-                        # Of two names of one file nothing becomes of a rename: the first stays.
-                        with contextlib.suppress(FileNotFoundError):
-                            os.unlink(temporary)
             elif not self.is_local and not source.is_local and self.options == source.options:
                 self.fs.copy(source.address(relative), self.address(target))
             else:
@@ -342,34 +249,12 @@ class Store:
         never completed, begun before `older_than` (Unix time); returns how many."""
         with self._explained(""):
             if self.is_local:
-                results = [
-                    os.path.join(folder, name)
-                    for folder, _, names in os.walk(self.root)
-                    for name in names
-                    if name.startswith(_TEMPORARY)
-                ]
-                removed = 0
-                for path in results:
-                    with contextlib.suppress(FileNotFoundError):
-                        if os.path.getmtime(path) < older_than:
-                            os.unlink(path)
-                            removed += 1
-                return removed
-            bucket, _, prefix = self.root[len("s3://") :].partition("/")
-            removed, more = 0, dict[str, str]()
-            while True:
-                listed = self.fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=f"{prefix}/", **more)
-                for upload in listed.get("Uploads") or []:
-                    if upload["Initiated"].timestamp() < older_than:
-                        self.fs.call_s3("abort_multipart_upload", Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
-                        removed += 1
-                if not listed.get("IsTruncated"):
-                    return removed
-                more = {"KeyMarker": listed["NextKeyMarker"], "UploadIdMarker": listed["NextUploadIdMarker"]}
+                return local_files.remove_temporaries(self.root, older_than)
+            return s3_requests.abort_uploads(self.fs, f"{self.root}/", older_than)
 
     def check_writable(self) -> None:
         """Write and remove a small file. Raises SettingsError with the cause."""
-        probe = f"{_TEMPORARY}check-{secrets.token_hex(6)}"
+        probe = f"{local_files.TEMPORARY}check-{secrets.token_hex(6)}"
         try:
             if self.is_local:
                 os.makedirs(self.root, exist_ok=True)
@@ -385,11 +270,11 @@ class Store:
     def check_conditional_writes(self) -> None:
         """Write a small file twice, on conditions of which the second does not hold, and remove it: leases and the pointer to
         the published labels rest on a store's refusal. Raises SettingsError where it does not refuse."""
-        name = f"{_TEMPORARY}condition-{secrets.token_hex(6)}"
+        name = f"{local_files.TEMPORARY}condition-{secrets.token_hex(6)}"
         try:
             if self.is_local:
                 os.makedirs(self.root, exist_ok=True)
-                honoured = _locks_exclude(self.address(name))
+                honoured = local_files.locks_exclude(self.address(name))
             else:
                 honoured = self._refuses_stale_puts(name)
         except Exception as error:
@@ -450,68 +335,5 @@ def explain(error: BaseException) -> str:
     return "Bad Request (without a reason: expired credentials are a usual one)" if text == "Bad Request" else text
 
 
-@functools.lru_cache(maxsize=1)
-def _umask() -> int:
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
-
-
 def _json_bytes(value: Any) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
-
-
-def _sync_folder(folder: str) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _exclusive(path: str) -> Iterator[None]:
-    import fcntl
-
-    # A kernel lock ends with its process, so a killed run never leaves the output locked; a suspended one may.
-    name = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.lock")
-    deadline = time.monotonic() + LOCK_SECONDS
-    with open(name, "w") as lock:
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise OSError(
-                        f"another process has held the lock {name} for {LOCK_SECONDS:.0f} s: it may be suspended; end it "
-                        "(`fuser` names it)"
-                    ) from None
-                time.sleep(0.01)
-        yield
-
-
-def _locks_exclude(path: str) -> bool:
-    """Whether a lock on a file that one handle holds keeps out another."""
-    import fcntl
-
-    try:
-        with open(path, "w") as first, open(path, "w") as second:
-            fcntl.flock(first, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            try:
-                fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-            return False
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
-
-
-def _is_precondition_failure(error: BaseException | None) -> bool:
-    while error is not None:
-        code = str(getattr(error, "response", {}).get("Error", {}).get("Code", ""))
-        if code in ("PreconditionFailed", "412", "ConditionalRequestConflict", "409") or "PreconditionFailed" in str(error):
-            return True
-        error = error.__cause__
-    return False

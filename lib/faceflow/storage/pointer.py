@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, field
 
 from faceflow.errors import InputError, RunError
 from faceflow.storage import layout
-from faceflow.storage.decoding import decode
-from faceflow.storage.inputs import TableSnapshot
+from faceflow.storage.file_info import TableSnapshot
+from faceflow.storage.json_records import decode
 from faceflow.storage.object_store import Store
 
 

@@ -15,7 +15,8 @@ import pyarrow as pa
 
 from faceflow.errors import InputError, PublishError, RunError, SettingsError, one_line
 from faceflow.storage import columns
-from faceflow.storage.object_store import FileInfo, Store, explain
+from faceflow.storage.file_info import FileInfo
+from faceflow.storage.object_store import Store, explain
 
 INSTALL = "it takes the lakes extra: pip install 'faceflow[lakes]'"
 

@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 from faceflow.errors import InputError, did_you_mean, one_line
 from faceflow.storage import columns
 from faceflow.storage.inputs import open_input
-from faceflow.storage.object_store import Store, count_read, explain
+from faceflow.storage.object_store import Store, explain
+from faceflow.storage.traffic import count_read
 
 PART_FACES = 131_072
 SMALL_PART = 16_384

@@ -29,8 +29,8 @@ class Bar:
 
 @dataclass(frozen=True)
 class StageRow:
-    """A stage on the timeline and in the table: start and seconds from the run's begin; busy, available: CPU seconds; the others
-    as text."""
+    """A stage on the timeline and in the table: start and seconds from the run's begin; busy, available: CPU seconds; the
+    others as text."""
 
     name: str
     start: float
@@ -192,7 +192,8 @@ def _warnings(results: Results, record: RunRecord) -> list[str]:
     threshold = results.quantize.threshold
     if threshold.automatic and threshold.valley is None:
         warnings.append(
-            "No valley between genuine and impostor similarities, so the similarity threshold is a guess: look at the clusters, "
+            "No valley between genuine and impostor similarities, so the similarity threshold is a guess: look at the "
+            "clusters, "
             "and set --min-similarity if you know a better one."
         )
     if results.search.recall.estimate < float(str(record.settings["min_recall"])):
@@ -228,7 +229,8 @@ def _threshold_sentence(threshold: ThresholdResult, faces: int) -> str:
         return f"Faces are neighbors from a cosine of {threshold.similarity:.3f}, as given (--min-similarity)."
     return (
         f"Faces are neighbors from a cosine of {threshold.similarity:.3f}, found without labels: by the fitted flanks one pair "
-        f"in ten there is an impostor pair. Among {faces:,} faces a face has at most {threshold.impostors_per_face:.3g} impostor "
+        f"in ten there is an impostor pair. Among {faces:,} faces a face has at most {threshold.impostors_per_face:.3g} "
+        f"impostor "
         "neighbors on average."
     )
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib.resources import files
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,9 +19,6 @@ from faceflow.storage.pointer import current_run_id
 from faceflow.tools import figures
 from faceflow.tools.report.data import ReportData, report_data
 from faceflow.tools.report.pictures import image_sources
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 PAGE = "report.html"
 
@@ -63,7 +59,7 @@ def write_report(request: ReportRequest) -> Written:
     return Written(folder.address(PAGE), len(shown), sum(face.image is not None for face in shown))
 
 
-def _render(data: ReportData, drawn: dict[str, Figure], thumbnails: str | None) -> str:
+def _render(data: ReportData, drawn: dict[str, figures.Figure], thumbnails: str | None) -> str:
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
@@ -78,7 +74,7 @@ def _render(data: ReportData, drawn: dict[str, Figure], thumbnails: str | None) 
     return page
 
 
-def _figures(results: Results, record: RunRecord, data: ReportData) -> dict[str, Figure]:
+def _figures(results: Results, record: RunRecord, data: ReportData) -> dict[str, figures.Figure]:
     threshold, search, publish = results.quantize.threshold, results.search, results.publish
     cpus = max([1, *(step.cpus for manifest in results.manifests.values() for step in manifest.steps)])
     pairs = np.array(threshold.pairs) if threshold.pairs else None

@@ -1,7 +1,9 @@
-"""JSON records read back as the dataclasses that they were written from."""
+"""JSON records: read back as the dataclasses that they were written from, and hashed."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -21,3 +23,9 @@ def decode(kind: type[T], record: object) -> T | None:
     except ValidationError:
         return None
     return value
+
+
+def digest(value: Any) -> str:
+    """Stable short hash of a JSON-like value."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
