@@ -66,14 +66,14 @@ def clusters_of(output: Path) -> np.ndarray:
 
 
 def thresholds_of(output: Path, run_id: str) -> dict[str, Any]:
-    counts = json.loads((output / "_runs" / run_id / "manifests" / "quantize.json").read_text())["counts"]
-    return {key: counts[key] for key in ("threshold", "support_threshold", "valley", "impostors_per_face")}
+    found = json.loads((output / "_runs" / run_id / "manifests" / "quantize.json").read_text())["result"]["threshold"]
+    return {key: found[key] for key in ("similarity", "support", "valley", "impostors_per_face")}
 
 
 def tables(output: Path, run_id: str) -> NeighborTable:
     """The neighbor tables of a run, as one."""
     run = Store.at(str(output / "_runs" / run_id))
-    starts = json.loads((output / "_runs" / run_id / "manifests" / "ingest.json").read_text())["counts"]["starts"]
+    starts = json.loads((output / "_runs" / run_id / "manifests" / "ingest.json").read_text())["result"]["starts"]
     parts = [NeighborTable.from_batch(run.read_batch(layout.part("neighbors", p)), 0) for p in range(len(starts) - 1)]
     offsets = np.concatenate([[0], *(np.diff(part.offsets) for part in parts)]).cumsum()
     return NeighborTable(0, offsets, np.concatenate([p.rows for p in parts]), np.concatenate([p.values for p in parts]))
@@ -104,7 +104,7 @@ def sweep(table: NeighborTable, identities: np.ndarray, lowest: float, highest: 
 
 
 def recipes(table: NeighborTable, identities: np.ndarray, thresholds: dict[str, Any]) -> dict[str, float]:
-    above = table.values >= np.float32(thresholds["threshold"])
+    above = table.values >= np.float32(thresholds["similarity"])
     block = edge_recipes.kept((table.offsets, table.rows, table.values), above)
     *block, order = compress([block], 2)
     out = {}
@@ -123,11 +123,11 @@ def compare(name: str, source: str, folder: Path) -> dict[str, Any]:
     seconds = time.perf_counter() - begun
     ours = f_of(clusters_of(folder / "default"), identities)
     thresholds = thresholds_of(folder / "default", run["run_id"])
-    lowest = max(0.0, round(thresholds["threshold"] - REACH, 2))
+    lowest = max(0.0, round(thresholds["similarity"] - REACH, 2))
     wide = job(source, folder / "wide", "--min-similarity", str(lowest), "--edges", "threshold", "--neighbors", "200",
                "--min-recall", "0")  # fmt: skip
     table = tables(folder / "wide", wide["run_id"])
-    best = sweep(table, identities, lowest, thresholds["threshold"] + REACH)
+    best = sweep(table, identities, lowest, thresholds["similarity"] + REACH)
     line = {"set": name, "faces": len(identities), "default": round(ours, 4), "best_fixed": best}
     line["ahead"] = round(ours - best["f"], 4)
     line |= thresholds | {"recipes": recipes(table, identities, thresholds), "seconds": round(seconds, 1)}
@@ -145,17 +145,17 @@ def growth(faces: int, look: str, folder: Path) -> list[dict[str, Any]]:
         run = job(source, folder / f"default-{times}")
         ours = f_of(clusters_of(folder / f"default-{times}"), identities)
         thresholds = thresholds_of(folder / f"default-{times}", run["run_id"])
-        lowest = tuned["threshold"] if tuned else max(0.0, round(thresholds["threshold"] - REACH, 2))
+        lowest = tuned["threshold"] if tuned else max(0.0, round(thresholds["similarity"] - REACH, 2))
         wide = job(source, folder / f"wide-{times}", "--min-similarity", str(lowest), "--edges", "threshold", "--neighbors",
                    str(tuned.get("neighbors", 200)), "--min-recall", "0")  # fmt: skip
         table = tables(folder / f"wide-{times}", wide["run_id"])
-        tuned = tuned or sweep(table, identities, lowest, thresholds["threshold"] + REACH)
+        tuned = tuned or sweep(table, identities, lowest, thresholds["similarity"] + REACH)
         theirs = plain(table, tuned["neighbors"], tuned["threshold"], identities)
         line = {"faces": faces * times, "default": round(ours, 4), "tuned_at_first": round(theirs, 4)}
         lines.append(
             line
             | {
-                "threshold": thresholds["threshold"],
+                "threshold": thresholds["similarity"],
                 "tuned_threshold": tuned["threshold"],
                 "tuned_neighbors": tuned["neighbors"],
             }

@@ -40,7 +40,7 @@ from tests.benchmarks.search import PeakMemory
 
 def read_edges(folder: str) -> tuple[list[EdgeList], int]:
     run = Store.at(folder)
-    starts = json.loads((Path(folder) / "manifests" / "ingest.json").read_text())["counts"]["starts"]
+    starts = json.loads((Path(folder) / "manifests" / "ingest.json").read_text())["result"]["starts"]
     parts = [EdgeList.from_batch(run.read_batch(layout.part("edges", p)), starts[p]) for p in range(len(starts) - 1)]
     return parts, starts[-1]
 

@@ -21,6 +21,7 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,14 @@ import pyarrow.parquet as pq
 
 from faceflow import ClusterConfig
 from faceflow.cluster.executor import Executor
-from faceflow.runs import pipeline
 from faceflow.runs.lease import claim
+from faceflow.runs.stage_runner import advance
+from faceflow.runs.stages import STAGES
 from faceflow.runs.status import Watcher
 from faceflow.stages.artifacts.faces import read_vectors
 from faceflow.stages.base import Context
+from faceflow.stages.results import Results
+from faceflow.stages.search.stage import warm_up
 from faceflow.storage import layout
 from faceflow.storage.layout import RunStores
 from faceflow.storage.object_store import Store
@@ -155,15 +159,16 @@ def compare(a: argparse.Namespace, source: Path, output: Path, k: int, threshold
     stores = RunStores.of(Store.at(str(output)), Store.at(str(output / "_runs")), "bench")
     memory = PeakMemory()
     memory.start()
-    done: dict[str, Any] = {}
+    results = Results({})
     lease = claim(stores.run, "bench")
-    with Executor(None, a.workers, progress=False, warm_up=pipeline.search.warm_up) as executor:
-        for stage in pipeline.STAGES[:3]:
-            context = Context(config, stores, executor, done)
-            done[stage.name] = pipeline.advance(stage, context, Watcher(lease))
+    with Executor(None, a.workers, progress=False, warm_up=warm_up) as executor:
+        for stage in STAGES[:3]:
+            made = advance(stage, Context(config, stores, executor, results), Watcher(lease))
+            assert isinstance(made, Results), made
+            results = made
         usage = executor.usage.by_label
     peak = memory.stop()
-    parts, dim, run = context.parts, context.dim, stores.run
+    parts, dim, run = results.parts, results.ingest.dim, stores.run
     x = np.concatenate([read_vectors(run, p, dim) for p in range(len(parts))])
 
     rng = np.random.default_rng(5)
@@ -174,20 +179,22 @@ def compare(a: argparse.Namespace, source: Path, output: Path, k: int, threshold
     true_s, truth = flat.search(x[checked], k + 1)
     truth, true_s = drop_self(truth, true_s, checked, k)
     least = -2.0 if threshold is None else threshold
-    results = check_tables(run, parts, x, checked, k, threshold)
-    recall = recall_of(truth, true_s, results, least)
+    tables = check_tables(run, parts, x, checked, k, threshold)
+    recall = recall_of(truth, true_s, tables, least)
     assert recall >= a.min_recall, f"edge recall {recall} is below {a.min_recall}: no time is worth printing"
 
-    ours = round(done["quantize"].seconds + done["search"].seconds, 2)
-    plan, search = done["quantize"].counts, done["search"].counts
+    quantize, search = (results.manifests[stage].seconds for stage in ("quantize", "search"))
+    ours, cells = round(quantize + search, 2), results.quantize.cells
+    assert cells is not None
     line: dict[str, Any] = {
         "faces": len(x), "dim": dim, "k": k, "threshold": threshold, "workers": a.workers,
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs", "faiss": faiss.__version__,
         "faceflow": {
-            "seconds": ours, "quantize": done["quantize"].seconds, "search": done["search"].seconds,
-            "of_which_certificate": search["certificate_seconds"], "recall": round(recall, 5), "certificate": search["recall"],
-            "cells": plan["cells"], "mean_probes": plan["mean_probes"], "shards": plan["shards"],
-            "bytes_moved": plan["bytes_moved"], "peak_bytes_all_processes": peak,
+            "seconds": ours, "quantize": quantize, "search": search,
+            "of_which_recall": results.search.recall_seconds, "recall": round(recall, 5),
+            "recall_estimate": asdict(results.search.recall),
+            "cells": cells.cells, "mean_probes": cells.mean_probes, "shards": cells.shards,
+            "bytes_moved": cells.bytes_moved, "peak_bytes_all_processes": peak,
             "busy_seconds": {name: round(value, 2) for name, value in usage.items()},
         },
     }  # fmt: skip
@@ -198,7 +205,7 @@ def compare(a: argparse.Namespace, source: Path, output: Path, k: int, threshold
         if name == "flat":
             index, knob = flat, None
         elif name == "ivf":
-            index, knob = faiss.IndexIVFFlat(faiss.IndexFlatIP(dim), dim, plan["cells"], faiss.METRIC_INNER_PRODUCT), "nprobe"
+            index, knob = faiss.IndexIVFFlat(faiss.IndexFlatIP(dim), dim, cells.cells, faiss.METRIC_INNER_PRODUCT), "nprobe"
             index.cp.spherical, index.cp.niter, index.cp.max_points_per_centroid = True, 5, 64
             index.train(x)
             index.add(x)

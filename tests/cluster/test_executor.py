@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +21,20 @@ from faceflow.stages.base import open_executor
 from tests.conftest import ROOT
 
 
-def fails_until(flag: str, times: int, kind: str, value: int, steps: int = 1) -> tuple[int, int]:
-    """In the worker: fail in this way the first `times` times."""
+@dataclass(frozen=True)
+class Failing:
+    """Request: fail in this way the first `times` times."""
+
+    flag: str
+    times: int
+    kind: str
+    value: int
+    steps: int = 1
+
+
+def fails_until(request: Failing) -> tuple[int, int]:
+    """In the worker: fail, or return the value."""
+    flag, times, kind = request.flag, request.times, request.kind
     tries = len(list(Path(flag).parent.glob(f"{Path(flag).name}-*")))
     if tries < times:
         Path(f"{flag}-{tries}").touch()
@@ -31,19 +44,19 @@ def fails_until(flag: str, times: int, kind: str, value: int, steps: int = 1) ->
             np.empty((2**45,), np.float64)
         raise {"io": OSError("connection reset"), "denied": PermissionError("access denied"), "bug": KeyError("x"),
                "input": InputError("bad row")}[kind]  # fmt: skip
-    return value, steps
+    return request.value, request.steps
 
 
-def twice(task: tuple[object, ...]) -> tuple[object, ...]:
-    return (*task[:-1], 2 * task[-1])  # type: ignore[operator]
+def twice(request: Failing) -> Failing:
+    return replace(request, steps=2 * request.steps)
 
 
 @pytest.mark.usefixtures("ray_session")
 @pytest.mark.parametrize(("kind", "steps"), [("io", 1), ("kill", 2), ("memory", 4)])
 def test_a_task_that_fails_is_tried_again(tmp_path: Path, kind: str, steps: int) -> None:
-    tasks = [(str(tmp_path / f"{i}"), 2 if i == 1 else 0, kind, i, 1) for i in range(6)]
+    requests = [Failing(str(tmp_path / f"{i}"), 2 if i == 1 else 0, kind, i) for i in range(6)]
     with Executor() as executor:
-        results = executor.map(fails_until, tasks, "try", smaller=twice)
+        results = executor.map(fails_until, requests, "try", smaller=twice)
     assert results == [(i, steps if i == 1 else 1) for i in range(6)]
 
 
@@ -58,7 +71,7 @@ def test_a_task_that_fails_is_tried_again(tmp_path: Path, kind: str, steps: int)
 )
 def test_what_cannot_pass_is_not_tried_again(tmp_path: Path, kind: str, error: type[Exception], message: str) -> None:
     with Executor() as executor, pytest.raises(error) as caught:
-        executor.map(fails_until, [(str(tmp_path / "f"), 1, kind, 0)], "try")
+        executor.map(fails_until, [Failing(str(tmp_path / "f"), 1, kind, 0)], "try")
     assert str(caught.value) == message
     assert len(list(tmp_path.iterdir())) == 1
 
@@ -74,10 +87,10 @@ def test_waits_longer_each_time_and_gives_up() -> None:
 
 
 def test_a_dead_machine_is_not_the_task_s_fault() -> None:
-    attempt = Attempts((1, 1), "search", twice)
+    attempt = Attempts((1, 1), "search", lambda request: (request[0], 2 * request[1]))
     for _ in range(MACHINE_RETRIES):
         attempt.failed(Cause.MACHINE, "the raylet died", 0.0)
-    assert attempt.task == (1, 1)
+    assert attempt.request == (1, 1)
     assert not attempt.alone
     assert attempt.not_before > 10
 
@@ -86,7 +99,7 @@ def test_memory_halves_the_steps_and_then_says_so() -> None:
     attempt = Attempts((7, 1), "search", lambda task: (task[0], 2 * task[1]))
     for i in range(1, MEMORY_RETRIES + 1):
         attempt.failed(Cause.MEMORY, "killed", 0.0)
-        assert attempt.task == (7, 2**i)
+        assert attempt.request == (7, 2**i)
         assert attempt.alone
     with pytest.raises(RunError, match="even in small steps it needs more memory than there is"):
         attempt.failed(Cause.MEMORY, "killed", 0.0)
@@ -98,10 +111,11 @@ def test_memory_halves_the_steps_and_then_says_so() -> None:
         single.failed(Cause.MEMORY, "killed", 0.0)
 
 
-def fill(gigabytes: float, steps: int) -> int:
+def fill(request: tuple[float, int]) -> int:
     """In the worker: hold so much memory, in the given number of steps."""
     import time
 
+    gigabytes, steps = request
     data = np.ones(int(gigabytes * 2**30 / 8 / steps))
     time.sleep(2)
     return int(data[0]) * steps
@@ -112,10 +126,10 @@ def test_a_worker_that_ray_ends_for_its_memory_is_tried_in_smaller_steps() -> No
     """A private Ray whose memory monitor has its limit 1.5 GB above what the machine uses now, and a task of 4 GB."""
     script = textwrap.dedent("""
         from faceflow.cluster.executor import Executor
-        from tests.cluster.test_executor import fill, twice
+        from tests.cluster.test_executor import fill
         with Executor(workers=2) as executor:
             executor.map(fill, [(0.01, 1)] * 2, "warm")
-            print(executor.map(fill, [(0.1, 1), (4.0, 1)], "search", smaller=twice))
+            print(executor.map(fill, [(0.1, 1), (4.0, 1)], "search", smaller=lambda request: (request[0], 2 * request[1])))
     """)
     memory = psutil.virtual_memory()
     threshold = (memory.total - memory.available + 2.0 * 2**30) / memory.total
@@ -133,7 +147,7 @@ def test_a_worker_that_ray_ends_for_its_memory_is_tried_in_smaller_steps() -> No
     assert "search: it ran out of memory: Ray ended its worker" in done.stderr
 
 
-def threads_here() -> int:
+def threads_there(request: None) -> int:
     """In the worker: threads that compiled loops may use."""
     import numba
 
@@ -144,9 +158,9 @@ def threads_here() -> int:
 def test_compiled_loops_have_the_threads_that_were_asked_for() -> None:
     """Else each of as many tasks as there are CPUs would start as many threads."""
     with open_executor(None, None, progress=False) as executor:
-        asked = executor.call(threads_here, label="all", resources=Resources(cpus=2))
-        assert executor.map(threads_here, [()] * 6, "one") == [1] * 6
-        assert executor.call(threads_here, label="all", resources=Resources(cpus=2)) == asked == 2
+        asked = executor.call(threads_there, None, "all", resources=Resources(cpus=2))
+        assert executor.map(threads_there, [None] * 6, "one") == [1] * 6
+        assert executor.call(threads_there, None, "all", resources=Resources(cpus=2)) == asked == 2
 
 
 @pytest.mark.usefixtures("ray_session")
@@ -158,6 +172,6 @@ def test_ray_gets_one_function_for_all_tasks(monkeypatch: pytest.MonkeyPatch) ->
     remote = ray.remote
     monkeypatch.setattr(ray, "remote", lambda *a, **k: made.append(a) or remote(*a, **k))
     with Executor() as executor:
-        executor.map(threads_here, [()] * 8, "one")
-        executor.map(threads_here, [()] * 8, "again")
+        executor.map(threads_there, [None] * 8, "one")
+        executor.map(threads_there, [None] * 8, "again")
     assert len(made) == 1

@@ -107,7 +107,7 @@ def test_commands_that_compute_nothing_load_no_kernels(tmp_path: Path, arguments
 
 def test_what_ray_prints_goes_to_stderr(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     from faceflow import logs
-    from faceflow.cli.main import main
+    from faceflow.cli import main
 
     def command(arguments: object) -> None:
         print("\x1b[33m(raylet)\x1b[0m the memory runs short")

@@ -80,7 +80,7 @@ def night(lake: Path, output: Path, **more: Any) -> RunResult:
 def table_of(output: Path, run_id: str) -> dict[str, dict[str, float]]:
     """Per id, its neighbors' ids and similarities."""
     run = Store.at(str(output / "_runs" / run_id))
-    counts = json.loads((output / "_runs" / run_id / "manifests" / "ingest.json").read_text())["counts"]
+    counts = json.loads((output / "_runs" / run_id / "manifests" / "ingest.json").read_text())["result"]
     parts = range(len(counts["starts"]) - 1)
     ids: list[str] = []
     for p in parts:
@@ -98,5 +98,5 @@ def table_of(output: Path, run_id: str) -> dict[str, dict[str, float]]:
 
 
 def manifest(output: Path, run_id: str, stage: str) -> dict[str, Any]:
-    results: dict[str, Any] = json.loads((output / "_runs" / run_id / "manifests" / f"{stage}.json").read_text())["counts"]
+    results: dict[str, Any] = json.loads((output / "_runs" / run_id / "manifests" / f"{stage}.json").read_text())["result"]
     return results

@@ -17,7 +17,7 @@ from faceflow import ClusterConfig, run_clustering
 from faceflow.cli.main import main
 from faceflow.errors import FingerprintError, InputError, PublishError
 from faceflow.runs import housekeeping
-from faceflow.stages.ingest import reading
+from faceflow.stages.ingest import id_checks, reading
 from faceflow.storage import layout
 from faceflow.storage.object_store import Store
 from faceflow.tools.evaluate import evaluate
@@ -62,7 +62,7 @@ def test_bad_rows_are_set_aside_and_the_others_are_clustered_as_if_they_were_not
     tmp_path: Path, blobs: Blobs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], buckets: int
 ) -> None:
 
-    monkeypatch.setattr(reading, "BUCKET_IDS", -(-209 // buckets))
+    monkeypatch.setattr(id_checks, "BUCKET_IDS", -(-209 // buckets))
     x, identities = blobs()
     reasons = dirty(tmp_path / "in" / "x", x)
     arguments = ["cluster", str(tmp_path / "in"), str(tmp_path / "out"), "--min-similarity", "0.5", "--quiet", "--json"]
@@ -206,22 +206,22 @@ def test_restart_throws_away_and_begins_again(tmp_path: Path, blobs: Blobs) -> N
 
 
 def test_the_loser_of_a_race_names_the_winner(tmp_path: Path, blobs: Blobs, monkeypatch: pytest.MonkeyPatch) -> None:
-    from faceflow.runs import pipeline
+    from faceflow.runs import publication
 
     pq.write_table(pa.table({"id": np.arange(200), "embedding": blobs()[0].tolist()}), tmp_path / "in.parquet")
-    real = pipeline._publish
+    real = publication.set_current
 
     def config(run_id: str) -> ClusterConfig:
         return ClusterConfig(str(tmp_path / "in.parquet"), str(tmp_path / "out"), run_id=run_id, min_similarity=0.5)
 
     def beaten(*arguments: Any) -> None:
-        monkeypatch.setattr(pipeline, "_publish", real)
+        monkeypatch.setattr(publication, "set_current", real)
         run_clustering(config("winner"), progress=False, report=False)
         real(*arguments)
 
-    monkeypatch.setattr(pipeline, "_publish", beaten)
+    monkeypatch.setattr(publication, "set_current", beaten)
     with pytest.raises(
-        PublishError, match=r"run winner published to .*out while run loser was at work: its labels stay in force"
+        PublishError, match=r"run winner published to .*out while run loser was running: the labels of winner are current"
     ):
         run_clustering(config("loser"), progress=False, report=False)
     assert json.loads((tmp_path / "out" / "latest.json").read_text())["run_id"] == "winner"
@@ -282,5 +282,5 @@ def test_the_same_command_after_raised_probes_is_skipped(tmp_path: Path, blobs: 
         min_similarity=0.7, min_recall=0.99,
     )  # fmt: skip
     first = run_clustering(config, progress=False, report=False)
-    assert json.loads((tmp_path / "out" / "_runs" / "x" / "run.json").read_text())["effort"] > 0
+    assert json.loads((tmp_path / "out" / "_runs" / "x" / "run.json").read_text())["attempt"] > 0
     assert run_clustering(config, progress=False, report=False).recall == first.recall

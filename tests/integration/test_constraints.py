@@ -28,7 +28,7 @@ def test_decisions_of_people_hold_every_night(tmp_path: Path, capsys: pytest.Cap
     must, cannot = [(big[0][0], big[1][0]), (big[1][1], "face-of-tomorrow")], [(big[2][0], big[2][-1]), (big[0][1], big[3][0])]
 
     def write(path: Path) -> str:
-        rows = [(a, b, "must") for a, b in must] + [(a, b, "cannot") for a, b in cannot]
+        rows = [(a, b, "must-link") for a, b in must] + [(a, b, "cannot-link") for a, b in cannot]
         if path.suffix == ".csv":
             path.write_text("id_a,id_b,kind\n" + "".join(f"{a},{b},{kind}\n" for a, b, kind in rows))
         else:
@@ -66,8 +66,8 @@ def test_decisions_of_people_hold_every_night(tmp_path: Path, capsys: pytest.Cap
     )
     (tmp_path / "c.csv").write_text("id_a,id_b,kind\nx,y,maybe\n")
     assert main(arguments) == 2
-    assert "line 2: kind is 'maybe'; it must be 'must' or 'cannot'" in capsys.readouterr().err
-    (tmp_path / "c.csv").write_text("id_a,id_c,kind\nx,y,must\n")
+    assert "line 2: kind is 'maybe'; it must be 'must-link' or 'cannot-link'" in capsys.readouterr().err
+    (tmp_path / "c.csv").write_text("id_a,id_c,kind\nx,y,must-link\n")
     assert main(arguments) == 2
     assert "no column 'id_b'; did you mean" in capsys.readouterr().err
 

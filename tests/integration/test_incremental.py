@@ -18,9 +18,9 @@ from faceflow import ClusterConfig, run_clustering, run_nightly
 from faceflow.cli.main import main
 from faceflow.errors import InputError, SettingsError
 from faceflow.kernels.knn import incremental_search
+from faceflow.stages.ingest import id_checks
 from faceflow.stages.ingest import incremental as ingest_incremental
-from faceflow.stages.ingest import reading
-from faceflow.stages.quantize import stage as quantize
+from faceflow.stages.quantize import incremental as quantize_incremental
 from faceflow.stages.search import incremental as search_incremental
 from faceflow.storage.object_store import Store
 from faceflow.tools.evaluate import evaluate
@@ -40,11 +40,11 @@ CELLS = {"index": "cells", "cells": 5, "probes": 5}
     ("seed", "plan", "constants"),
     [
         (0, {"index": "exact"}, {(ingest_incremental, "MOST_SMALL"): 2}),
-        (1, {"index": "exact"}, {(reading, "BUCKET_IDS"): 90}),
+        (1, {"index": "exact"}, {(id_checks, "BUCKET_IDS"): 90}),
         (
             2,
             CELLS,
-            {(ingest_incremental, "MOST_SMALL"): 100, (search_incremental, "FEWEST_TASKS"): 1, (reading, "BUCKET_IDS"): 90},
+            {(ingest_incremental, "MOST_SMALL"): 100, (search_incremental, "FEWEST_TASKS"): 1, (id_checks, "BUCKET_IDS"): 90},
         ),
         (
             3,
@@ -62,8 +62,8 @@ def test_tables_after_any_sequence_of_nights_are_those_of_a_full_run(
 ) -> None:
     for (module, name), value in constants.items():
         monkeypatch.setattr(module, name, value)
-    monkeypatch.setattr(quantize, "MOST_ACTIVE", 1.0)
-    monkeypatch.setattr(quantize, "MOST_MOVED_IN_CELLS", 1.0)
+    monkeypatch.setattr(quantize_incremental, "MOST_ACTIVE", 1.0)
+    monkeypatch.setattr(quantize_incremental, "MOST_MOVED_IN_CELLS", 1.0)
     lake = Lake(tmp_path / "in", seed)
     for i in range(4):
         lake.add(f"{i * 20:02d}.parquet", 80)
@@ -112,9 +112,10 @@ def test_only_what_changed_is_read_and_counted(tmp_path: Path, caplog: pytest.Lo
     lake.write("1.parquet")
     caplog.set_level("INFO", "faceflow")
     second = night(tmp_path / "in", tmp_path / "out")
-    assert "files: 4 as they were, 1 new, 1 read again, 0 gone" in caplog.text
+    assert "files: 4 unchanged, 1 new, 1 read again, 0 gone" in caplog.text
     counts = manifest(tmp_path / "out", second.run_id, "ingest")
-    assert [counts[key] for key in ("faces", "added", "changed", "removed")] == [510, 20, 1, 10]
+    assert counts["faces"] == 510
+    assert [counts["changes"][key] for key in ("added", "changed", "removed")] == [20, 1, 10]
     assert manifest(tmp_path / "out", second.run_id, "quantize")["incremental"]
     pointer = json.loads((tmp_path / "out" / "latest.json").read_text())
     assert pointer["parent_run_id"] == first.run_id
@@ -129,7 +130,7 @@ def test_only_what_changed_is_read_and_counted(tmp_path: Path, caplog: pytest.Lo
     os.utime(tmp_path / "in" / "3.parquet", (0, 0))  # another time, the same rows
     fourth = night(tmp_path / "in", tmp_path / "out")
     counts = manifest(tmp_path / "out", fourth.run_id, "ingest")
-    assert [counts[key] for key in ("added", "changed", "removed")] == [0, 0, 0]
+    assert [counts["changes"][key] for key in ("added", "changed", "removed")] == [0, 0, 0]
     assert os.path.samefile(
         tmp_path / "out" / "_runs" / second.run_id / "vectors" / "part-00000.arrow",
         tmp_path / "out" / "_runs" / fourth.run_id / "vectors" / "part-00000.arrow",
@@ -142,7 +143,7 @@ def test_only_what_changed_is_read_and_counted(tmp_path: Path, caplog: pytest.Lo
     os.utime(tmp_path / "in" / "4.parquet", ns=(stat.st_atime_ns, stat.st_mtime_ns))  # nobody can see it from outside
     assert night(tmp_path / "in", tmp_path / "out").run_id == fourth.run_id
     verified = night(tmp_path / "in", tmp_path / "out", verify_content=True)
-    assert manifest(tmp_path / "out", verified.run_id, "ingest")["changed"] == 100
+    assert manifest(tmp_path / "out", verified.run_id, "ingest")["changes"]["changed"] == 100
     # A file of the same size and time, but with fewer rows.
     path = tmp_path / "in" / "0.parquet"
     stat = path.stat()
@@ -263,7 +264,7 @@ def test_another_column_is_read_again(tmp_path: Path) -> None:
     pq.write_table(table.append_column("other", other), tmp_path / "in" / "a.parquet")
     night(tmp_path / "in", tmp_path / "out")
     run = night(tmp_path / "in", tmp_path / "out", embedding_column="other")
-    assert manifest(tmp_path / "out", run.run_id, "ingest")["changed"] == 100
+    assert manifest(tmp_path / "out", run.run_id, "ingest")["changes"]["changed"] == 100
     config = ClusterConfig(str(tmp_path / "in"), str(tmp_path / "full"), embedding_column="other", **SETTINGS)
     full = run_clustering(config, progress=False, report=False)
     assert table_of(tmp_path / "out", run.run_id) == table_of(tmp_path / "full", full.run_id)
@@ -282,9 +283,9 @@ def test_other_settings_and_every_nth_night_do_everything(tmp_path: Path) -> Non
     assert full == [False, False, True, False, False]
     lake.add("c.parquet", 5)
     run = night(tmp_path / "in", tmp_path / "out", full_every=3, neighbors=7)
-    assert manifest(tmp_path / "out", run.run_id, "quantize")["because"] == "neighbors was 6, is 7"
+    assert manifest(tmp_path / "out", run.run_id, "quantize")["reason"] == "neighbors was 6, is 7"
     assert replay(tmp_path / "out", labels, run.run_id) == labels_of(tmp_path / "out", run.run_id)
-    with pytest.raises(SettingsError, match="a night needs another --run-id"):
+    with pytest.raises(SettingsError, match="an incremental run needs another --run-id"):
         night(tmp_path / "in", tmp_path / "out", full_every=3, neighbors=7, run_id=run.run_id)
 
 
@@ -328,8 +329,8 @@ def test_nights_on_s3(
         result = run_nightly(config, progress=False, report=False)
         assert result.faces == (rows.stop if i < 4 else 595)
     run = Store.at(f"s3://faces/nights/out/_runs/{result.run_id}", s3.options)
-    assert (run.read_json("manifests/quantize.json") or {})["counts"]["incremental"]
-    assert len((run.read_json("manifests/ingest.json") or {})["counts"]["starts"]) - 1 <= 3
+    assert (run.read_json("manifests/quantize.json") or {})["result"]["incremental"]
+    assert len((run.read_json("manifests/ingest.json") or {})["result"]["starts"]) - 1 <= 3
     files = fs.glob(f"faces/nights/out/labels/run={result.run_id}/*.parquet")
     results = pa.concat_tables([pq.read_table(fs.open(f)) for f in sorted(files)])
     clusters = {(int(truth[int(i)]), c) for i, c in zip(results["id"].to_pylist(), results["cluster"].to_pylist(), strict=True)}

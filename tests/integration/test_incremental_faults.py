@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import shutil
@@ -14,8 +15,12 @@ import pytest
 from faceflow import ClusterConfig, run_clustering, run_nightly
 from faceflow.cluster.executor import Executor
 from faceflow.errors import PublishError, RunError, SettingsError
-from faceflow.runs import pipeline
+from faceflow.kernels.knn.recall import RecallEstimate
+from faceflow.runs import pipeline, publication
 from faceflow.runs.housekeeping import list_runs
+from faceflow.runs.stages import STAGES
+from faceflow.stages.base import Context, Redo
+from faceflow.stages.search import stage as search
 from faceflow.storage import manifests
 from faceflow.storage.object_store import Store
 from tests.benchmarks.nightly import labels_of, replay
@@ -31,19 +36,22 @@ def test_a_night_with_too_low_a_recall_searches_in_full(tmp_path: Path, monkeypa
     settings = {"index": "cells", "cells": 12}
     night(tmp_path / "in", tmp_path / "out", **settings)
     lake.add("3.parquet", 30)
-    real, seen = pipeline._recall_holds, []
+    real, seen = search.gate, []
 
-    def low_once(config: Any, done: Any) -> bool:
-        seen.append(done["quantize"].counts["incremental"])
-        if len(seen) == 1:
-            done["search"].counts["recall"]["estimate"] = 0.5
-        return real(config, done)
+    def low_once(context: Context) -> Redo | None:
+        seen.append(context.results.quantize.incremental)
+        if len(seen) > 1:
+            return real(context)
+        made = context.results.manifests["search"]
+        low = dataclasses.replace(context.results.search, recall=RecallEstimate(0.5, 0.4, 0.6, 100, 1000))
+        return real(context.with_results(context.results.with_stage(dataclasses.replace(made, result=low))))
 
-    monkeypatch.setattr(pipeline, "_recall_holds", low_once)
+    with_gate = tuple(dataclasses.replace(stage, gate=low_once) if stage.name == "search" else stage for stage in STAGES)
+    monkeypatch.setattr(pipeline, "STAGES", with_gate)
     run = night(tmp_path / "in", tmp_path / "out", **settings)
     assert seen == [True, False]
     counts = manifest(tmp_path / "out", run.run_id, "quantize")
-    assert counts["because"] == "the measured recall was too low"
+    assert counts["reason"] == "the measured recall was too low"
     assert counts["trained_faces"] == 930
     again = night(tmp_path / "in", tmp_path / "out", **settings)
     assert again.run_id == run.run_id
@@ -63,7 +71,7 @@ def test_a_quantizer_that_drifted_is_trained_anew_even_if_that_is_interrupted(
     calm = night(tmp_path / "in", tmp_path / "calm", **settings)
     counts = manifest(tmp_path / "calm", calm.run_id, "quantize")
     assert not counts["incremental"]
-    assert "near their centroids" in counts["because"] or "uneven" in counts["because"]
+    assert "near their centroids" in counts["reason"] or "uneven" in counts["reason"]
     real = manifests.finish
 
     def stop(run: Store, results: Any) -> None:
@@ -96,7 +104,7 @@ def test_a_night_that_is_interrupted_continues_or_gives_way(
     calm = night(tmp_path / "in", tmp_path / "calm", **settings)
     assert manifest(tmp_path / "calm", calm.run_id, "quantize")["incremental"]
     real = pipeline.advance
-    for stage in pipeline.STAGES:
+    for stage in STAGES:
 
         def stop(current: Any, context: Any, watcher: Any, until: str = stage.name) -> Any:
             if current.name == until:
@@ -137,7 +145,7 @@ def test_a_file_that_comes_or_goes_while_a_night_begins(tmp_path: Path, monkeypa
         assert night(tmp_path / "in", tmp_path / "out").faces == 260
     lake.add("8.parquet", 5)
     last = night(tmp_path / "in", tmp_path / "out")
-    assert manifest(tmp_path / "out", last.run_id, "ingest")["added"] == 15
+    assert manifest(tmp_path / "out", last.run_id, "ingest")["changes"]["added"] == 15
     assert labels_of(tmp_path / "out", last.run_id).keys() == {face for faces in lake.files.values() for face in faces}
 
 
@@ -152,7 +160,7 @@ def test_when_too_many_lost_neighbors_everything_is_searched_anew(tmp_path: Path
     run = night(tmp_path / "in", tmp_path / "out", index="exact")
     counts = manifest(tmp_path / "out", run.run_id, "quantize")
     assert not counts["incremental"]
-    assert "of 370 faces are new, or lost neighbors out of full tables" in counts["because"]
+    assert "of 370 faces are new, or lost neighbors out of full tables" in counts["reason"]
     full = run_clustering(
         ClusterConfig(str(tmp_path / "in"), str(tmp_path / "full"), index="exact", **SETTINGS), progress=False, report=False
     )
@@ -194,7 +202,7 @@ def test_nothing_is_left_lying_about_after_an_interruption(tmp_path: Path, monke
         real(run, results)
         raise OSError("the machine is gone")
 
-    for _ in pipeline.STAGES:
+    for _ in STAGES:
         with monkeypatch.context() as patch:
             patch.setattr(manifests, "finish", stop)
             with pytest.raises(RunError, match="the machine is gone"):
@@ -202,8 +210,8 @@ def test_nothing_is_left_lying_about_after_an_interruption(tmp_path: Path, monke
     run = night(tmp_path / "in", tmp_path / "out", **settings)
     folder = tmp_path / "out" / "_runs" / run.run_id
     assert manifest(tmp_path / "out", run.run_id, "quantize")["incremental"]
-    scratch = {name for stage in pipeline.STAGES for name in stage.scratch}
-    assert scratch & {"before", "arrivals", "candidates"} == {"before", "arrivals", "candidates"}
+    scratch = {name for stage in STAGES for name in stage.scratch}
+    assert scratch & {"active", "new_files", "candidates"} == {"active", "new_files", "candidates"}
     assert not scratch & {path.name for path in folder.iterdir()}
     assert not [path for path in folder.rglob(".tmp-*")]
 
@@ -253,13 +261,13 @@ def test_what_a_night_wrote_that_never_came_into_force_goes(tmp_path: Path, monk
     lake.add("0.parquet", 200)
     first = night(tmp_path / "in", tmp_path / "out")
     lake.add("1.parquet", 20)
-    real = pipeline._publish
+    real = publication.set_current
 
     def gone(*given: Any) -> None:
         raise OSError("the machine is gone")
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "_publish", gone)
+        patch.setattr(publication, "set_current", gone)
         with pytest.raises(RunError):
             night(tmp_path / "in", tmp_path / "out")
 
@@ -270,12 +278,12 @@ def test_what_a_night_wrote_that_never_came_into_force_goes(tmp_path: Path, monk
     lake.add("2.parquet", 20)  # so that the night begins anew
 
     def beaten(*given: Any) -> None:
-        monkeypatch.setattr(pipeline, "_publish", real)
+        monkeypatch.setattr(publication, "set_current", real)
         night(tmp_path / "in", tmp_path / "out", run_id="winner")
         real(*given)
 
-    monkeypatch.setattr(pipeline, "_publish", beaten)
-    with pytest.raises(PublishError, match=r"run winner published to .* while the night loser was at work.*another --run-id"):
+    monkeypatch.setattr(publication, "set_current", beaten)
+    with pytest.raises(PublishError, match=r"run winner published to .* while the incremental run loser was running.*--run-id"):
         night(tmp_path / "in", tmp_path / "out", run_id="loser")
     assert runs_in("events") == runs_in("moves") == {"winner"}
     assert runs_in("labels") == {first.run_id, "winner"}
@@ -309,7 +317,7 @@ def test_ids_that_were_given_are_never_given_again_even_after_a_run_that_numbers
 def test_decisions_that_tonight_does_not_name_are_said_to_be_dropped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     lake = Lake(tmp_path / "in", 29)
     lake.add("0.parquet", 60)
-    (tmp_path / "decisions.csv").write_text("id_a,id_b,kind\nface-0,face-1,must\n")
+    (tmp_path / "decisions.csv").write_text("id_a,id_b,kind\nface-0,face-1,must-link\n")
     night(tmp_path / "in", tmp_path / "out", constraints=str(tmp_path / "decisions.csv"))
     assert "no longer hold" not in caplog.text
     lake.add("1.parquet", 5)

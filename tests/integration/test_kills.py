@@ -180,7 +180,7 @@ def test_nights_survive_kills(tmp_path: Path, two_machines: TwoMachines) -> None
         if code != 0:
             assert start(arguments, log).wait(300) == 0, what + log.read_text()[-3000:]
         assert labels_of(output).equals(truth[1]), what
-        counts = [json.loads(f.read_text())["counts"] for f in output.glob("_runs/*/manifests/quantize.json")]
+        counts = [json.loads(f.read_text())["result"] for f in output.glob("_runs/*/manifests/quantize.json")]
         assert sorted(results["incremental"] for results in counts) == [False, True], what
         reader.stop()
         assert reader.wrong == [], what

@@ -128,7 +128,7 @@ def test_nights_on_a_crowd(face_data: Path, tmp_path: Path) -> None:
         ids = np.concatenate([10_000 + selected, 20_000 + 40 * night + np.arange(40)])
         write_faces(tmp_path / "in" / f"b{night}.parquet", faces, pa.array(ids))
         result = run_nightly(config, progress=False, report=False)
-    manifest = json.loads((tmp_path / "out" / "_runs" / result.run_id / "manifests" / "search.json").read_text())["counts"]
+    manifest = json.loads((tmp_path / "out" / "_runs" / result.run_id / "manifests" / "search.json").read_text())["result"]
     assert manifest["followers"] >= 110 + len(clips) * 0.9
     labels = pa.concat_tables([pq.read_table(f, partitioning=None) for f in sorted(Path(result.labels).iterdir())])
     cluster = dict(zip(labels["id"].to_pylist(), labels["cluster"].to_pylist(), strict=True))

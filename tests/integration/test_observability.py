@@ -125,7 +125,7 @@ def test_status_of_a_run_at_work_and_of_one_that_fell_silent(tmp_path: Path, cap
     watcher.step(step)
     assert main(["status", out.root, "--json"]) == 0
     results = json.loads(capsys.readouterr().out)
-    assert (results["state"], results["stage"], results["left"]) == ("at work", "search", 10.0)
+    assert (results["state"], results["stage"], results["left"]) == ("running", "search", 10.0)
     assert results["seconds"] == {"ingest": 12.5}
     assert main(["status", out.root]) == 0
     told = capsys.readouterr().out
@@ -145,7 +145,7 @@ def test_status_of_a_run_at_work_and_of_one_that_fell_silent(tmp_path: Path, cap
     assert main(["status", out.root]) == 0
     told = capsys.readouterr().out
     assert "stopped" in told
-    assert "it fell silent; the same command continues it" in told
+    assert "No heartbeat for 60 s; the same command continues it" in told
 
 
 @pytest.mark.timeout(180)

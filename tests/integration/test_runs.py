@@ -10,6 +10,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,8 +21,12 @@ from faceflow import ClusterConfig, RunResult, run_clustering
 from faceflow.cli.main import main
 from faceflow.errors import FingerprintError, InputError, PublishError, QualityError, SettingsError
 from faceflow.runs.status import Watcher
-from faceflow.stages.quantize import stage as quantize
-from faceflow.stages.search import stage as search_stage
+from faceflow.stages.base import Context, Redo, Stage
+from faceflow.stages.quantize import full as quantize_full
+from faceflow.stages.quantize.training import TrainQuantizer
+from faceflow.stages.results import Results
+from faceflow.stages.search import full as search_full
+from faceflow.stages.search.full import SearchCellsShard
 from faceflow.storage import layout
 from faceflow.storage.object_store import Store
 from faceflow.tables import NeighborTable
@@ -115,8 +120,8 @@ def test_every_edge_recipe_finds_separate_people(
     assert len(pairs) == 20
     assert result.similarity_threshold is not None
     assert result.impostors_per_face is not None
-    assert {band: count for band, count in result.quality["sizes"].items() if count} == {"17-32": 20}
-    assert result.quality["within"] > result.similarity_threshold
+    assert {band: count for band, count in result.quality.sizes.items() if count} == {"17-32": 20}
+    assert result.quality.within > result.similarity_threshold
     doubts = pq.read_table(tmp_path / "out" / "quality" / f"run={result.run_id}" / "clusters.parquet", partitioning=None)
     assert doubts["faces"].to_pylist() == [30] * 20
     assert doubts["doubtful_share"].to_pylist() == [0] * 20
@@ -172,13 +177,13 @@ def test_continues_after_an_interruption(
 
     ran: list[str] = []
 
-    def spy(stages: tuple[pipeline.Stage, ...], stop: str | None) -> tuple[pipeline.Stage, ...]:
-        def wrap(original: pipeline.Stage) -> pipeline.Stage:
-            def body(context: pipeline.Context) -> object:
+    def spy(stages: tuple[Stage[Any], ...], stop: str | None) -> tuple[Stage[Any], ...]:
+        def wrap(original: Stage[Any]) -> Stage[Any]:
+            def body(context: Context) -> Any:
                 ran.append(original.name)
                 outcome = original.run(context)
                 if original.name == stop:
-                    raise StopError  # every task is written, the manifest is not
+                    raise StopError  # every file is written, the manifest is not
                 return outcome
 
             return dataclasses.replace(original, run=body)
@@ -217,7 +222,7 @@ def test_the_second_of_two_racing_runs_is_refused(
     write_faces(tmp_path / "in" / "a.parquet", blobs()[0])
     advance = pipeline.advance
 
-    def meanwhile(stage: pipeline.Stage, context: pipeline.Context, watcher: Watcher) -> pipeline.Manifest:
+    def meanwhile(stage: Stage[Any], context: Context, watcher: Watcher) -> Results | Redo:
         if stage.name == "publish" and context.stores.run_id == "slow":
             run(tmp_path / "in", tmp_path / "out", run_id="fast")
         return advance(stage, context, watcher)
@@ -335,18 +340,18 @@ def test_low_recall_fails_loudly_or_raises_the_probes(tmp_path: Path, capsys: py
     with pytest.raises(QualityError):
         run(tmp_path / "in", tmp_path / "out", **hard)  # continues to the same verdict
     result = run(tmp_path / "in", tmp_path / "out", **hard, raise_probes=True)
-    assert result.recall["estimate"] >= 0.99
+    assert result.recall.estimate >= 0.99
     pointer = json.loads((tmp_path / "out" / "latest.json").read_text())
-    assert pointer["recall"] == result.recall["estimate"]
+    assert pointer["recall"] == result.recall.estimate
     assert pointer["recall_interval"][0] <= pointer["recall"] <= pointer["recall_interval"][1]
     accepted = run(tmp_path / "in", tmp_path / "out", **hard, min_recall=0)
-    assert accepted.recall["estimate"] < 0.99
+    assert accepted.recall.estimate < 0.99
 
 
 def tables(output: Path) -> list[NeighborTable]:
     (folder,) = (output / "_runs").iterdir()
     store = Store.at(str(folder))
-    starts = json.loads((folder / "manifests" / "ingest.json").read_text())["counts"]["starts"]
+    starts = json.loads((folder / "manifests" / "ingest.json").read_text())["result"]["starts"]
     return [NeighborTable.from_batch(store.read_batch(layout.part("neighbors", i)), s) for i, s in enumerate(starts[:-1])]
 
 
@@ -375,35 +380,35 @@ def test_tables_do_not_depend_on_workers_shards_or_kills(
     until_search(tmp_path / "in", tmp_path / "two", workers=2, **settings)
     assert same_tables(one, tables(tmp_path / "two"))
     with monkeypatch.context() as patch:
-        patch.setattr(quantize, "train", functools.partial(train_into_shards, 23))
+        patch.setattr(quantize_full, "train", functools.partial(train_into_shards, 23))
         until_search(tmp_path / "in", tmp_path / "shards", **settings)
     plan = json.loads(next((tmp_path / "shards" / "_runs").glob("*/manifests/quantize.json")).read_text())
-    assert plan["counts"]["shards"] == 23
+    assert plan["result"]["cells"]["shards"] == 23
     assert same_tables(one, tables(tmp_path / "shards"))
     with monkeypatch.context() as patch:
         flag = tmp_path / "killed"
-        patch.setattr(search_stage, "search_cells_shard", functools.partial(killed_thrice, str(flag)))
+        patch.setattr(search_full, "search_cells_shard", functools.partial(killed_thrice, str(flag)))
         until_search(tmp_path / "in", tmp_path / "kill", **settings)
     assert [f.name for f in sorted(tmp_path.glob("killed-*"))] == ["killed-0", "killed-1", "killed-2"]
     assert same_tables(one, tables(tmp_path / "kill"))
 
 
-def train_into_shards(shards: int, *arguments: object) -> None:
+def train_into_shards(shards: int, request: TrainQuantizer) -> None:
     """In a worker: the real training, with another number of shards."""
     from faceflow.kernels.ivf import plan as plans
-    from faceflow.stages.quantize.stage import train
+    from faceflow.stages.quantize.training import train
 
     real = plans.shard_count
     plans.shard_count = lambda *a: shards
     try:
-        train(*arguments)  # type: ignore[arg-type]
+        train(request)
     finally:
         plans.shard_count = real
 
 
-def killed_thrice(flag: str, *arguments: object) -> None:
+def killed_thrice(flag: str, request: SearchCellsShard) -> None:
     """In a worker: dies by SIGKILL three times, then does the real work: in four steps, as its memory may be the reason."""
-    from faceflow.stages.search.stage import search_cells_shard
+    from faceflow.stages.search.full import search_cells_shard
 
     for i in range(3):
         try:
@@ -411,8 +416,8 @@ def killed_thrice(flag: str, *arguments: object) -> None:
         except FileExistsError:
             continue
         os.kill(os.getpid(), signal.SIGKILL)
-    assert arguments[-1] in (1, 2, 4)
-    search_cells_shard(*arguments)  # type: ignore[arg-type]
+    assert request.steps in (1, 2, 4)
+    search_cells_shard(request)
 
 
 def until_search(source: Path, output: Path, **settings: object) -> None:
@@ -422,11 +427,12 @@ def until_search(source: Path, output: Path, **settings: object) -> None:
     class EnoughError(Exception):
         pass
 
-    def stop(config: ClusterConfig, done: dict[str, pipeline.Manifest]) -> bool:
+    def stop(context: Context) -> None:
         raise EnoughError
 
+    upto = tuple(dataclasses.replace(stage, gate=stop) if stage.name == "search" else stage for stage in pipeline.STAGES)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "_recall_holds", stop)
+        patch.setattr(pipeline, "STAGES", upto)
         with pytest.raises(EnoughError):
             run(source, output, **settings)
 

@@ -62,8 +62,8 @@ def test_clean_and_runs_and_status_know_their_own(tmp_path: Path) -> None:
     write_faces(tmp_path / "in-a" / "b.parquet", np.random.default_rng(9).standard_normal((4, 16)).astype(np.float32),
                 pa.array(np.arange(100, 104)))  # fmt: skip
     again = run_nightly(config(tmp_path, "a"), progress=False, report=False)
-    counts = json.loads((tmp_path / "work" / again.run_id / "manifests" / "ingest.json").read_text())["counts"]
-    assert (counts["added"], counts["faces"]) == (4, 84)
+    counts = json.loads((tmp_path / "work" / again.run_id / "manifests" / "ingest.json").read_text())["result"]
+    assert (counts["changes"]["added"], counts["faces"]) == (4, 84)
 
 
 def test_an_unfinished_run_of_another_output_is_neither_continued_nor_given_up(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_an_unfinished_run_of_another_output_is_neither_continued_nor_given_up(t
     unfinished = tmp_path / "work" / "a-unfinished"
     unfinished.mkdir()
     record = json.loads((tmp_path / "work" / a.run_id / "run.json").read_text())
-    record |= {"state": "begun", "night": {"past": a.run_id, "files": "others"}}
+    record |= {"state": "begun", "incremental": {"base": a.run_id, "files": "others"}}
     (unfinished / "run.json").write_text(json.dumps(record))
     age(unfinished, 48)
     before = (unfinished / "run.json").read_text()

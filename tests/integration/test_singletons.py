@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from faceflow import ClusterConfig, run_clustering
+from faceflow.stages.artifacts.faces import RunData
 from faceflow.stages.detect import singletons
 from faceflow.storage.object_store import Store
 from faceflow.tables import Parts
@@ -27,16 +28,16 @@ def labels(output: Path) -> pa.Table:
 
 def run(source: Path, output: Path, **settings: object) -> dict[str, int]:
     result = run_clustering(ClusterConfig(str(source), str(output), **settings), progress=False, report=False)  # type: ignore[arg-type]
-    return json.loads((output / "_runs" / result.run_id / "manifests" / "detect.json").read_text())["counts"]
+    return json.loads((output / "_runs" / result.run_id / "manifests" / "detect.json").read_text())["result"]
 
 
 def test_poor_photos_are_given_to_their_person(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tmp_path / "in"
     synthesize(str(source), 12_000, look="ms1m", mean_size=40)
     counts = run(source, tmp_path / "auto", workers=1)
-    assert counts["adopted"] > 0.5 * counts["alone"] > 50
-    plain = run(source, tmp_path / "never", adopt="never")
-    assert "adopted" not in plain
+    assert counts["assigned"] > 0.5 * counts["singletons"] > 50
+    plain = run(source, tmp_path / "never", assign_singletons="never")
+    assert (plain["singletons"], plain["assigned"]) == (0, 0)
     assert plain["codelength"] == counts["codelength"]
     before, after = (evaluate(str(tmp_path / name), str(source)) for name in ("never", "auto"))
     assert after.bcubed_f > before.bcubed_f + 0.02
@@ -47,7 +48,7 @@ def test_poor_photos_are_given_to_their_person(tmp_path: Path, monkeypatch: pyte
     truth = pq.read_table(source)["label"].to_numpy()
     now = labels(tmp_path / "auto")["cluster"].to_numpy()
     taken = moved & (np.bincount(now)[now] > 1)
-    assert taken.sum() == counts["adopted"]
+    assert taken.sum() == counts["assigned"]
     main = {cluster: np.bincount(truth[now == cluster]).argmax() for cluster in np.unique(now[taken])}
     assert np.mean([main[cluster] == who for cluster, who in zip(now[taken], truth[taken], strict=True)]) > 0.95
     # The same for two workers, for blocks of another size, and after a try on a part.
@@ -60,14 +61,14 @@ def test_poor_photos_are_given_to_their_person(tmp_path: Path, monkeypatch: pyte
 def test_strangers_stay_alone(face_data: Path, tmp_path: Path, name: str) -> None:
     """Thousands of people of one photo, and not one of them is given to somebody."""
     counts = run(face_data / f"{name}.parquet", tmp_path / "out")
-    assert counts["alone"] > 2_000
-    assert counts["adopted"] <= 0.002 * counts["alone"]
+    assert counts["singletons"] > 2_000
+    assert counts["assigned"] <= 0.002 * counts["singletons"]
 
 
 def test_a_given_threshold_keeps_the_graphs_own_clusters(face_data: Path, tmp_path: Path) -> None:
     source = face_data / "celeba_dev_mobilefacenet128.parquet"
-    assert "adopted" not in run(source, tmp_path / "given", min_similarity=0.49)
-    assert "adopted" in run(source, tmp_path / "asked", min_similarity=0.49, adopt="always")
+    assert run(source, tmp_path / "given", min_similarity=0.49)["singletons"] == 0
+    assert run(source, tmp_path / "asked", min_similarity=0.49, assign_singletons="always")["singletons"] > 0
 
 
 def test_faces_that_stand_alone_are_not_all_in_memory_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,6 +80,6 @@ def test_faces_that_stand_alone_are_not_all_in_memory_at_once(monkeypatch: pytes
         done.append(1)
         return np.zeros(len(faces), np.int64), np.ones(len(faces))
 
-    monkeypatch.setattr(singletons.adoption, "margins", margins)
-    nearest, _ = singletons._compare(Store.at("nowhere"), parts, 4, np.arange(100), np.ones((3, 4), np.float32), 2)
+    monkeypatch.setattr(singletons.singletons, "margins", margins)
+    nearest, _ = singletons._compare(RunData(Store.at("nowhere"), parts, 4), np.arange(100), np.ones((3, 4), np.float32), 2)
     assert len(nearest) == len(begun) == 100

@@ -18,8 +18,9 @@ import pytest
 from faceflow import ClusterConfig, run_clustering, run_nightly
 from faceflow.cli.main import main
 from faceflow.errors import InputError, PublishError, RunError
-from faceflow.stages.publish import stage as publish
+from faceflow.stages.publish.labels_table import CommitLabels, commit_labels
 from faceflow.storage import table_formats
+from faceflow.storage.file_info import TableSnapshot
 from faceflow.storage.inputs import list_faces
 from faceflow.storage.object_store import Store
 from faceflow.tools.evaluate import evaluate
@@ -56,7 +57,7 @@ def test_a_table_is_known_by_what_lies_in_it(tmp_path: Path, name: str) -> None:
     table.rename(tmp_path / name)
     rows, snapshot = files_of(str(tmp_path / name))
     assert rows == 200
-    assert snapshot == {"format": "delta", "snapshot": 1}
+    assert snapshot == TableSnapshot("delta", 1)
 
 
 @pytest.mark.usefixtures("ray_session")
@@ -109,7 +110,7 @@ def test_files_of_an_iceberg_table_are_not_read_past_it(tmp_path: Path) -> None:
             list_faces(address, None)
     renamed = Path(folder).with_name("faces.parquet")
     shutil.copytree(folder, renamed)
-    assert list_faces(str(renamed), None).snapshot == {"format": "iceberg", "snapshot": table.current_snapshot().snapshot_id}
+    assert list_faces(str(renamed), None).snapshot == TableSnapshot("iceberg", table.current_snapshot().snapshot_id)
 
 
 CITIES = ["New York", "a:b", "50%", "Zürich", "a/b", "100%25", "x=y", "plain", "東京", "a+b", "q?#[1]"]
@@ -191,8 +192,8 @@ def test_nights_over_files_of_other_writers(tmp_path: Path, first: pa.DataType, 
         pq.write_table(cast_ids(faces(ids(0, 80)), kind), lake / "a.parquet")
         pq.write_table(cast_ids(faces(ids(100 + 40 * i, 40), seed=i), kind), lake / f"b{i}.parquet")
         run = run_nightly(config, progress=False, report=False)
-        counts = json.loads((tmp_path / "out" / "_runs" / run.run_id / "manifests" / "ingest.json").read_text())["counts"]
-        assert (counts["added"], counts["changed"], counts["removed"]) == (40, 0, 0)
+        counts = json.loads((tmp_path / "out" / "_runs" / run.run_id / "manifests" / "ingest.json").read_text())["result"]
+        assert [counts["changes"][key] for key in ("added", "changed", "removed")] == [40, 0, 0]
         labels = published(run.run_id)
         assert labels["id"].type == first
         assert pq.read_schema(next((tmp_path / "out" / "moves" / f"run={run.run_id}").iterdir())).field("id").type == first
@@ -311,8 +312,8 @@ def test_a_task_that_stalled_before_its_commit_asks_latest_json(tmp_path: Path) 
     out.write_json("latest.json", {"run_id": "b", "labels": "labels/run=b"})
     table = Store.at(str(tmp_path / "table"))
     with pytest.raises(PublishError):
-        publish.commit_table(table, out, "a", 5)
-    publish.commit_table(table, out, "b", 6)
+        commit_labels(CommitLabels(table, out, "a", 5))
+    commit_labels(CommitLabels(table, out, "b", 6))
     assert deltalake.DeltaTable(table.root).to_pyarrow_table()["id"].to_pylist() == ["b"]
 
 

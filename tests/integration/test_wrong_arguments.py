@@ -216,13 +216,13 @@ def test_an_output_that_is_named_like_a_file(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_lines_of_a_constraints_file_are_those_of_an_editor(tmp_path: Path) -> None:
-    from faceflow.stages.detect.constraints import read
+    from faceflow.stages.constraints_file import read
 
     path = tmp_path / "c.csv"
-    path.write_text('id_a,id_b,kind\n\n"two\nlines",b,MUST\n\nc,d,Cannot\ne,f,never\n')
-    with pytest.raises(InputError, match="line 7: kind is 'never'; it must be 'must' or 'cannot'"):
+    path.write_text('id_a,id_b,kind\n\n"two\nlines",b,MUST-LINK\n\nc,d,Cannot-Link\ne,f,never\n')
+    with pytest.raises(InputError, match="line 7: kind is 'never'; it must be 'must-link' or 'cannot-link'"):
         read(str(path), None)
-    path.write_text('id_a,id_b,kind\n\n"two\nlines",b,MUST\nc,d,Cannot\n')
+    path.write_text('id_a,id_b,kind\n\n"two\nlines",b,MUST-LINK\nc,d,Cannot-Link\n')
     results = read(str(path), None)
     assert (len(results.must), len(results.cannot)) == (1, 1)
 
@@ -230,14 +230,14 @@ def test_lines_of_a_constraints_file_are_those_of_an_editor(tmp_path: Path) -> N
 def test_the_engine_s_own_versions_matter() -> None:
     """A native run goes on whatever infomap is installed; what compiled its kernels is recorded."""
     from faceflow import ClusterConfig
-    from faceflow.runs.pipeline import STAGES
+    from faceflow.runs.stages import STAGES
     from faceflow.stages.detect import stage as detect
 
     packages = {stage.name: stage.packages for stage in STAGES}
     assert all("numba" in packages[name] for name in ("quantize", "search", "link", "detect"))
     assert "infomap" not in packages["detect"]
-    assert detect._package(ClusterConfig("a", "b")) == {}
-    assert list(detect._package(ClusterConfig("a", "b", engine="infomap"))) == ["version of infomap"]
+    assert detect._packages(ClusterConfig("a", "b")) == {}
+    assert list(detect._packages(ClusterConfig("a", "b", engine="infomap"))) == ["version of infomap"]
 
 
 def test_options_are_checked_whatever_the_paths(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ from tests.conftest import ROOT
 
 SCRIPT = """
 import numpy as np
-from faceflow.kernels import tiles, topk
+from faceflow.kernels.knn import tiles, topk
 angles = np.linspace(1.5, 0, 60)
 x = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
 buffers = topk.Buffers.empty(len(x), 2, None)

@@ -98,7 +98,7 @@ def test_a_process_elsewhere_is_waited_for(tmp_path: Path, unfinished: Path, mon
 def test_of_processes_that_take_a_run_at_once_one_gets_it(tmp_path: Path, unfinished: Path) -> None:
     (unfinished / "progress.json").unlink()
     script = (
-        "import sys, time; from tests.test_runs import choose; from pathlib import Path\n"
+        "import sys, time; from tests.runs.test_registry import choose; from pathlib import Path\n"
         "from faceflow.errors import RunError\n"
         "print('ready', flush=True); sys.stdin.readline()\n"
         "try: print(choose(Path(sys.argv[1])), flush=True)\n"

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -160,31 +161,38 @@ def test_contains(tmp_path: Path) -> None:
     assert not contains(str(tmp_path), "s3://b/p")
 
 
+@dataclass(frozen=True)
+class Made:
+    """What a stage made."""
+
+    n: int
+
+
 def test_manifest_mismatch_names_the_key_and_both_values(tmp_path: Path) -> None:
     store = Store.at(str(tmp_path))
     before = {"neighbors": 80, "input_files": {"a": [1, "x"], "b": [2, "y"]}}
-    assert manifests.load(store, "search", before) is None
+    assert manifests.load(store, "search", before, Made) is None
     manifests.begin(store, "search", before)
-    manifests.finish(store, Manifest("search", before, {"n": 1}, {}, 2.5))
-    loaded = manifests.load(store, "search", before)
+    manifests.finish(store, Manifest("search", before, Made(1), {}, 2.5))
+    loaded = manifests.load(store, "search", before, Made)
     assert loaded is not None
-    assert (loaded.counts, loaded.seconds) == ({"n": 1}, 2.5)
+    assert (loaded.result, loaded.seconds) == (Made(1), 2.5)
     with pytest.raises(FingerprintError) as caught:
-        manifests.load(store, "search", before | {"neighbors": 50})
+        manifests.load(store, "search", before | {"neighbors": 50}, Made)
     assert "neighbors: was 80, is 50" in str(caught.value)
     assert "--run-id" in str(caught.value)
     with pytest.raises(FingerprintError) as caught:
-        manifests.load(store, "search", before | {"input_files": {"a": [1, "x"], "b": [3, "z"]}})
+        manifests.load(store, "search", before | {"input_files": {"a": [1, "x"], "b": [3, "z"]}}, Made)
     assert 'b: was [2, "y"], is [3, "z"]' in str(caught.value)
 
 
-def test_a_lost_task_makes_the_stage_run_again(tmp_path: Path) -> None:
+def test_a_lost_file_makes_the_stage_run_again(tmp_path: Path) -> None:
     store = Store.at(str(tmp_path))
     store.write_bytes("p", b"12345")
-    manifests.finish(store, Manifest("s", {}, {}, {"p": 5}, 0))
-    assert manifests.load(store, "s", {}) is not None
+    manifests.finish(store, Manifest("s", {}, Made(1), {"p": 5}, 0))
+    assert manifests.load(store, "s", {}, Made) is not None
     store.write_bytes("p", b"123")
-    assert manifests.load(store, "s", {}) is None
+    assert manifests.load(store, "s", {}, Made) is None
 
 
 def test_a_file_shared_again_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -236,7 +244,7 @@ def test_what_killed_writers_left_is_removed(store: Store) -> None:
     else:
         bucket, _, key = store.address("deep/half")[len("s3://") :].partition("/")
         store.fs.call_s3("create_multipart_upload", Bucket=bucket, Key=key)
-    assert store.remove_leftovers(time.time() - 3_600) == 0  # it may be at work
+    assert store.remove_leftovers(time.time() - 3_600) == 0  # it may be running
     assert store.remove_leftovers(time.time() + 3_600) == 1
     assert store.remove_leftovers(time.time() + 3_600) == 0
     assert store.read_bytes("kept") == b"x"
@@ -247,7 +255,7 @@ def test_a_lock_that_a_suspended_process_holds_is_not_waited_for_ever(tmp_path: 
 
     store = Store.at(str(tmp_path))
     version = store.replace_json("latest.json", {"n": 1}, None)
-    monkeypatch.setattr("faceflow.storage.object_store.LOCK_SECONDS", 0.2)
+    monkeypatch.setattr("faceflow.storage.local_files.LOCK_SECONDS", 0.2)
     with open(tmp_path / ".latest.json.lock", "w") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         with pytest.raises(OSError, match=r"another process has held the lock .*latest\.json\.lock .* it may be suspended"):

@@ -13,6 +13,7 @@ import pytest
 
 from faceflow.cli.main import main
 from faceflow.errors import InputError, SettingsError
+from faceflow.storage.file_info import TableSnapshot
 from faceflow.storage.inputs import list_faces
 from faceflow.storage.object_store import Store
 from tests.conftest import S3
@@ -48,7 +49,7 @@ def test_a_delta_snapshot_is_its_own_files(delta: str) -> None:
     for version, count in ((None, 300), (0, 300), (1, 400), (2, 300)):
         _, files, snapshot = list_faces(delta, None, version)
         assert rows(files) == count
-        assert snapshot == {"format": "delta", "snapshot": 2 if version is None else version}
+        assert snapshot == TableSnapshot("delta", 2 if version is None else version)
         assert all(file.size == Path(file.path).stat().st_size and file.version for file in files)
     # Beside these lie files that no longer belong to the table.
     assert len(list(Path(delta).glob("*.parquet"))) > len(list_faces(delta, None, 2)[1])
@@ -87,7 +88,7 @@ def test_an_iceberg_snapshot_is_its_own_files(iceberg: Any) -> None:
         for version, count in ((None, 400), (first, 300), (second, 400)):
             _, files, snapshot = list_faces(address, None, version)
             assert rows(files) == count
-            assert snapshot == {"format": "iceberg", "snapshot": version or second}
+            assert snapshot == TableSnapshot("iceberg", version or second)
     with pytest.raises(InputError, match="has no snapshot 17"):
         list_faces(folder, None, 17)
 
@@ -127,8 +128,8 @@ def test_a_night_on_a_delta_table(delta: str, tmp_path: Path) -> None:
     deltalake.write_deltalake(delta, faces(9000, 40), mode="append")
     deltalake.DeltaTable(delta).optimize.compact()
     assert main(["nightly", delta, str(out), "--quiet", "--run-id", "two"]) == 0
-    counts = json.loads((out / "_runs" / "two" / "manifests" / "ingest.json").read_text())["counts"]
-    assert (counts["added"], counts["changed"], counts["removed"]) == (40, 0, 0)
+    counts = json.loads((out / "_runs" / "two" / "manifests" / "ingest.json").read_text())["result"]
+    assert [counts["changes"][key] for key in ("added", "changed", "removed")] == [40, 0, 0]
     assert counts["input_snapshot"]["snapshot"] == deltalake.DeltaTable(delta).version()
 
 

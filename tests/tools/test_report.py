@@ -77,7 +77,7 @@ def test_it_tells_what_the_run_published(made: Path) -> None:
     labels = pq.read_table(made / "out" / latest["labels"], partitioning=None)
     cluster_of = dict(zip(labels["id"].to_pylist(), labels["cluster"].to_pylist(), strict=True))
     manifest = json.loads((made / "out" / "_runs" / "r" / "manifests" / "publish.json").read_text())
-    for example in manifest["counts"]["examples"]:
+    for example in manifest["result"]["examples"]:
         assert {cluster_of[item] for item in example["ids"]} == {example["cluster"]}
         if example["pair"]:
             assert [cluster_of[item] for item in example["pair"]] == [example["cluster"], example["nearest_cluster"]]
@@ -184,7 +184,7 @@ def test_in_a_real_browser(made: Path, tmp_path: Path) -> None:
 def test_status_and_runs_that_do_not_exist(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status", str(made / "out"), "--json"]) == 0
     results = json.loads(capsys.readouterr().out)
-    assert (results["run_id"], results["state"], results["stage"]) == ("r", "in force", "")
+    assert (results["run_id"], results["state"], results["stage"]) == ("r", "current", "")
     assert list(results["seconds"]) == ["ingest", "quantize", "search", "link", "detect", "publish"]
     assert main(["status", str(made / "out")]) == 0
     assert "published, its labels are in force" in capsys.readouterr().out

@@ -10,10 +10,13 @@ import pytest
 from PIL import Image
 
 from faceflow.cli.main import main
+from faceflow.cluster.usage import Step
+from faceflow.runs.status import record_of
+from faceflow.storage.manifests import StepRecord
 from faceflow.tools.datasets.synthesize import synthesize
 from faceflow.tools.plan import costs
 from faceflow.tools.scaling import measure
-from faceflow.tools.scaling.measure import Run, predict
+from faceflow.tools.scaling.predict import Run, predict
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -64,8 +67,9 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert said in capsys.readouterr().err
 
 
-def step(label: str, tasks: int, busy: float, seconds: float) -> dict[str, object]:
-    return {"label": label, "tasks": tasks, "busy_seconds": busy, "longest_seconds": busy / tasks, "seconds": seconds}
+def step(label: str, tasks: int, busy: float, seconds: float) -> StepRecord:
+    usage = Step(label, tasks, seconds=seconds, busy_seconds=busy, longest_seconds=busy / tasks)
+    return record_of(usage)
 
 
 def test_projections_divide_what_can_be_divided() -> None:

@@ -72,7 +72,7 @@ def read(address: str, options: StorageOptions | None, id_type: pa.DataType | No
     kinds = [str(kind).strip().lower() for kind in table["kind"].to_pylist()]
     wrong = next((i for i, kind in enumerate(kinds) if kind not in (MUST, CANNOT)), None)
     if wrong is not None:
-        raise InputError(f"constraints {name}, {place(wrong)}: kind is {kinds[wrong]!r}; use {MUST!r} or {CANNOT!r}")
+        raise InputError(f"constraints {name}, {place(wrong)}: kind is {kinds[wrong]!r}; it must be {MUST!r} or {CANNOT!r}")
     stored = [columns.id_storage(table[column].type) for column in COLUMNS[:2]]
     if None in stored or stored[0] != stored[1]:
         raise InputError(f"constraints {name}: id_a is {table['id_a'].type}, but id_b is {table['id_b'].type}")

@@ -14,9 +14,9 @@ import pytest
 
 from faceflow.errors import InputError
 from faceflow.stages.artifacts.faces import read_ids, read_vectors
+from faceflow.stages.ingest import id_checks, reading, row_checks
 from faceflow.stages.ingest import parquet_input as cutting
-from faceflow.stages.ingest import reading, row_checks
-from faceflow.stages.ingest.parquet_input import Footer, plan_tasks
+from faceflow.stages.ingest.parquet_input import Columns, FirstDimension, Footer, ReadFooters, plan_tasks
 from faceflow.storage import columns
 from faceflow.storage.inputs import list_parquet
 from faceflow.storage.object_store import Store
@@ -28,21 +28,24 @@ X = np.array([[3, 4], [1, 0], [0, -2], [5, 12]], np.float32)
 def ingest_all(folder: Path, run: Path) -> tuple[np.ndarray, pa.Array]:
     """The whole stage, task by task, without Ray."""
     store, files = list_parquet(str(folder), None)
-    footers = cutting.read_footers(store, [f.path for f in files], "id", "embedding")
-    types = cutting.settle_ids(footers, None)
+    footers = cutting.read_footers(ReadFooters(store, tuple(f.path for f in files), Columns("id", "embedding", None)))
+    types = cutting.common_id_types(footers, None)
     names = cutting.Columns("id", "embedding", None, types.stored)
     cutting.check_dimensions(footers)
-    dim = next((f.dim for f in footers if f.dim), None) or cutting.first_dimension(store, [f.path for f in files], "embedding")
+    dim = next((f.dim for f in footers if f.dim), None) or cutting.first_dimension(
+        FirstDimension(store, tuple(f.path for f in files), "embedding")
+    )
     tasks = plan_tasks(footers, cutting.part_faces(10**9, dim))
     out = Store.at(str(run))
     buckets = 3
     for i, task in enumerate(tasks):
-        reading.gather_ids(i, task, store, out, names, buckets)
+        id_checks.gather_ids(id_checks.GatherIds(i, task, store, out, names, buckets))
     for bucket in range(buckets):
-        reading.find_repeated(out, len(tasks), bucket)
+        id_checks.find_repeated(id_checks.FindRepeated(out, len(tasks), bucket))
     tally = row_checks.Tally()
     for task in tasks:
-        tally.include(reading.ingest_rows(task, tuple(range(len(task.spans))), store, out, names, dim, buckets)[2])
+        request = reading.IngestRows(task, tuple(range(len(task.spans))), store, out, names, dim, buckets)
+        tally.include(reading.ingest_rows(request).quarantined)
     if tally.total:
         raise InputError(tally.text())
     parts = range(sum(len(p.starts) - 1 for p in tasks))
@@ -79,8 +82,8 @@ def test_ids_keep_their_type(tmp_path: Path, kind: pa.DataType) -> None:
     ids = ids_of_type(kind)
     write_faces(tmp_path / "in" / "a.parquet", X, ids)
     store, files = list_parquet(str(tmp_path / "in"), None)
-    footers = cutting.read_footers(store, [f.path for f in files], "id", "embedding")
-    types = cutting.settle_ids(footers, None)
+    footers = cutting.read_footers(ReadFooters(store, tuple(f.path for f in files), Columns("id", "embedding", None)))
+    types = cutting.common_id_types(footers, None)
     assert types.published == kind == columns.type_of(columns.name_of(kind))
     _, results = ingest_all(tmp_path / "in", tmp_path / "run")
     assert results.type == types.stored
@@ -164,16 +167,16 @@ def test_an_id_that_is_not_utf8_is_a_bad_row(tmp_path: Path) -> None:
 def test_integer_ids_of_any_stride_spread_over_all_buckets(stride: int, buckets: int) -> None:
     """Snowflake ids have low bits that hardly vary."""
     ids = pa.array(np.arange(50_000, dtype=np.int64) * stride + 5)
-    results = np.bincount(reading.buckets_of(ids, buckets), minlength=buckets)
+    results = np.bincount(id_checks.buckets_of(ids, buckets), minlength=buckets)
     expected = len(ids) / buckets
     assert results.max() <= expected + 6 * expected**0.5
     assert results.min() >= expected - 6 * expected**0.5
 
 
 def test_long_ids_get_buckets_by_their_bytes() -> None:
-    assert reading.buckets_for(2_000_000, 20_000_000) == 1
-    assert reading.buckets_for(2_000_000, 2_000_000 * 1_200) == 9
-    assert reading.buckets_for(5_000_001, 0) == 3
+    assert id_checks.buckets_for(2_000_000, 20_000_000) == 1
+    assert id_checks.buckets_for(2_000_000, 2_000_000 * 1_200) == 9
+    assert id_checks.buckets_for(5_000_001, 0) == 3
 
 
 def test_a_file_of_many_row_groups_is_cut_in_linear_time() -> None:

@@ -48,8 +48,11 @@ def assigns_singletons(config: ClusterConfig) -> bool:
 
 def inputs(context: Context) -> Fingerprint:
     """The constraints that are imposed, and the package whose modules they are."""
-    package = {"version of infomap": version_of("infomap")} if context.config.engine == "infomap" else {}
-    return {**constraints_file.fingerprint(context.config), **package}
+    return {**constraints_file.fingerprint(context.config), **_packages(context.config)}
+
+
+def _packages(config: ClusterConfig) -> dict[str, str]:
+    return {"version of infomap": version_of("infomap")} if config.engine == "infomap" else {}
 
 
 STAGE = Stage(
