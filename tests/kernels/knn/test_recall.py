@@ -91,16 +91,16 @@ def test_interval_covers_the_truth() -> None:
     covered = 0
     for _ in range(300):
         some = rng.choice(20_000, 1000, replace=False)
-        c = recall.certify(true[some], results[some])
+        c = recall.estimate(true[some], results[some])
         covered += c.low <= real <= c.high
     assert 0.92 <= covered / 300 <= 0.99
 
 
 def test_certificates_of_perfect_and_empty_samples() -> None:
-    perfect = recall.certify(np.full(1000, 20), np.full(1000, 20))
+    perfect = recall.estimate(np.full(1000, 20), np.full(1000, 20))
     assert perfect.estimate == perfect.high == 1
     assert 0.99 < perfect.low < 1
-    nothing = recall.certify(np.zeros(10, np.int64), np.zeros(10, np.int64))
+    nothing = recall.estimate(np.zeros(10, np.int64), np.zeros(10, np.int64))
     assert (nothing.estimate, nothing.low, nothing.high, nothing.edges) == (1, 0, 1, 0)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from scipy.sparse import coo_array, csr_array
 from scipy.sparse.csgraph import connected_components
 
+from faceflow.kernels.compiled import kernel
 from faceflow.kernels.graph.edge_recipes import tpdi
 from faceflow.kernels.graph.shared_neighbors import Block
 
@@ -106,7 +107,7 @@ def rank_order(block: Block) -> tuple[np.ndarray, np.ndarray]:
     return sources_of(block)[keep], block[1][keep].astype(np.int64)
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel
 def _missing(offsets: np.ndarray, rows: np.ndarray, a: int, b: int, rank: int, k: int) -> int:
     # Of a and a's neighbors of ranks 1 to `rank`, how many are neither b nor among b's first k.
     count = 0
@@ -119,7 +120,7 @@ def _missing(offsets: np.ndarray, rows: np.ndarray, a: int, b: int, rank: int, k
     return count
 
 
-@numba.njit(cache=True, nogil=True, parallel=True)
+@kernel(parallel=True)
 def _rank_order(offsets: np.ndarray, rows: np.ndarray, k: int, most: float, keep: np.ndarray) -> None:
     for a in numba.prange(len(offsets) - 1):
         for e in range(offsets[a], min(offsets[a + 1], offsets[a] + k)):
@@ -165,7 +166,7 @@ def chinese_whispers(matrix: csr_array, seed: int) -> np.ndarray:
     return label
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel
 def _whisper(
     offsets: np.ndarray, rows: np.ndarray, weights: np.ndarray, order: np.ndarray, label: np.ndarray, total: np.ndarray
 ) -> int:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import numba
 import numpy as np
+
+from faceflow.kernels.compiled import kernel
 
 
 def canonical_order(modules: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -61,7 +62,7 @@ def transitions(before: np.ndarray, after: np.ndarray) -> tuple[np.ndarray, np.n
     return pairs // width - 1, pairs % width - 1, count.astype(np.int64)
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel
 def _hash_texts(offsets: np.ndarray, data: np.ndarray, out: np.ndarray) -> None:
     for i in range(len(out)):
         h = np.uint64(14695981039346656037)

@@ -1,18 +1,18 @@
-"""How sure clusters are of themselves, without labels: how near their faces are to each other and to faces outside."""
+"""Quality of clusters without labels: how near their faces are to each other and to faces outside."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
-import numba
 import numpy as np
+
+from faceflow.kernels.compiled import kernel
 
 BINS = 1_024
 """Bands of the histogram of similarities from -1 to 1: fifty where all lie in a tenth of the range."""
 
 
-@dataclass(frozen=True)
-class Doubts:
+class Doubts(NamedTuple):
     """Sums per cluster, by which parts add up. All arrays have one entry a cluster.
 
     faces: how many; inside, outside: those with a neighbor in the cluster, or in another; within: sum over the former of their
@@ -58,20 +58,17 @@ def doubts(
     selected = cluster[first_row : first_row + len(offsets) - 1]
     known, number = np.unique(selected, return_inverse=True)
     results, histogram = Doubts.none(len(known)), np.zeros(2 * BINS, np.int64)
-    _sum_doubts(
-        offsets, rows, similarities, first_row, cluster, number,
-        results.faces, results.inside, results.within, results.outside, results.between, results.doubtful, results.nearest,
-        results.face, results.other, histogram,
-    )  # fmt: skip
+    _sum_doubts((offsets, rows, similarities), first_row, cluster, number, results, histogram)
     return known, results, histogram.reshape(2, BINS)
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel
 def _sum_doubts(
-    offsets: np.ndarray, rows: np.ndarray, similarities: np.ndarray, first_row: int, cluster: np.ndarray, number: np.ndarray,
-    faces: np.ndarray, inside: np.ndarray, within: np.ndarray, outside: np.ndarray, between: np.ndarray, doubtful: np.ndarray,
-    nearest: np.ndarray, face: np.ndarray, other: np.ndarray, histogram: np.ndarray,
+    table: tuple[np.ndarray, np.ndarray, np.ndarray], first_row: int, cluster: np.ndarray, number: np.ndarray, sums: Doubts,
+    histogram: np.ndarray,
 ) -> None:  # fmt: skip
+    offsets, rows, similarities = table
+    faces, inside, within, outside, between, doubtful, nearest, face, other = sums
     for i in range(len(number)):
         mine, at = cluster[first_row + i], number[i]
         count, total, best, at_best = 0, 0.0, -2.0, -1

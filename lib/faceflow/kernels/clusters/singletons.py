@@ -9,6 +9,8 @@ from __future__ import annotations
 import numba
 import numpy as np
 
+from faceflow.kernels.compiled import kernel
+
 SPACINGS = 16
 """Spacings below the largest one, from which a face's own scale is taken: those of a poor photo are smaller."""
 
@@ -28,7 +30,7 @@ GLANCE = 64
 """Similarities looked at together."""
 
 
-@numba.njit(cache=True, nogil=True, parallel=True)
+@kernel(parallel=True)
 def add_members(sums: np.ndarray, counts: np.ndarray, vectors: np.ndarray, owner: np.ndarray, most: int) -> None:
     """Add the vectors float32[n, d] to the sums float64[h, d] of their owners int64[n] (-1: nobody), the first `most` of each;
     counts int64[h] says how many each has by now."""
@@ -69,7 +71,7 @@ def nearest(faces: np.ndarray, people: np.ndarray, k: int) -> tuple[np.ndarray, 
     return values, top
 
 
-@numba.njit(cache=True, nogil=True, _nrt=False)
+@kernel(allocates=False)
 def _keep_nearest(product: np.ndarray, begin: int, values: np.ndarray, top: np.ndarray) -> None:
     k = values.shape[1]
     for i in range(product.shape[0]):

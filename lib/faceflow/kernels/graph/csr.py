@@ -12,7 +12,11 @@ import numba
 import numpy as np
 
 from faceflow.errors import InputError
+from faceflow.kernels.compiled import kernel
 from faceflow.kernels.mapequation.flow import Graph, use_threads
+
+Rows = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Compressed rows: (offsets int64[n + 1], others int32[m], weights [m])."""
 
 Part = tuple[np.ndarray, np.ndarray, np.ndarray]
 """Consecutive rows of a graph: (offsets int64[r + 1], targets int32[...], weights [...])."""
@@ -110,8 +114,8 @@ def symmetric(graph: Graph) -> Graph:
     offsets[1:] -= np.cumsum(_count_loops(graph.out_offsets, graph.targets))
     targets, weights = np.empty(offsets[-1], np.int32), np.empty(offsets[-1], np.float32)
     _interleave(
-        graph.out_offsets, graph.targets, graph.out_weights, graph.in_offsets, graph.sources, graph.in_weights,
-        offsets, targets, weights,
+        (graph.out_offsets, graph.targets, graph.out_weights), (graph.in_offsets, graph.sources, graph.in_weights),
+        (offsets, targets, weights),
     )  # fmt: skip
     return Graph(offsets, targets, weights, offsets, targets, weights)
 
@@ -136,7 +140,7 @@ def transpose(offsets: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> 
     return in_offsets, sources, moved
 
 
-@numba.njit(cache=True, nogil=True, parallel=True)
+@kernel(parallel=True)
 def _survey(
     offsets: np.ndarray, targets: np.ndarray, weights: np.ndarray, kept: np.ndarray, firsts: np.ndarray
 ) -> tuple[int, int, int]:
@@ -156,7 +160,7 @@ def _survey(
     return lowest, highest, wrong
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel
 def _smallest_labels(firsts: np.ndarray, label: np.ndarray) -> None:
     for i in range(len(label)):
         least = label[i]
@@ -169,7 +173,7 @@ def _smallest_labels(firsts: np.ndarray, label: np.ndarray) -> None:
                 label[firsts[i, e]] = min(label[firsts[i, e]], least)
 
 
-@numba.njit(cache=True, nogil=True, parallel=True)
+@kernel(parallel=True)
 def _copy_rows(
     old_offsets: np.ndarray, old_targets: np.ndarray, old_weights: np.ndarray, first_row: int, number: np.ndarray,
     offsets: np.ndarray, targets: np.ndarray, weights: np.ndarray,
@@ -183,7 +187,7 @@ def _copy_rows(
                 at += 1
 
 
-@numba.njit(cache=True, nogil=True, parallel=True)
+@kernel(parallel=True)
 def _copy_back(
     offsets: np.ndarray, targets: np.ndarray, weights: np.ndarray, rows: np.ndarray, order: np.ndarray,
     out_offsets: np.ndarray, out_targets: np.ndarray, out_weights: np.ndarray,
@@ -195,7 +199,7 @@ def _copy_back(
             out_weights[e + shift] = weights[e]
 
 
-@numba.njit(cache=True, nogil=True, parallel=True)
+@kernel(parallel=True)
 def _count_loops(offsets: np.ndarray, targets: np.ndarray) -> np.ndarray:
     out = np.zeros(len(offsets) - 1, np.int64)
     for i in numba.prange(len(out)):
@@ -204,12 +208,11 @@ def _count_loops(offsets: np.ndarray, targets: np.ndarray) -> np.ndarray:
     return out
 
 
-@numba.njit(cache=True, nogil=True, parallel=True)
-def _interleave(
-    out_offsets: np.ndarray, targets: np.ndarray, out_weights: np.ndarray,
-    in_offsets: np.ndarray, sources: np.ndarray, in_weights: np.ndarray,
-    offsets: np.ndarray, others: np.ndarray, weights: np.ndarray,
-) -> None:  # fmt: skip
+@kernel(parallel=True)
+def _interleave(out: Rows, into: Rows, made: Rows) -> None:
+    out_offsets, targets, out_weights = out
+    in_offsets, sources, in_weights = into
+    offsets, others, weights = made
     for i in numba.prange(len(offsets) - 1):
         at = offsets[i]
         for e in range(out_offsets[i], out_offsets[i + 1]):
@@ -223,14 +226,14 @@ def _interleave(
                 at += 1
 
 
-@numba.njit(cache=True, nogil=True, parallel=True)
+@kernel(parallel=True)
 def _count_targets(offsets: np.ndarray, targets: np.ndarray, cuts: np.ndarray, before: np.ndarray) -> None:
     for c in numba.prange(len(cuts) - 1):
         for e in range(offsets[cuts[c]], offsets[cuts[c + 1]]):
             before[c, targets[e]] += 1
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel
 def _start_chunks(before: np.ndarray, in_offsets: np.ndarray) -> None:
     for t in range(before.shape[1]):
         total = 0
@@ -241,7 +244,7 @@ def _start_chunks(before: np.ndarray, in_offsets: np.ndarray) -> None:
         in_offsets[t + 1] = in_offsets[t] + total
 
 
-@numba.njit(cache=True, nogil=True, parallel=True)
+@kernel(parallel=True)
 def _transpose(
     offsets: np.ndarray, targets: np.ndarray, weights: np.ndarray, cuts: np.ndarray, before: np.ndarray,
     in_offsets: np.ndarray, sources: np.ndarray, moved: np.ndarray,

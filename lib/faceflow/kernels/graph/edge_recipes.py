@@ -11,6 +11,7 @@ import itertools
 import numba
 import numpy as np
 
+from faceflow.kernels.compiled import kernel
 from faceflow.kernels.graph.csr import cut_by_edges
 from faceflow.kernels.graph.shared_neighbors import CHUNKS, Block, add, as_words, in_common, no_rows, overlap, shared_sum
 from faceflow.kernels.mapequation.flow import row_sums
@@ -20,7 +21,7 @@ NEP_TEMPERATURE, NEP_LEAST = 0.5, 0.22
 FACEMAP_NEIGHBORS, FACEMAP_WINDOW = 256, 20
 TPDI_TEMPERATURE, TPDI_MOST = 0.05, 0.7
 
-WITNESSED = 0.5
+SUPPORTED = 0.5
 """Share of a neighbor's own neighbors that must be near a face for the two to be joined by an edge below the threshold."""
 
 BASE_WEIGHT, DENSE_POWER, DENSE_NEIGHBORS = 0.15, 3, 60
@@ -105,7 +106,7 @@ def tpdi(block: Block) -> Block:
 
 
 def auto(block: Block, strong: float, weak: float) -> Block:
-    """Our own, without a parameter of the data set: the thresholds come from the data (`impostors.Thresholds`).
+    """Our own, without a parameter of the data set: the thresholds come from the data (`kernels.threshold.valley.Thresholds`).
 
     Edges from `strong` on are kept, and those from `weak` on that are `supported`. The weight is (excess + 0.15)^p x Jaccard
     overlap of the neighbor sets, excess the similarity over the support threshold in units of 0.4 of the way from there to 1, p
@@ -118,7 +119,7 @@ def auto(block: Block, strong: float, weak: float) -> Block:
     return offsets, rows, weight
 
 
-@numba.njit(cache=True, nogil=True, parallel=True)
+@kernel(parallel=True)
 def _raise_by_excess(
     offsets: np.ndarray, rows: np.ndarray, values: np.ndarray, weak: float, scale: float, weight: np.ndarray
 ) -> None:
@@ -134,7 +135,7 @@ def _raise_by_excess(
 
 
 def supported(block: Block, strong: float, weak: float) -> np.ndarray:
-    """bool[m]: edges from `strong` on, and those from `weak` on whose target's strong neighbors bear witness: at least half
+    """bool[m]: edges from `strong` on, and those from `weak` on that the target's strong neighbors support: at least half
     of them, of two or more, are neighbors of the source too."""
     offsets, rows, values = block
     is_strong = values >= np.float32(strong)
@@ -142,24 +143,19 @@ def supported(block: Block, strong: float, weak: float) -> np.ndarray:
         return is_strong
     strong_ends = offsets[:-1] + row_sums(offsets, is_strong).astype(np.int64)
     cuts = cut_by_edges(offsets, CHUNKS)
-    _add_witnessed(
-        offsets,
-        strong_ends,
-        rows,
-        values,
-        np.float32(weak),
-        cuts,
-        *as_words(offsets, strong_ends, rows, False, cuts),
-        is_strong,
-    )
+    words = as_words(offsets, strong_ends, rows, False, cuts)
+    _add_supported(block, strong_ends, np.float32(weak), cuts, words, is_strong)
     return is_strong
 
 
-@numba.njit(cache=True, nogil=True, parallel=True)
-def _add_witnessed(
-    offsets: np.ndarray, strong_ends: np.ndarray, rows: np.ndarray, values: np.ndarray, weak: float, cuts: np.ndarray,
-    starts: np.ndarray, words: np.ndarray, masks: np.ndarray, keep: np.ndarray,
+@kernel(parallel=True)
+def _add_supported(
+    block: Block, strong_ends: np.ndarray, weak: np.float32, cuts: np.ndarray,
+    sets: tuple[np.ndarray, np.ndarray, np.ndarray], keep: np.ndarray,
 ) -> None:  # fmt: skip
+    # sets: the strong neighbors of every row (`shared_neighbors.as_words`).
+    offsets, rows, values = block
+    starts, words, masks = sets
     for c in numba.prange(len(cuts) - 1):
         near = no_rows(len(offsets))
         for i in range(cuts[c], cuts[c + 1]):
@@ -170,7 +166,7 @@ def _add_witnessed(
             for e in range(strong_ends[i], offsets[i + 1]):
                 theirs = strong_ends[rows[e]] - offsets[rows[e]]
                 if values[e] >= weak and theirs >= 2:
-                    keep[e] = in_common(near, starts, words, masks, rows[e]) >= WITNESSED * theirs
+                    keep[e] = in_common(near, starts, words, masks, rows[e]) >= SUPPORTED * theirs
             for e in range(offsets[i], offsets[i + 1]):
                 near[rows[e] >> 6] = 0
 
@@ -209,7 +205,7 @@ def close_up(block: Block, keep: np.ndarray) -> Block:
     return new, rows[: new[-1]], values[: new[-1]]
 
 
-@numba.njit(cache=True, nogil=True, parallel=True)
+@kernel(parallel=True)
 def _close_up(offsets: np.ndarray, rows: np.ndarray, values: np.ndarray, keep: np.ndarray, cuts: np.ndarray) -> None:
     # Each chunk of rows to its own front.
     for c in numba.prange(len(cuts) - 1):
@@ -220,7 +216,7 @@ def _close_up(offsets: np.ndarray, rows: np.ndarray, values: np.ndarray, keep: n
                 at += 1
 
 
-@numba.njit(cache=True, nogil=True, parallel=True)
+@kernel(parallel=True)
 def _copy_kept(
     offsets: np.ndarray, rows: np.ndarray, values: np.ndarray, keep: np.ndarray,
     new: np.ndarray, kept_rows: np.ndarray, kept_values: np.ndarray,
@@ -233,7 +229,7 @@ def _copy_kept(
                 at += 1
 
 
-@numba.njit(cache=True, nogil=True, parallel=True)
+@kernel(parallel=True)
 def _facemap(offsets: np.ndarray, values: np.ndarray, weight: np.ndarray) -> None:
     for i in numba.prange(len(offsets) - 1):
         begin = offsets[i]

@@ -1,6 +1,6 @@
 """Near-identical faces count as one: groups about a leader, and a neighbor table in which each group is its leader.
 
-Copies, bursts and frames of one film are one piece of evidence. Left as they are, they fill their own neighbor lists, and
+Copies, bursts and frames of one film count as one observation. Left as they are, they fill their own neighbor lists, and
 those of everybody near, and the map equation makes a cluster of each film."""
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import numba
 import numpy as np
 
+from faceflow.kernels.compiled import kernel
 from faceflow.kernels.graph.csr import cut_by_edges
 from faceflow.kernels.graph.shared_neighbors import Block
 
@@ -22,7 +23,7 @@ def near_prefix(offsets: np.ndarray, values: np.ndarray, near: float) -> np.ndar
     return results
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel
 def _near_prefix(offsets: np.ndarray, values: np.ndarray, near: np.float32, results: np.ndarray) -> None:
     for i in range(len(results)):
         e = offsets[i]
@@ -46,7 +47,7 @@ def lead(rows: np.ndarray, offsets: np.ndarray, targets: np.ndarray, faces: int)
     return leader
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel
 def _lead(rows: np.ndarray, offsets: np.ndarray, targets: np.ndarray, leader: np.ndarray) -> None:
     for i in range(len(rows)):
         r = rows[i]
@@ -70,7 +71,7 @@ def distinct_neighbors(own: np.ndarray, offsets: np.ndarray, leaders: np.ndarray
     return results
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel
 def _distinct(own: np.ndarray, offsets: np.ndarray, leaders: np.ndarray, results: np.ndarray) -> None:
     for i in range(len(results)):
         mine = np.sort(leaders[offsets[i] : offsets[i + 1]])
@@ -80,13 +81,13 @@ def _distinct(own: np.ndarray, offsets: np.ndarray, leaders: np.ndarray, results
 
 
 def collapse(block: Block, leader: np.ndarray) -> Block:
-    """The table with each group as its leader: followers have no neighbors, and nobody has one that follows.
+    """The table with each group as its leader: followers have no neighbors, and are neighbors of no face.
 
     A leader's list is that of its whole group, a neighbor's similarity the largest that the group has to the neighbor's group.
     block: all rows, each list by falling similarity, which holds of the result too; leader: int32[n], in the numbers of the
     block.
     """
-    offsets, rows, values = block
+    offsets = block[0]
     followers = np.flatnonzero(leader != np.arange(len(leader)))
     if not len(followers):
         return block
@@ -95,20 +96,24 @@ def collapse(block: Block, leader: np.ndarray) -> Block:
     group = followers[of].astype(np.int64)
     counts, cuts = np.zeros(len(leader), np.int64), cut_by_edges(offsets, CHUNKS)
     none = np.empty(0, np.int64), np.empty(0, np.int32), np.empty(0, np.float32)
-    _collapse(offsets, rows, values, leader, starts, group, cuts, counts, *none)
+    groups = leader, starts, group
+    _collapse(block, groups, cuts, counts, none)
     new = np.zeros(len(leader) + 1, np.int64)
     np.cumsum(counts, out=new[1:])
     new_rows, new_values = np.empty(new[-1], np.int32), np.empty(new[-1], np.float32)
-    _collapse(offsets, rows, values, leader, starts, group, cuts, counts, new, new_rows, new_values)
+    _collapse(block, groups, cuts, counts, (new, new_rows, new_values))
     return new, new_rows, new_values
 
 
-@numba.njit(cache=True, nogil=True, parallel=True)
+@kernel(parallel=True)
 def _collapse(
-    offsets: np.ndarray, rows: np.ndarray, values: np.ndarray, leader: np.ndarray, starts: np.ndarray, group: np.ndarray,
-    cuts: np.ndarray, counts: np.ndarray, new: np.ndarray, new_rows: np.ndarray, new_values: np.ndarray,
-) -> None:  # fmt: skip
-    # Counts first, without `new`; then fills.
+    block: Block, groups: tuple[np.ndarray, np.ndarray, np.ndarray], cuts: np.ndarray, counts: np.ndarray, made: Block
+) -> None:
+    # Counts first, without entries in `made`; then fills it. groups: (leader of each row, where each leader's followers begin,
+    # the followers).
+    offsets, rows, values = block
+    leader, starts, group = groups
+    new, new_rows, new_values = made
     for c in numba.prange(len(cuts) - 1):
         place = np.full(len(leader), -1, np.int32)  # of a group in the list of the row at hand, from its first entry
         for i in range(cuts[c], cuts[c + 1]):

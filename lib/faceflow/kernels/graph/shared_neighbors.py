@@ -12,6 +12,7 @@ import numba
 import numpy as np
 from numba.extending import intrinsic
 
+from faceflow.kernels.compiled import kernel
 from faceflow.kernels.graph.csr import cut_by_edges
 
 Block = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -47,18 +48,18 @@ def as_words(
     return starts, words, masks
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel
 def no_rows(n: int) -> np.ndarray:
     """An empty set of n rows, as one mask a word."""
     return np.zeros((n + 63) // 64, np.uint64)
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel
 def add(near: np.ndarray, row: int) -> None:
     near[row >> 6] |= np.uint64(1) << np.uint64(row & 63)
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel
 def in_common(near: np.ndarray, starts: np.ndarray, words: np.ndarray, masks: np.ndarray, row: int) -> int:
     """How many rows of one row's set (`as_words`) are in the set `near`."""
     count = np.uint64(0)
@@ -67,7 +68,7 @@ def in_common(near: np.ndarray, starts: np.ndarray, words: np.ndarray, masks: np
     return int(count)
 
 
-@numba.njit(cache=True, nogil=True, parallel=True)
+@kernel(parallel=True)
 def _count_words(
     offsets: np.ndarray, ends: np.ndarray, rows: np.ndarray, own: bool, cuts: np.ndarray, counts: np.ndarray
 ) -> None:
@@ -86,7 +87,7 @@ def _count_words(
             counts[i + 1] = count
 
 
-@numba.njit(cache=True, nogil=True, parallel=True)
+@kernel(parallel=True)
 def _fill_words(
     offsets: np.ndarray, ends: np.ndarray, rows: np.ndarray, own: bool, cuts: np.ndarray, starts: np.ndarray,
     words: np.ndarray, masks: np.ndarray,
@@ -108,7 +109,7 @@ def _fill_words(
                     masks[place[w]] |= bit
 
 
-@numba.njit(cache=True, nogil=True, parallel=True)
+@kernel(parallel=True)
 def _overlap(
     offsets: np.ndarray, rows: np.ndarray, cuts: np.ndarray, starts: np.ndarray, words: np.ndarray, masks: np.ndarray,
     out: np.ndarray,
@@ -140,7 +141,7 @@ def shared_sum(
     return out
 
 
-@numba.njit(cache=True, nogil=True, parallel=True)
+@kernel(parallel=True)
 def _sum_shared(
     offsets: np.ndarray, rows: np.ndarray, selected: np.ndarray, target: np.ndarray, own_here: np.ndarray, own_there:
     np.ndarray, cuts: np.ndarray, out: np.ndarray,

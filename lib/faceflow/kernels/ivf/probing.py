@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
-import numba
 import numpy as np
 
+from faceflow.kernels.compiled import kernel
 from faceflow.kernels.knn.tiles import CHUNK, QUERY_BLOCK, TileKernel
 from faceflow.kernels.knn.topk import Buffers, decode, key_of, select_smallest
 
@@ -71,7 +72,7 @@ def probe_keys(vectors: np.ndarray, centroids: np.ndarray, rule: ProbeRule) -> t
     return offsets, np.concatenate(out) if out else np.empty(0, np.uint64)
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel
 def _within_margin(
     product: np.ndarray, bits: np.ndarray, least: np.ndarray, most: int,
     scratch: np.ndarray, counts: np.ndarray, out: np.ndarray,
@@ -105,9 +106,9 @@ def _within_margin(
 class Choice:
     """How faces probe, and what to expect of it.
 
-    rule: for a search of all faces, in which visitors meet (`kernels.ivf.neighbor_join`); alone: for one in which a face must
-    find its neighbors at home, by its own probes (`kernels.knn.incremental_search`); mean_probes: cells that a
-    face probes by `rule`, on average; recall: the predicted edge recall (None: there was no pair to tell by).
+    rule: for a search of all faces, with the neighbor join (`kernels.ivf.neighbor_join`); alone: for one in which a face must
+    find its neighbors by its own probes (`kernels.knn.incremental_search`); mean_probes: cells that a face probes by `rule`, on
+    average; recall: the predicted edge recall (None: there was no pair to tell by).
     """
 
     rule: ProbeRule
@@ -129,10 +130,10 @@ def choose_rule(
     """The smallest margin with a predicted edge recall of `target`.
 
     vectors: float32[n, d], a uniform sample of the `faces` faces: pairs of it above the threshold (with threshold None: each
-    face's nearest in it) are a sample of the edges. A pair is found when one face probes the other's home cell. With a
-    threshold it is also found when both visit a third cell and somebody at home there introduces them
-    (`kernels.ivf.neighbor_join`), which people of many photos can count on. Two photos that are all there is of a person
-    cannot: of pairs without a common neighbor in the sample, `target_alone` must be found without introduction. A face with
+    face's nearest in it) are a sample of the edges. A pair is found when one face probes the other's assigned cell. With a
+    threshold it is also found when both probe a third cell and a common neighbor there proposes the pair
+    (`kernels.ivf.neighbor_join`), which works for people with many photos. Two photos that are all there is of a person have
+    none: of pairs without a common neighbor in the sample, `target_alone` must be found without it. A face with
     more neighbors than k keeps only k of them, so its pairs weigh less: without that, the easy faces amid a large cluster would
     outvote the hard ones at its edge.
     """
@@ -149,18 +150,21 @@ def choose_rule(
     probed, probe_key = probe_keys(vectors, centroids, ProbeRule(None, most))
     similarities, cells = decode(probe_key)
     short = np.repeat(similarities[probed[:-1]], np.diff(probed)) - similarities
-    home, met, own = (np.empty(len(keys), np.float32) for _ in range(3))
-    alone = np.empty(len(keys), np.bool_)
-    _margins(offsets, decode(keys)[1], probed, cells, short, len(centroids), home, met, own, alone)
+    assigned, joined, own = (np.empty(len(keys), np.float32) for _ in range(3))
+    pairs = Pairs(assigned, joined, own, np.empty(len(keys), np.bool_))
+    _find_margins((offsets, decode(keys)[1]), (probed, cells, short), len(centroids), pairs)
+    alone = pairs.alone
     owner = np.repeat(selected, np.diff(offsets))
     weights = np.minimum(1.0, neighbors * n / (faces * np.diff(offsets)[owner]))
-    margin, recall = _quantile(home if threshold is None else met, weights, target)
+    margin, recall = _quantile(pairs.assigned if threshold is None else pairs.joined, weights, target)
     if threshold is not None and alone.sum() >= FEWEST_ALONE:
-        margin = max(margin, _quantile(home[alone], weights[alone], target_alone)[0])
-        recall = float(weights[met <= margin].sum() / weights.sum())
+        margin = max(margin, _quantile(pairs.assigned[alone], weights[alone], target_alone)[0])
+        recall = float(weights[pairs.joined <= margin].sum() / weights.sum())
     if not np.isfinite(margin):
         return Choice(ProbeRule(None, most), ProbeRule(None, most), float(most), 0.0)
-    margin, wide = (float(MARGIN_STEP * np.ceil(m / MARGIN_STEP + 0.5)) for m in (margin, _quantile(own, weights, target)[0]))
+    margin, wide = (
+        float(MARGIN_STEP * np.ceil(m / MARGIN_STEP + 0.5)) for m in (margin, _quantile(pairs.own, weights, target)[0])
+    )
     mean_probes = float((short <= margin).sum() / n)
     return Choice(ProbeRule(margin, most), ProbeRule(max(margin, wide), most), mean_probes, round(recall, 5))
 
@@ -177,14 +181,25 @@ def _quantile(needed: np.ndarray, weights: np.ndarray, target: float) -> tuple[f
     return float(needed[at]), float(reached[at])
 
 
-@numba.njit(cache=True, nogil=True)
-def _margins(
-    offsets: np.ndarray, neighbors: np.ndarray, probed: np.ndarray, cells: np.ndarray, short: np.ndarray, count: int,
-    home: np.ndarray, met: np.ndarray, own: np.ndarray, alone: np.ndarray,
-) -> None:  # fmt: skip
-    # For each pair (i, neighbor) the margin at which one probes the other's home, and that at which both probe one cell;
-    # infinite where that is not within the cells listed. own: the margin at which i itself probes the other's home. alone:
-    # whether the two have no common neighbor.
+class Pairs(NamedTuple):
+    """Of each pair (i, neighbor) the margins, float32[...], at which one probes the other's assigned cell (assigned), both
+    probe one cell (joined), and i itself probes the other's assigned cell (own); infinite where that is not within the cells
+    listed. alone: bool[...], whether the two have no common neighbor."""
+
+    assigned: np.ndarray
+    joined: np.ndarray
+    own: np.ndarray
+    alone: np.ndarray
+
+
+@kernel
+def _find_margins(
+    table: tuple[np.ndarray, np.ndarray], probes: tuple[np.ndarray, np.ndarray, np.ndarray], count: int, pairs: Pairs
+) -> None:
+    # table: (offsets, neighbors); probes: (offsets, cells, by how much each is farther than the nearest); count: of cells.
+    offsets, neighbors = table
+    probed, cells, short = probes
+    assigned, joined, own, alone = pairs
     mine = np.full(count, np.float32(np.inf))
     known = np.full(len(offsets) - 1, -1, np.int64)
     for i in range(len(offsets) - 1):
@@ -201,8 +216,8 @@ def _margins(
                 if cells[p] == cells[probed[i]]:
                     least = min(least, short[p])
                 either = min(either, max(mine[cells[p]], short[p]))
-            home[e] = least
-            met[e] = either
+            assigned[e] = least
+            joined[e] = either
             shared = False
             for t in range(offsets[j], offsets[j + 1]):
                 shared |= known[neighbors[t]] == i

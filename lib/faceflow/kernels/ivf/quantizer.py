@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 
-import numba
 import numpy as np
 from threadpoolctl import threadpool_limits
 
+from faceflow.kernels.compiled import kernel
 from faceflow.kernels.knn.tiles import QUERY_BLOCK
 
 SHARES = 8, 4, 2, 1, 1
@@ -75,7 +75,7 @@ def train(sample: np.ndarray, cells: int, seed: int, threads: int) -> tuple[np.n
     return centroids, np.bincount(home, minlength=cells)
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel
 def _add_rows(vectors: np.ndarray, home: np.ndarray, sums: np.ndarray) -> None:
     for i in range(len(vectors)):
         for j in range(vectors.shape[1]):

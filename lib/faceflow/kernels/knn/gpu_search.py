@@ -11,7 +11,7 @@ import faiss
 import numpy as np
 
 from faceflow.errors import SettingsError
-from faceflow.kernels.ivf.neighbor_join import LINKS, join_visitors
+from faceflow.kernels.ivf.neighbor_join import LINKS, Faces, join_neighbors
 from faceflow.kernels.knn.tile_search import Probes, by_cell
 from faceflow.kernels.knn.tiles import NO_LINK
 from faceflow.kernels.knn.topk import Buffers, encode
@@ -97,26 +97,26 @@ def search_blocks(
 def search_cells(
     vectors: np.ndarray, rows: np.ndarray, probes: Probes, cells: range, k: int, threshold: float | None, float16: bool = False
 ) -> Buffers:
-    """As `kernels.knn.tile_search.search_cells`: members and visitors are searched among the members, and members among the
-    visitors, as a pair serves both ends; visitors are joined on the CPU."""
+    """As `kernels.knn.tile_search.search_cells`: members and probing faces are searched among the members, and members among
+    the probing faces, as a pair serves both ends; the neighbor join runs on the CPU."""
     buffers = Buffers.empty(len(rows), k, threshold)
-    homes = probes[1][probes[0][:-1]]
-    for members, visitors in by_cell(probes, cells):
-        queries = np.concatenate([members, visitors])
+    assigned = probes[1][probes[0][:-1]]
+    for members, probing in by_cell(probes, cells):
+        queries = np.concatenate([members, probing])
         positions, keys = _GpuIndex(vectors[members], rows[members], k, threshold, float16).search(
             vectors[queries], rows[queries]
         )
         buffers.extend(queries, _offsets(positions, len(queries)), keys)
-        if len(visitors):
-            index = _GpuIndex(vectors[visitors], rows[visitors], k, threshold, float16)
+        if len(probing):
+            index = _GpuIndex(vectors[probing], rows[probing], k, threshold, float16)
             back, back_keys = index.search(vectors[members], rows[members])
-            visitor = np.searchsorted(rows[visitors], (back_keys & ROW).astype(np.int64))
-            # The tile of the visitor's home finds the pair where the member probes it, and no pair may be found twice.
-            new = ~_probe(probes, members[back], homes[visitors[visitor]])
+            face = np.searchsorted(rows[probing], (back_keys & ROW).astype(np.int64))
+            # The tile of the probing face's assigned cell finds the pair where the member probes that: none is found twice.
+            new = ~_probe(probes, members[back], assigned[probing[face]])
             buffers.extend(members, _offsets(back[new], len(members)), back_keys[new])
         if threshold is not None:
-            links = _links(positions - len(members), keys, rows[members], len(visitors))
-            join_visitors(vectors, rows, buffers, probes, visitors, links, len(members))
+            links = _links(positions - len(members), keys, rows[members], len(probing))
+            join_neighbors(Faces(vectors, rows, *probes), buffers, probing, links, len(members))
     return buffers
 
 
@@ -130,14 +130,14 @@ def _probe(probes: Probes, faces: np.ndarray, cells: np.ndarray) -> np.ndarray:
     return np.bincount(pair[probed == cells[pair]], minlength=len(faces)) > 0
 
 
-def _links(visitor: np.ndarray, keys: np.ndarray, member_rows: np.ndarray, visitors: int) -> np.ndarray:
-    """Each visitor's nearest members, as `tiles.TileKernel.between` gives them; visitor < 0: not one."""
-    visitor, keys = visitor[visitor >= 0], keys[visitor >= 0]
-    order = np.lexsort((keys, visitor))
-    visitor, keys = visitor[order], keys[order]
-    rank = np.arange(len(visitor)) - np.searchsorted(visitor, visitor)
-    links = np.full((visitors, LINKS), NO_LINK)
+def _links(face: np.ndarray, keys: np.ndarray, member_rows: np.ndarray, faces: int) -> np.ndarray:
+    """Each probing face's nearest members, as `tiles.TileKernel.between` gives them; face < 0: a member."""
+    face, keys = face[face >= 0], keys[face >= 0]
+    order = np.lexsort((keys, face))
+    face, keys = face[order], keys[order]
+    rank = np.arange(len(face)) - np.searchsorted(face, face)
+    links = np.full((faces, LINKS), NO_LINK)
     near = rank < LINKS
     member = np.searchsorted(member_rows, (keys[near] & ROW).astype(np.int64)).astype(np.uint64)
-    links[visitor[near], rank[near]] = (keys[near] & np.uint64(0xFFFFFFFF00000000)) | member
+    links[face[near], rank[near]] = (keys[near] & np.uint64(0xFFFFFFFF00000000)) | member
     return links

@@ -1,17 +1,18 @@
-"""Search of what is new against everything: only pairs with at least one active face; last night's tables hold the others.
+"""Incremental search: only pairs with at least one active face; the base run's tables hold the others.
 
-An active face is new, or has lost a neighbor that its full table cannot replace. As `search`, but a pair of two faces that are
-not active is never looked at.
+An active face is new, or has lost a neighbor that its full table cannot replace.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import numba
 import numpy as np
 
-from faceflow.kernels.knn.tile_search import Probes, visits
+from faceflow.kernels.compiled import kernel
+from faceflow.kernels.knn.tile_search import Probes, probes_by_cell
 from faceflow.kernels.knn.tiles import TileKernel
 from faceflow.kernels.knn.topk import Buffers, CandidateList, decode, key_of, similarity_of
 
@@ -26,25 +27,25 @@ def search_cells(
     vectors: np.ndarray, rows: np.ndarray, probes: Probes, cells: range, own: range, residents: Residents, k: int,
     threshold: float | None, keys: np.ndarray | None = None,
 ) -> tuple[CandidateList, CandidateList]:  # fmt: skip
-    """Search a range of cells: the active faces that probe a cell against those that live there.
+    """Search a range of cells: the active faces that probe a cell against those that are assigned to it.
 
-    Nobody is introduced, and nobody finds an active face by his own probes, so active faces should probe more cells than
-    others (`probing.Choice.alone`). vectors, rows, probes, cells: as `search.search_cells`, of the active faces alone, which
-    meet each other in cells of `own` only; keys: memory for len(rows) + MOST_RESIDENTS buffers. Everybody else lives in one
-    cell, where he meets all he ever meets: he needs a buffer only meanwhile.
-    Returns the candidates of the active faces, and of others those who have any: the pair's other face, at both ends.
+    There is no neighbor join, and other faces do not probe, so active faces should probe more cells than in a full search
+    (`probing.Choice.alone`). vectors, rows, probes, cells: as `tile_search.search_cells`, of the active faces alone, which are
+    compared with each other in cells of `own` only; keys: memory for len(rows) + MOST_RESIDENTS buffers. Inactive faces appear
+    only in their assigned cell, so they need a buffer only meanwhile.
+    Returns the candidates of the active faces, and of the others that have any: the pair's other face, at both ends.
     """
     n = len(rows)
     buffers = Buffers.empty(n + MOST_RESIDENTS, k, threshold, keys)
     rows = np.concatenate([rows, np.zeros(MOST_RESIDENTS, np.int32)])
     kernel = TileKernel(vectors, rows, buffers, probes)
     results: list[CandidateList] = []
-    for cell, selected, home in visits(probes, cells):
-        new = selected[home]
+    for cell, selected, assigned in probes_by_cell(probes, cells):
+        new = selected[assigned]
         if cell in own and len(new):
             kernel.within(new, vectors[new])
-            # An active member that probes the visitor's home finds it there.
-            kernel.between(selected[~home], new, vectors[new])
+            # An active member that probes the other face's assigned cell finds it there.
+            kernel.between(selected[~assigned], new, vectors[new])
         for their_rows, their_vectors in residents(cell):
             slots = np.arange(n, n + len(their_rows))
             rows[slots] = their_rows
@@ -87,7 +88,7 @@ def search_part(
     return (ends, keys[kept]), buffers.take(np.arange(q, q + m))
 
 
-@numba.njit(cache=True, nogil=True, parallel=True)
+@kernel(parallel=True)
 def leads_to(offsets: np.ndarray, rows: np.ndarray, marked: np.ndarray) -> np.ndarray:
     """bool[n]: which of the rows of a block (offsets int64[n + 1], rows int32[m]) have an edge to a marked one (bool[N])."""
     out = np.zeros(len(offsets) - 1, np.bool_)
@@ -102,12 +103,12 @@ def leads_to(offsets: np.ndarray, rows: np.ndarray, marked: np.ndarray) -> np.nd
 def carry_table(
     offsets: np.ndarray, neighbors: np.ndarray, similarities: np.ndarray, kept: np.ndarray, new_rows: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Last night's neighbors of the faces that are still there, by tonight's rows.
+    """The base run's neighbors of the faces that were kept, by this run's rows.
 
-    offsets, neighbors, similarities: one part of the neighbor table; kept: int[...], ascending, which of its rows are still
-    there; new_rows: int32[N], tonight's row of every row of last night, -1 for those that are gone; k: most neighbors of a row.
-    Returns (offsets, rows, similarities, state uint8[len(kept)]): 0: as it was; 1: has lost neighbors; 2: has lost some of k,
-    which cut off others: it is given no neighbors, and must be searched again.
+    offsets, neighbors, similarities: one part of the base run's table; kept: int[...], ascending, which of its rows were
+    kept; new_rows: int32[N], this run's row of every base row, -1 for those that are gone; k: most neighbors of a row.
+    Returns (offsets, rows, similarities, state uint8[len(kept)]): 0: unchanged; 1: has lost neighbors; 2: has lost some of k,
+    which cut off others: it has no neighbors here, and must be searched for again.
     """
     state = np.zeros(len(kept), np.uint8)
     left = np.empty(len(kept) + 1, np.int64)
@@ -117,7 +118,7 @@ def carry_table(
     return left, rows, values, state
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel
 def _count_left(
     offsets: np.ndarray,
     neighbors: np.ndarray,
@@ -141,7 +142,7 @@ def _count_left(
     return left[-1]
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel
 def _move_left(
     offsets: np.ndarray, neighbors: np.ndarray, similarities: np.ndarray, kept: np.ndarray, new_rows: np.ndarray,
     left: np.ndarray, rows: np.ndarray, values: np.ndarray,
@@ -159,7 +160,7 @@ def _move_left(
 def merge_into(
     table: tuple[np.ndarray, np.ndarray, np.ndarray], lists: list[CandidateList], active: np.ndarray, new: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """A table (offsets, rows, similarities) of n rows with the candidates of tonight: (offsets, rows, similarities, changed).
+    """A table (offsets, rows, similarities) of n rows with new candidates: (offsets, rows, similarities, changed).
 
     lists: as `topk.merge` takes them. active: bool[n], the rows that were searched: their own lists are empty, and they take
     every candidate. Others know all faces but those of new, bool[N], and take only these. Each row keeps its k best; changed:
@@ -182,11 +183,12 @@ def merge_into(
         np.empty(out_offsets[-1], np.float32),
         np.zeros(n, bool),
     )
-    _merge_sorted(offsets, rows, values.view(np.uint32), begin, counts, pool, out_offsets, out_rows, out_values, changed)
+    merged = Rows(out_offsets, out_rows, out_values.view(np.uint32))
+    _merge_sorted(Rows(offsets, rows, values.view(np.uint32)), begin, counts, pool, merged, changed)
     return out_offsets, out_rows, out_values, changed
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel
 def _count_wanted(
     owners: np.ndarray, ends: np.ndarray, keys: np.ndarray, active: np.ndarray, new: np.ndarray, counts: np.ndarray
 ) -> None:
@@ -195,7 +197,7 @@ def _count_wanted(
             counts[owners[i]] += active[owners[i]] or new[np.uint32(keys[e])]
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel
 def _put_wanted(
     owners: np.ndarray, ends: np.ndarray, keys: np.ndarray, active: np.ndarray, new: np.ndarray, cursor: np.ndarray,
     pool: np.ndarray,
@@ -207,7 +209,7 @@ def _put_wanted(
                 cursor[owners[i]] += 1
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel
 def _sort_once(begin: np.ndarray, pool: np.ndarray, counts: np.ndarray) -> None:
     # Several shards may have found the same pair.
     for i in range(len(counts)):
@@ -222,22 +224,31 @@ def _sort_once(begin: np.ndarray, pool: np.ndarray, counts: np.ndarray) -> None:
         counts[i] = at
 
 
-@numba.njit(cache=True, nogil=True)
+class Rows(NamedTuple):
+    """Neighbor lists as compressed rows: offsets int64[n + 1], rows int32[m], bits uint32[m] of the similarities."""
+
+    offsets: np.ndarray
+    rows: np.ndarray
+    bits: np.ndarray
+
+
+@kernel
 def _merge_sorted(
-    offsets: np.ndarray, rows: np.ndarray, bits: np.ndarray, begin: np.ndarray, counts: np.ndarray, pool: np.ndarray,
-    out_offsets: np.ndarray, out_rows: np.ndarray, out_values: np.ndarray, changed: np.ndarray,
-) -> None:  # fmt: skip
-    out_bits = out_values.view(np.uint32)
+    old: Rows, begin: np.ndarray, counts: np.ndarray, pool: np.ndarray, merged: Rows, changed: np.ndarray
+) -> None:
+    # counts[i] new keys of row i from pool[begin[i]] on, sorted; merged.offsets says how many entries a row ends with.
+    offsets, rows, bits = old
+    out_offsets, out_rows, out_bits = merged
     for i in range(len(counts)):
-        old, at, end = np.uint64(offsets[i]), np.uint64(out_offsets[i]), np.uint64(out_offsets[i + 1])
+        have, at, end = np.uint64(offsets[i]), np.uint64(out_offsets[i]), np.uint64(out_offsets[i + 1])
         for f in range(np.uint64(begin[i]), np.uint64(begin[i] + counts[i])):
-            while at < end and old < np.uint64(offsets[i + 1]) and key_of(bits[old], rows[old]) < pool[f]:
-                out_rows[at], out_bits[at] = rows[old], bits[old]
-                at, old = at + np.uint64(1), old + np.uint64(1)
+            while at < end and have < np.uint64(offsets[i + 1]) and key_of(bits[have], rows[have]) < pool[f]:
+                out_rows[at], out_bits[at] = rows[have], bits[have]
+                at, have = at + np.uint64(1), have + np.uint64(1)
             if at == end:
                 break
             out_rows[at], out_bits[at] = np.int32(np.uint32(pool[f])), np.float32(similarity_of(pool[f])).view(np.uint32)
             at += np.uint64(1)
             changed[i] = True
         for e in range(end - at):
-            out_rows[at + e], out_bits[at + e] = rows[old + e], bits[old + e]
+            out_rows[at + e], out_bits[at + e] = rows[have + e], bits[have + e]

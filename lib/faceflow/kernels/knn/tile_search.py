@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
-import numba
 import numpy as np
 
-from faceflow.kernels.ivf.neighbor_join import LINKS, join_visitors
+from faceflow.kernels.compiled import kernel
+from faceflow.kernels.ivf.neighbor_join import LINKS, Faces, join_neighbors
 from faceflow.kernels.knn.tiles import TileKernel
 from faceflow.kernels.knn.topk import Buffers
 
 Probes = tuple[np.ndarray, np.ndarray]
-"""(offsets int64[n + 1], cells int32[...]): face i probes `cells[offsets[i]:offsets[i + 1]]`, its home cell first."""
+"""(offsets int64[n + 1], cells int32[...]): face i probes `cells[offsets[i]:offsets[i + 1]]`, its assigned cell first."""
 
 
 def search_cells(
@@ -25,7 +25,7 @@ def search_cells(
     keys: np.ndarray | None = None,
 ) -> Buffers:
     """Search every cell of one shard: its members against each other and against the faces that probe it; with a threshold,
-    those visitors that resemble the same member against each other too (`kernels.ivf.neighbor_join`).
+    those probing faces that share a near member against each other too (`kernels.ivf.neighbor_join`).
 
     vectors: float32[n, d], unit rows: every face that probes a cell of the shard; rows: int32[n], ascending; cells: the
     shard's; keys: memory for the buffers (`topk.Buffers.empty`). Returns buffers with one slot per face: its candidates among
@@ -33,32 +33,33 @@ def search_cells(
     """
     buffers = Buffers.empty(len(rows), k, threshold, keys)
     kernel = TileKernel(vectors, rows, buffers, probes)
-    for members, visitors in by_cell(probes, cells):
+    for members, probing in by_cell(probes, cells):
         member_vectors = vectors[members]
         kernel.within(members, member_vectors)
-        links = np.empty((len(visitors), 0 if threshold is None else LINKS), np.uint64)
-        kernel.between(visitors, members, member_vectors, links, np.inf if threshold is None else threshold)
+        links = np.empty((len(probing), 0 if threshold is None else LINKS), np.uint64)
+        kernel.between(probing, members, member_vectors, links, np.inf if threshold is None else threshold)
         if threshold is not None:
-            join_visitors(vectors, rows, buffers, probes, visitors, links, len(members))
+            join_neighbors(Faces(vectors, rows, *probes), buffers, probing, links, len(members))
     return buffers
 
 
 def by_cell(probes: Probes, cells: range) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(members, visitors) of each cell that has members: positions of the faces at home there and of those that probe it."""
-    for _, selected, home in visits(probes, cells):
-        if home.any():
-            yield selected[home], selected[~home]
+    """(members, probing) of each cell that has members: positions of the faces assigned to it and of the others that probe
+    it."""
+    for _, positions, assigned in probes_by_cell(probes, cells):
+        if assigned.any():
+            yield positions[assigned], positions[~assigned]
 
 
-def visits(probes: Probes, cells: range) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """(cell, positions of the faces that probe it, ascending, which of them are at home there) of each cell that is probed."""
-    bounds, positions, is_home = _sort_by_cell(*probes, cells.start, cells.stop)
+def probes_by_cell(probes: Probes, cells: range) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """(cell, positions of the faces that probe it, ascending, which of them are assigned to it) of each cell that is probed."""
+    bounds, positions, assigned = _sort_by_cell(*probes, cells.start, cells.stop)
     for cell, begin, end in zip(cells, bounds[:-1], bounds[1:], strict=True):
         if begin < end:
-            yield cell, positions[begin:end], is_home[begin:end]
+            yield cell, positions[begin:end], assigned[begin:end]
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel
 def _sort_by_cell(offsets: np.ndarray, flat: np.ndarray, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     bounds = np.zeros(stop - start + 1, np.int64)
     for e in range(offsets[0], offsets[-1]):
@@ -67,14 +68,14 @@ def _sort_by_cell(offsets: np.ndarray, flat: np.ndarray, start: int, stop: int) 
     for c in range(len(bounds) - 1):
         bounds[c + 1] += bounds[c]
     cursor = bounds[:-1].copy()
-    positions, is_home = np.empty(bounds[-1], np.int64), np.empty(bounds[-1], np.bool_)
+    positions, assigned = np.empty(bounds[-1], np.int64), np.empty(bounds[-1], np.bool_)
     for i in range(len(offsets) - 1):
         for e in range(offsets[i], offsets[i + 1]):
             if start <= flat[e] < stop:
                 at = cursor[flat[e] - start]
-                positions[at], is_home[at] = i, e == offsets[i]
+                positions[at], assigned[at] = i, e == offsets[i]
                 cursor[flat[e] - start] = at + 1
-    return bounds, positions, is_home
+    return bounds, positions, assigned
 
 
 def ring(block: int, blocks: int) -> list[int]:

@@ -8,10 +8,11 @@ running k-th best and serves both ends of a pair at once, so memory does not fol
 from __future__ import annotations
 
 import time
+from typing import NamedTuple
 
-import numba
 import numpy as np
 
+from faceflow.kernels.compiled import kernel
 from faceflow.kernels.knn.topk import Buffers, key_of, push, similarity_of
 
 QUERY_BLOCK = 256
@@ -25,10 +26,8 @@ CHUNK = 64
 NO_LINK = np.uint64(0xFF800000_FFFFFFFF)
 """The key of similarity minus infinity: behind every other."""
 
-NO_LINKS = np.empty((QUERY_BLOCK, 0), np.uint64)
 
-
-@numba.njit(cache=True, nogil=True, _nrt=False)
+@kernel(allocates=False)
 def _link(links: np.ndarray, i: int, key: np.uint64) -> np.float32:
     # Insert into a short ascending list, the last one falls out; the similarity below which none enters any more.
     at = links.shape[1] - 1
@@ -40,34 +39,49 @@ def _link(links: np.ndarray, i: int, key: np.uint64) -> np.float32:
     return similarity_of(links[i, links.shape[1] - 1])
 
 
-@numba.njit(cache=True, nogil=True, _nrt=False)
+class Block(NamedTuple):
+    """A product of queries and members: similarities float32[q, m], and their bits; first: the pairs j <= i + first are left
+    out (the lower triangle of a tile with itself), -q - 1 for none; slots, rows: of the queries and of the members."""
+
+    product: np.ndarray
+    bits: np.ndarray
+    first: int
+    q_slots: np.ndarray
+    q_rows: np.ndarray
+    m_slots: np.ndarray
+    m_rows: np.ndarray
+
+
+class Taken(NamedTuple):
+    """Which pairs the member's own tiles find: lines[line_of[c], u] says whether member u probes cell c, the one that a query
+    is assigned to (int32[q]); line 0 is for cells that no member probes."""
+
+    q_cells: np.ndarray
+    line_of: np.ndarray
+    lines: np.ndarray
+
+
+class Links(NamedTuple):
+    """Each query's nearest members so far, uint64[q, t], as keys of similarity and first + j, ascending. Which they are must
+    not depend on what else the query finds, so they have a threshold of their own, or the last link."""
+
+    keys: np.ndarray
+    first: int
+    threshold: np.float32
+
+
+NO_LINKS = Links(np.empty((QUERY_BLOCK, 0), np.uint64), 0, np.float32(np.inf))
+
+
+@kernel(allocates=False)
 def _push_block(
-    product: np.ndarray,
-    bits: np.ndarray,
-    first: int,
-    q_slots: np.ndarray,
-    q_rows: np.ndarray,
-    q_homes: np.ndarray,
-    m_slots: np.ndarray,
-    m_rows: np.ndarray,
-    taken_of: np.ndarray,
-    taken: np.ndarray,
-    m_thresholds: np.ndarray,
-    hits: np.ndarray,
-    keys: np.ndarray,
-    counts: np.ndarray,
-    thresholds: np.ndarray,
-    k: int,
-    links: np.ndarray,
-    links_from: int,
-    link_threshold: np.float32,
-) -> None:
-    # first: the pairs j <= i + first are left out (the lower triangle of a tile with itself); -len(queries) for none.
-    # taken: whether the member's own tiles find the pair; its line for the query's home cell is taken_of[home], 0 is for none.
-    # links: each query's nearest members so far, as keys of similarity and links_from + j, ascending. Which they are must not
-    # depend on what else the query has found, so they have a threshold of their own, link_threshold or the last link.
+    block: Block, taken: Taken, links: Links, buffers: Buffers, m_thresholds: np.ndarray, hits: np.ndarray
+) -> None:  # fmt: skip
+    # m_thresholds, hits: scratch of one entry a member, and one more.
+    product, bits, first, q_slots, q_rows, m_slots, m_rows = block
+    thresholds, link_keys, link_threshold = buffers.thresholds, links.keys, links.threshold
     n, m = product.shape
-    wanted = links.shape[1]
+    wanted = link_keys.shape[1]
     for j in range(m):
         m_thresholds[j] = thresholds[m_slots[j]]
     for i in range(n):
@@ -75,7 +89,7 @@ def _push_block(
         threshold = thresholds[slot]
         linked = link_threshold
         if wanted > 0:
-            linked = max(linked, similarity_of(links[i, wanted - 1]))
+            linked = max(linked, similarity_of(link_keys[i, wanted - 1]))
         lowest = min(threshold, linked)
         # Most chunks hold no hit, and the first loop is nearly all the work for them: it vectorises, as unsigned indices cannot
         # be meant from the end. Where there are hits, their places are collected without a branch to guess wrong.
@@ -90,44 +104,44 @@ def _push_block(
                 for u in range(start, end):
                     hits[results] = u
                     results += int(row[u] >= min(lowest, m_thresholds[u]))
-        line = taken[taken_of[q_homes[i]]]
+        line = taken.lines[taken.line_of[taken.q_cells[i]]]
         for h in range(results):
             u = hits[h]
             s = row[u]
             if s >= linked:
-                linked = max(link_threshold, _link(links, i, key_of(bits[i, u], np.int32(links_from + u))))
+                linked = max(link_threshold, _link(link_keys, i, key_of(bits[i, u], np.int32(links.first + u))))
             if s >= threshold:
-                push(keys, counts, thresholds, k, slot, key_of(bits[i, u], m_rows[u]))
+                push(buffers, slot, key_of(bits[i, u], m_rows[u]))
                 threshold = thresholds[slot]
             if s >= m_thresholds[u] and not line[u]:
-                push(keys, counts, thresholds, k, m_slots[u], key_of(bits[i, u], q_rows[i]))
+                push(buffers, m_slots[u], key_of(bits[i, u], q_rows[i]))
                 m_thresholds[u] = thresholds[m_slots[u]]
 
 
-@numba.njit(cache=True, nogil=True)
-def _list_cells(offsets: np.ndarray, cells: np.ndarray, faces: np.ndarray, taken_of: np.ndarray) -> int:
+@kernel
+def _list_cells(offsets: np.ndarray, cells: np.ndarray, faces: np.ndarray, line_of: np.ndarray) -> int:
     lines = 1
     for i in faces:
         for p in range(offsets[i], offsets[i + 1]):
-            if taken_of[cells[p]] == 0:
-                taken_of[cells[p]] = lines
+            if line_of[cells[p]] == 0:
+                line_of[cells[p]] = lines
                 lines += 1
     return lines
 
 
-@numba.njit(cache=True, nogil=True)
-def _mark_cells(offsets: np.ndarray, cells: np.ndarray, faces: np.ndarray, taken_of: np.ndarray, taken: np.ndarray) -> None:
-    taken[:] = False
+@kernel
+def _mark_cells(offsets: np.ndarray, cells: np.ndarray, faces: np.ndarray, line_of: np.ndarray, lines: np.ndarray) -> None:
+    lines[:] = False
     for u in range(len(faces)):
         for p in range(offsets[faces[u]], offsets[faces[u] + 1]):
-            taken[taken_of[cells[p]], u] = True
+            lines[line_of[cells[p]], u] = True
 
 
-@numba.njit(cache=True, nogil=True)
-def _unlist_cells(offsets: np.ndarray, cells: np.ndarray, faces: np.ndarray, taken_of: np.ndarray) -> None:
+@kernel
+def _unlist_cells(offsets: np.ndarray, cells: np.ndarray, faces: np.ndarray, line_of: np.ndarray) -> None:
     for i in faces:
         for p in range(offsets[i], offsets[i + 1]):
-            taken_of[cells[p]] = 0
+            line_of[cells[p]] = 0
 
 
 class TileKernel:
@@ -135,8 +149,8 @@ class TileKernel:
 
     vectors: float32[n, d], unit rows, C-contiguous; rows: int32[n], their global rows. Positions, from here on, are
     indices into both and into the buffers.
-    probes: (offsets int64[n + 1], cells int32[...]), the cells each face probes, its home cell first. With it, a pair is
-    not given to its member when the member probes the query's home cell: that tile finds the pair from the member's
+    probes: (offsets int64[n + 1], cells int32[...]), the cells each face probes, its assigned cell first. With it, a pair is
+    not given to its member when the member probes the query's assigned cell: that tile finds the pair from the member's
     side, and no pair may be found twice.
     """
 
@@ -146,29 +160,25 @@ class TileKernel:
         self.vectors, self.rows, self.buffers = vectors, rows, buffers
         if probes is None:
             probes = np.zeros(len(rows) + 1, np.int64), np.empty(0, np.int32)
-            self._homes = np.zeros(len(rows), np.int32)
+            self._assigned = np.zeros(len(rows), np.int32)
         else:
-            self._homes = probes[1][probes[0][:-1]]
+            self._assigned = probes[1][probes[0][:-1]]
         self._probes = probes
-        self._taken_of = np.zeros(int(probes[1].max(initial=0)) + 1, np.int32)
-        self._nowhere = np.zeros(QUERY_BLOCK, np.int32), np.zeros(1, np.int32), np.zeros((1, MEMBER_BLOCK), np.bool_)
+        self._line_of = np.zeros(int(probes[1].max(initial=0)) + 1, np.int32)
+        self._none_taken = Taken(np.zeros(QUERY_BLOCK, np.int32), np.zeros(1, np.int32), np.zeros((1, MEMBER_BLOCK), np.bool_))
         self._product = np.empty(QUERY_BLOCK * MEMBER_BLOCK, np.float32)
         self._queries = np.empty((QUERY_BLOCK, vectors.shape[1]), np.float32)
         self._thresholds = np.empty(MEMBER_BLOCK, np.float32)
         self._hits = np.empty(MEMBER_BLOCK + 1, np.int32)
 
     def _block(
-        self, queries: np.ndarray, members: np.ndarray, first: int, q: np.ndarray, m: np.ndarray,
-        taken: tuple[np.ndarray, np.ndarray, np.ndarray],
-        links: np.ndarray = NO_LINKS, links_from: int = 0, link_threshold: float = np.inf,
+        self, queries: np.ndarray, members: np.ndarray, first: int, q: np.ndarray, m: np.ndarray, taken: Taken,
+        links: Links = NO_LINKS,
     ) -> None:  # fmt: skip
         product = self._product[: len(queries) * len(members)].reshape(len(queries), len(members))
         np.matmul(queries, members.T, out=product)
-        b = self.buffers
-        _push_block(
-            product, product.view(np.uint32), first, q, self.rows[q], taken[0], m, self.rows[m], taken[1], taken[2],
-            self._thresholds, self._hits, b.keys, b.counts, b.thresholds, b.k, links, links_from, np.float32(link_threshold),
-        )  # fmt: skip
+        block = Block(product, product.view(np.uint32), first, q, self.rows[q], m, self.rows[m])
+        _push_block(block, taken, links, self.buffers, self._thresholds, self._hits)
 
     def within(self, positions: np.ndarray, vectors: np.ndarray) -> None:
         """All pairs among `positions` (intp[m]), faces of one cell; `vectors` are theirs, gathered, float32[m, d]."""
@@ -177,7 +187,7 @@ class TileKernel:
             q = positions[i : i + QUERY_BLOCK]
             for j in range(i, n, MEMBER_BLOCK):
                 m = positions[j : j + MEMBER_BLOCK]
-                self._block(vectors[i : i + QUERY_BLOCK], vectors[j : j + MEMBER_BLOCK], i - j, q, m, self._nowhere)
+                self._block(vectors[i : i + QUERY_BLOCK], vectors[j : j + MEMBER_BLOCK], i - j, q, m, self._none_taken)
 
     def across(self, queries: np.ndarray, members: np.ndarray, member_vectors: np.ndarray) -> None:
         """All pairs (queries x members), two sets of positions without a common one, that no other tile finds."""
@@ -186,7 +196,7 @@ class TileKernel:
             for i in range(0, len(queries), QUERY_BLOCK):
                 q = queries[i : i + QUERY_BLOCK]
                 block = np.take(self.vectors, q, axis=0, out=self._queries[: len(q)], mode="clip")
-                self._block(block, member_vectors[j : j + MEMBER_BLOCK], -QUERY_BLOCK - 1, q, m, self._nowhere)
+                self._block(block, member_vectors[j : j + MEMBER_BLOCK], -QUERY_BLOCK - 1, q, m, self._none_taken)
 
     def between(
         self, queries: np.ndarray, members: np.ndarray, member_vectors: np.ndarray, links: np.ndarray | None = None,
@@ -200,19 +210,20 @@ class TileKernel:
         if links is None:
             links = np.empty((len(queries), 0), np.uint64)
         links.fill(NO_LINK)
-        lines = _list_cells(*self._probes, members, self._taken_of)
+        count = _list_cells(*self._probes, members, self._line_of)
         for j in range(0, len(members), MEMBER_BLOCK):
             m = members[j : j + MEMBER_BLOCK]
-            taken = np.empty((lines, len(m)), np.bool_)
-            _mark_cells(*self._probes, m, self._taken_of, taken)
+            lines = np.empty((count, len(m)), np.bool_)
+            _mark_cells(*self._probes, m, self._line_of, lines)
             for i in range(0, len(queries), QUERY_BLOCK):
                 q = queries[i : i + QUERY_BLOCK]
                 block = np.take(self.vectors, q, axis=0, out=self._queries[: len(q)], mode="clip")
                 self._block(
                     block, member_vectors[j : j + MEMBER_BLOCK], -QUERY_BLOCK - 1, q, m,
-                    (self._homes[q], self._taken_of, taken), links[i : i + QUERY_BLOCK], j, threshold,
+                    Taken(self._assigned[q], self._line_of, lines),
+                    Links(links[i : i + QUERY_BLOCK], j, np.float32(threshold)),
                 )  # fmt: skip
-        _unlist_cells(*self._probes, members, self._taken_of)
+        _unlist_cells(*self._probes, members, self._line_of)
 
 
 def measure_flops(dim: int) -> float:

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
-import numba
 import numpy as np
+
+from faceflow.kernels.compiled import kernel
 
 # A candidate (similarity s, row r) is one uint64 that sorts as (s falling, r rising): IEEE-754 bits of a positive float
 # rise with its value, those of a negative one fall, so flip all bits of a negative and the sign bit of a positive float;
 # then invert for falling order. The row fills the low half, which breaks ties by row for free.
 
 
-@numba.njit(cache=True, nogil=True, inline="always")
+@kernel(inline=True)
 def key_of(bits: np.uint32, row: np.int32) -> np.uint64:
     """Sortable key of a candidate from the similarity's float32 bits and its row."""
     high = bits if bits & np.uint32(0x80000000) else bits ^ np.uint32(0x7FFFFFFF)
     return (np.uint64(high) << np.uint64(32)) | np.uint64(np.uint32(row))
 
 
-@numba.njit(cache=True, nogil=True, inline="always")
+@kernel(inline=True)
 def similarity_of(key: np.uint64) -> np.float32:
     """The similarity in a key."""
     high = np.uint32(key >> np.uint64(32))
@@ -41,7 +42,7 @@ def decode(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return bits.view(np.float32), keys.astype(np.uint32).view(np.int32)
 
 
-@numba.njit(cache=True, nogil=True, inline="always")
+@kernel(inline=True)
 def room_for(k: int) -> int:
     """Candidates that a slot holds before it falls back to its k best. A half more than k: memory that is touched for the first
     time can cost a second a gigabyte (in a virtual machine that gives back what is free), and with twice k the buffers are
@@ -49,13 +50,13 @@ def room_for(k: int) -> int:
     return k + k // 2 + 1
 
 
-@numba.njit(cache=True, nogil=True, _nrt=False)
+@kernel(allocates=False)
 def select_smallest(a: np.ndarray, first: int, n: int, k: int) -> None:
     """Reorder a[first:first + n] so that its k smallest come first, the k-th of them at a[first + k - 1].
 
     Quickselect with Lomuto's partition, whose loop has no branch to guess wrong (2.5 times as fast as Hoare's on 100 keys);
-    meant for distinct keys: many equal ones cost it quadratic time. `_nrt=False`: numba counts no references
-    here; these atomic additions, one a push, were half of a tile's time beside its product.
+    meant for distinct keys: many equal ones cost it quadratic time. `allocates=False`: numba counts no references here; these
+    atomic additions, one a push, were half of a tile's time beside its product.
     """
     low, high, want = first, first + n - 1, first + k - 1
     while low < high:
@@ -85,32 +86,8 @@ def select_smallest(a: np.ndarray, first: int, n: int, k: int) -> None:
             return
 
 
-@numba.njit(cache=True, nogil=True, _nrt=False)
-def push(keys: np.ndarray, counts: np.ndarray, thresholds: np.ndarray, k: int, slot: int, key: np.uint64) -> None:
-    """Add a candidate to a slot; a full slot falls back to its k best and raises its threshold to the k-th of them."""
-    c = counts[slot]
-    first = slot * room_for(k)
-    keys[first + c] = key
-    c += 1
-    if c == room_for(k):
-        select_smallest(keys, first, c, k)
-        c = k
-        thresholds[slot] = similarity_of(keys[first + k - 1])
-    counts[slot] = c
-
-
-@numba.njit(cache=True, nogil=True, _nrt=False)
-def push_new(keys: np.ndarray, counts: np.ndarray, thresholds: np.ndarray, k: int, slot: int, key: np.uint64) -> None:
-    """`push`, unless the slot holds this very key. One that it held and dropped ranks behind the k best: it may come again."""
-    for i in range(counts[slot]):
-        if keys[slot * room_for(k) + i] == key:
-            return
-    push(keys, counts, thresholds, k, slot, key)
-
-
-@dataclass(frozen=True)
-class Buffers:
-    """Bounded candidate lists of n rows.
+class Buffers(NamedTuple):
+    """Bounded candidate lists of n rows, one slot a row.
 
     keys: uint64[n * r], r = `room_for(k)` a row, of which counts[i] are in use; counts: int32[n]; thresholds: float32[n], the
     similarity below which a candidate cannot enter row i any more: the given threshold at first, the running k-th best later.
@@ -146,7 +123,7 @@ class Buffers:
 
     def extend(self, slots: np.ndarray, offsets: np.ndarray, keys: np.ndarray) -> None:
         """Add candidates: `keys[offsets[i]:offsets[i + 1]]` to slot slots[i]."""
-        _extend(self.keys, self.counts, self.thresholds, self.k, slots, offsets, keys)
+        _extend(self, slots, offsets, keys)
 
     def take(self, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(offsets int64[len(slots) + 1], keys uint64[...]) of the slots' at most k best candidates, unsorted."""
@@ -154,25 +131,48 @@ class Buffers:
         offsets = np.zeros(len(slots) + 1, np.int64)
         np.cumsum(counts, out=offsets[1:])
         out = np.empty(offsets[-1], np.uint64)
-        _take(self.keys, self.counts, self.k, slots, offsets, out)
+        _take(self, slots, offsets, out)
         return offsets, out
 
 
-@numba.njit(cache=True, nogil=True, _nrt=False)
-def _extend(
-    keys: np.ndarray, counts: np.ndarray, thresholds: np.ndarray, k: int,
-    slots: np.ndarray, offsets: np.ndarray, new: np.ndarray,
-) -> None:  # fmt: skip
+@kernel(allocates=False)
+def push(buffers: Buffers, slot: int, key: np.uint64) -> None:
+    """Add a candidate to a slot; a full slot falls back to its k best and raises its threshold to the k-th of them."""
+    keys, counts, k = buffers.keys, buffers.counts, buffers.k
+    c = counts[slot]
+    first = slot * room_for(k)
+    keys[first + c] = key
+    c += 1
+    if c == room_for(k):
+        select_smallest(keys, first, c, k)
+        c = k
+        buffers.thresholds[slot] = similarity_of(keys[first + k - 1])
+    counts[slot] = c
+
+
+@kernel(allocates=False)
+def push_new(buffers: Buffers, slot: int, key: np.uint64) -> None:
+    """`push`, unless the slot holds this very key. One that it held and dropped ranks behind the k best: it may come again."""
+    first = slot * room_for(buffers.k)
+    for i in range(buffers.counts[slot]):
+        if buffers.keys[first + i] == key:
+            return
+    push(buffers, slot, key)
+
+
+@kernel(allocates=False)
+def _extend(buffers: Buffers, slots: np.ndarray, offsets: np.ndarray, new: np.ndarray) -> None:
     for i in range(len(slots)):
         for j in range(offsets[i], offsets[i + 1]):
-            push(keys, counts, thresholds, k, slots[i], new[j])
+            push(buffers, slots[i], new[j])
 
 
-@numba.njit(cache=True, nogil=True, _nrt=False)
-def _take(keys: np.ndarray, counts: np.ndarray, k: int, slots: np.ndarray, offsets: np.ndarray, out: np.ndarray) -> None:
+@kernel(allocates=False)
+def _take(buffers: Buffers, slots: np.ndarray, offsets: np.ndarray, out: np.ndarray) -> None:
+    keys, k = buffers.keys, buffers.k
     for i in range(len(slots)):
         slot = slots[i]
-        n = counts[slot]
+        n = buffers.counts[slot]
         if n > k:
             select_smallest(keys, slot * room_for(k), n, k)
         begin = offsets[i]
@@ -180,7 +180,7 @@ def _take(keys: np.ndarray, counts: np.ndarray, k: int, slots: np.ndarray, offse
             out[begin + j] = keys[slot * room_for(k) + j]
 
 
-@numba.njit(cache=True, nogil=True, _nrt=False)
+@kernel(allocates=False)
 def _scatter(rows: np.ndarray, offsets: np.ndarray, keys: np.ndarray, cursor: np.ndarray, out: np.ndarray) -> None:
     for i in range(len(rows)):
         at = cursor[rows[i]]
@@ -190,7 +190,7 @@ def _scatter(rows: np.ndarray, offsets: np.ndarray, keys: np.ndarray, cursor: np
         cursor[rows[i]] = at
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel
 def _finish(
     begin: np.ndarray, pool: np.ndarray, k: int, counts: np.ndarray, neighbors: np.ndarray, similarities: np.ndarray
 ) -> int:

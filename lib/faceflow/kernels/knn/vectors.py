@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import numba
 import numpy as np
+
+from faceflow.kernels.compiled import kernel
 
 FINE, NOT_FINITE, ZERO = 0, 1, 2
 """Verdicts of `normalize_rows`, per row."""
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel
 def _normalize(x: np.ndarray, verdict: np.ndarray) -> None:
     n, d = x.shape
     for i in range(n):

@@ -11,6 +11,7 @@ import numba
 import numpy as np
 
 from faceflow.errors import InputError
+from faceflow.kernels.compiled import kernel
 from faceflow.kernels.graph.csr import Part, cut_by_edges, load, symmetric
 from faceflow.kernels.mapequation.flow import TOLERANCE, Flow, Graph, directed_flow, undirected_flow
 from faceflow.kernels.mapequation.moves import first_modules, settle
@@ -38,7 +39,7 @@ RESTART_EDGES, MAX_RESTARTS = 1_000_000, 16
 """Small graphs are begun again from other orders while that touches no more edges than this, and at most so often."""
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel
 def _sum_plogp(x: np.ndarray) -> float:
     total = 0.0
     for v in x:
@@ -46,7 +47,7 @@ def _sum_plogp(x: np.ndarray) -> float:
     return total
 
 
-@numba.njit(cache=True, nogil=True, parallel=True)
+@kernel(parallel=True)
 def _module_flows(
     offsets: np.ndarray, targets: np.ndarray, weights: np.ndarray, scale: np.ndarray, module: np.ndarray, cuts: np.ndarray,
     enter: np.ndarray, leave: np.ndarray,

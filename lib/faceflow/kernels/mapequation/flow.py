@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numba
 import numpy as np
 
+from faceflow.kernels.compiled import kernel
+
 ALPHA = 0.15
 """Teleportation probability, Infomap's default."""
 
@@ -48,7 +50,7 @@ class Flow:
     iterations: int
 
 
-@numba.njit(cache=True, nogil=True, parallel=True)
+@kernel(parallel=True)
 def _pull(in_offsets: np.ndarray, sources: np.ndarray, weights: np.ndarray, x: np.ndarray, out: np.ndarray) -> None:
     # Each row sums its own edges in order: the result does not depend on the number of threads.
     for i in numba.prange(len(in_offsets) - 1):
@@ -65,7 +67,7 @@ def row_sums(offsets: np.ndarray, values: np.ndarray) -> np.ndarray:
     return out
 
 
-@numba.njit(cache=True, nogil=True, parallel=True)
+@kernel(parallel=True)
 def _sum_rows(offsets: np.ndarray, values: np.ndarray, out: np.ndarray) -> None:
     for i in numba.prange(len(offsets) - 1):
         total = 0.0

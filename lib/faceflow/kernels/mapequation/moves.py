@@ -6,13 +6,14 @@ other's modules, each against a frozen view of the rest, or in one queue. So the
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
 
+from faceflow.kernels.compiled import kernel
 from faceflow.kernels.graph.csr import cut_by_edges
-from faceflow.kernels.mapequation.network import Network, aggregate, dense, plogp
+from faceflow.kernels.mapequation.network import Edges, Network, aggregate, dense, plogp
 
 SMALLEST_GAIN = 1e-10
 """Bits a single move must gain, as in Infomap's default; below, rounding decides."""
@@ -33,74 +34,108 @@ FIRST_SHARE = 0.1
 are not tried: logarithms are what that pass costs. Later moves try all."""
 
 
-@numba.njit(cache=True, nogil=True, inline="always")
+@kernel(inline=True)
 def _term(enter: float, leave: float, flow: float) -> float:
     # What one module adds to the codelength, the flow between all modules aside.
     return -plogp(enter) - plogp(leave) + plogp(leave + flow)
 
 
-@numba.njit(cache=True, nogil=True, inline="always")
-def _collect(
-    offsets: np.ndarray, others: np.ndarray, weights: np.ndarray, scale: float, i: int, module: np.ndarray, group: Any,
-    sums: np.ndarray, seen: np.ndarray, touched: np.ndarray, first: int, results: int,
-) -> int:  # fmt: skip
-    # Adds the flow between unit i and each neighboring module to sums; returns how many modules are now touched.
-    for e in range(offsets[i], offsets[i + 1]):
-        j = others[e]
+class Modules(NamedTuple):
+    """The modules that units are in. of: int64[n], each unit's; flow, enter, leave: float64[modules], visit rate, flow in and
+    out; term: what each adds to the codelength, the flow between all modules aside; members: int64[modules], units of each."""
+
+    of: np.ndarray
+    flow: np.ndarray
+    enter: np.ndarray
+    leave: np.ndarray
+    term: np.ndarray
+    members: np.ndarray
+
+
+class Scratch(NamedTuple):
+    """Of one unit's neighboring modules: to, come: float64[modules], its flow to and from each; seen: uint8[modules]; touched:
+    int64[modules], those that have any. All zero between two units but touched."""
+
+    to: np.ndarray
+    come: np.ndarray
+    seen: np.ndarray
+    touched: np.ndarray
+
+
+class Queue(NamedTuple):
+    """Units that wait to be moved: a ring of `capacity` in units int32[...] from `first` on, with `size` units in it at first.
+
+    waiting: uint8[n], which units are in it; free: int64[...], numbers of empty modules, `spare` of them.
+    """
+
+    units: np.ndarray
+    waiting: np.ndarray
+    free: np.ndarray
+    first: int
+    capacity: int
+    size: int
+    spare: int
+
+
+@kernel(inline=True)
+def _collect(edges: Edges, i: int, module: np.ndarray, group: Any, sums: np.ndarray, scratch: Scratch, place: int) -> int:
+    # Adds the flow between unit i and each neighboring module to sums; new ones are touched from `place` on. Returns where
+    # they end.
+    scale = edges.scale[i]
+    for e in range(edges.offsets[i], edges.offsets[i + 1]):
+        j = edges.others[e]
         if j == i:
             continue
         if group is not None:  # noqa: SIM102 - numba prunes this test when it compiles
             if group[j] != group[i]:
                 continue
         m = module[j]
-        if not seen[m]:
-            seen[m] = 1
-            touched[first + results] = m
-            results += 1
-        sums[m] += weights.dtype.type(weights[e] * scale)
-    return results
+        if not scratch.seen[m]:
+            scratch.seen[m] = 1
+            scratch.touched[place] = m
+            place += 1
+        sums[m] += edges.weights.dtype.type(edges.weights[e] * scale)
+    return place
 
 
-@numba.njit(cache=True, nogil=True, inline="always")
-def _wake(
-    offsets: np.ndarray, others: np.ndarray, i: int, module: np.ndarray, group: Any, best: int,
-    waiting: np.ndarray, queue: np.ndarray, first: int, capacity: int, head: int, size: int,
-) -> int:  # fmt: skip
-    for e in range(offsets[i], offsets[i + 1]):
-        j = others[e]
+@kernel(inline=True)
+def _wake(edges: Edges, i: int, module: np.ndarray, group: Any, best: int, queue: Queue, head: int, size: int) -> int:
+    # Puts the neighbors of unit i that are not in its new module `best` into the queue; returns the queue's size.
+    for e in range(edges.offsets[i], edges.offsets[i + 1]):
+        j = edges.others[e]
         if group is not None:  # noqa: SIM102 - as above
             if group[j] != group[i]:
                 continue
-        if not waiting[j] and module[j] != best:
-            waiting[j] = 1
-            queue[first + (head + size) % capacity] = j
+        if not queue.waiting[j] and module[j] != best:
+            queue.waiting[j] = 1
+            queue.units[queue.first + (head + size) % queue.capacity] = j
             size += 1
     return size
 
 
-@numba.njit(cache=True, nogil=True, _nrt=False)
+@kernel(allocates=False)
 def _drain(
-    network: Any, module: np.ndarray, group: Any,
-    m_flow: np.ndarray, m_enter: np.ndarray, m_leave: np.ndarray, term: np.ndarray, members: np.ndarray,
-    to: np.ndarray, come: np.ndarray, seen: np.ndarray, touched: np.ndarray, waiting: np.ndarray, free: np.ndarray, spare: int,
-    queue: np.ndarray, first: int, capacity: int, size: int, total: float, rest: float, share: float,
-) -> int:  # fmt: skip
+    network: Network, modules: Modules, scratch: Scratch, queue: Queue, group: Any, total: float, rest: float, share: float
+) -> int:
     """Move units until none of the queue gains; returns the moves.
 
-    queue: `size` units from queue[first] on, a ring of `capacity`. group: None, or units only see others of their group.
-    total: flow into the modules at hand; rest: that into all others, which stays. free: numbers of empty modules, `spare` of
-    them. share: see FIRST_SHARE.
+    group: None, or units only see others of their group. total: flow into the modules at hand; rest: that into all others,
+    which stays. share: see FIRST_SHARE.
     """
-    out_offsets, targets, out_weights, out_scale, in_offsets, sources, in_weights, in_scale, flow, enter, leave = network
+    flow, enter, leave = network.flow, network.enter, network.leave
+    module, m_flow, m_enter, m_leave, term, members = modules
+    to, come, seen, touched = scratch
+    first, capacity, free = queue.first, queue.capacity, queue.free
+    size, spare = queue.size, queue.spare
     head = moves = 0
     while size > 0 and moves < MOST_MOVES * capacity:
-        i = queue[first + head]
+        i = queue.units[first + head]
         head = head + 1 if head + 1 < capacity else 0
         size -= 1
-        waiting[i] = 0
+        queue.waiting[i] = 0
         a = module[i]
-        results = _collect(out_offsets, targets, out_weights, out_scale[i], i, module, group, to, seen, touched, first, 0)
-        results = _collect(in_offsets, sources, in_weights, in_scale[i], i, module, group, come, seen, touched, first, results)
+        end = _collect(network.out, i, module, group, to, scratch, first)
+        end = _collect(network.into, i, module, group, come, scratch, end)
         # Leaving a: what went out of i into a now leaves a's rest the other way round.
         enter_a = m_enter[a] - (enter[i] - come[a]) + to[a]
         leave_a = m_leave[a] - (leave[i] - to[a]) + come[a]
@@ -112,11 +147,11 @@ def _drain(
         best, best_gain = a, SMALLEST_GAIN
         best_enter = best_leave = best_term = best_change = 0.0
         strongest = 0.0
-        for t in range(first, first + results):
+        for t in range(first, end):
             if touched[t] != a:
                 strongest = max(strongest, to[touched[t]] + come[touched[t]])
-        for t in range(first, first + results + 1):
-            if t < first + results:
+        for t in range(first, end + 1):
+            if t < end:
                 b = touched[t]
                 if b == a or to[b] + come[b] < share * strongest:
                     continue
@@ -132,7 +167,7 @@ def _drain(
             if gain > best_gain:
                 best, best_gain = b, gain
                 best_enter, best_leave, best_term, best_change = enter_b, leave_b, term_b, change
-        for t in range(first, first + results):
+        for t in range(first, end):
             to[touched[t]] = 0.0
             come[touched[t]] = 0.0
             seen[touched[t]] = 0
@@ -152,25 +187,24 @@ def _drain(
                 free[spare] = a
                 spare += 1
         module[i] = best
-        size = _wake(out_offsets, targets, i, module, group, best, waiting, queue, first, capacity, head, size)
-        size = _wake(in_offsets, sources, i, module, group, best, waiting, queue, first, capacity, head, size)
+        size = _wake(network.out, i, module, group, best, queue, head, size)
+        size = _wake(network.into, i, module, group, best, queue, head, size)
     return moves
 
 
-@numba.njit(cache=True, nogil=True, _nrt=False)
+@kernel(allocates=False)
 def _find_movers(
-    network: Any, module: np.ndarray, m_flow: np.ndarray, m_enter: np.ndarray, m_leave: np.ndarray, term: np.ndarray,
-    members: np.ndarray, to: np.ndarray, come: np.ndarray, seen: np.ndarray, touched: np.ndarray,
-    begin: int, end: int, total: float, movers: np.ndarray,
-) -> None:  # fmt: skip
-    # Marks the units of begin..end-1 that would gain by a move as things stand; a unit with all its flow inside its module
-    # cannot.
-    out_offsets, targets, out_weights, out_scale, in_offsets, sources, in_weights, in_scale, flow, enter, leave = network
+    network: Network, modules: Modules, scratch: Scratch, span: tuple[int, int], total: float, movers: np.ndarray
+) -> None:
+    # Marks the units of span that would gain by a move as things stand; a unit with all its flow inside its module cannot.
+    flow, enter, leave = network.flow, network.enter, network.leave
+    module, m_flow, m_enter, m_leave, term, members = modules
+    to, come, seen, touched = scratch
     base = plogp(total)
-    for i in range(begin, end):
+    for i in range(span[0], span[1]):
         a = module[i]
-        results = _collect(out_offsets, targets, out_weights, out_scale[i], i, module, None, to, seen, touched, 0, 0)
-        results = _collect(in_offsets, sources, in_weights, in_scale[i], i, module, None, come, seen, touched, 0, results)
+        results = _collect(network.out, i, module, None, to, scratch, 0)
+        results = _collect(network.into, i, module, None, come, scratch, results)
         movers[i] = 0
         if results > 1 or (results == 1 and touched[0] != a):
             enter_a = m_enter[a] - (enter[i] - come[a]) + to[a]
@@ -203,39 +237,54 @@ def _find_movers(
             seen[touched[t]] = 0
 
 
-@numba.njit(cache=True, nogil=True, parallel=True)
+# A parallel loop of numba takes arrays but no NamedTuples: they are unpacked before it, and made again in it.
+
+
+@kernel(parallel=True)
 def _find_all_movers(
-    network: Any, module: np.ndarray, m_flow: np.ndarray, m_enter: np.ndarray, m_leave: np.ndarray, term: np.ndarray,
-    members: np.ndarray, to: np.ndarray, come: np.ndarray, seen: np.ndarray, touched: np.ndarray,
-    cuts: np.ndarray, total: float, movers: np.ndarray,
-) -> None:  # fmt: skip
+    network: Network, modules: Modules, scratch: Scratch, cuts: np.ndarray, total: float, movers: np.ndarray
+) -> None:
+    # scratch: a row of each array for each range of units between two cuts.
+    out, into, flow, enter, leave = network
+    out_offsets, targets, out_weights, out_scale = out
+    in_offsets, sources, in_weights, in_scale = into
+    of, m_flow, m_enter, m_leave, term, members = modules
+    to, come, seen, touched = scratch
     for c in numba.prange(len(cuts) - 1):
-        _find_movers(
-            network, module, m_flow, m_enter, m_leave, term, members, to[c], come[c], seen[c], touched[c],
-            cuts[c], cuts[c + 1], total, movers,
+        whole = Network(
+            Edges(out_offsets, targets, out_weights, out_scale), Edges(in_offsets, sources, in_weights, in_scale), flow, enter,
+            leave,
         )  # fmt: skip
+        state = Modules(of, m_flow, m_enter, m_leave, term, members)
+        _find_movers(whole, state, Scratch(to[c], come[c], seen[c], touched[c]), (cuts[c], cuts[c + 1]), total, movers)
 
 
-@numba.njit(cache=True, nogil=True, parallel=True)
+@kernel(parallel=True)
 def _drain_blocks(
-    network: Any, module: np.ndarray, group: np.ndarray,
-    m_flow: np.ndarray, m_enter: np.ndarray, m_leave: np.ndarray, term: np.ndarray, members: np.ndarray,
-    to: np.ndarray, come: np.ndarray, seen: np.ndarray, touched: np.ndarray, waiting: np.ndarray, free: np.ndarray,
-    queue: np.ndarray, cuts: np.ndarray, totals: np.ndarray, rests: np.ndarray,
+    network: Network, modules: Modules, scratch: Scratch, queue: Queue, group: np.ndarray, cuts: np.ndarray,
+    totals: np.ndarray, rests: np.ndarray,
 ) -> None:  # fmt: skip
     # Blocks hold whole groups, and a unit sees only its group: no two blocks touch the same entry of any array.
+    out, into, flow, enter, leave = network
+    out_offsets, targets, out_weights, out_scale = out
+    in_offsets, sources, in_weights, in_scale = into
+    of, m_flow, m_enter, m_leave, term, members = modules
+    to, come, seen, touched = scratch
+    units, waiting, free = queue.units, queue.waiting, queue.free
     for c in numba.prange(len(cuts) - 1):
-        _drain(
-            network, module, group, m_flow, m_enter, m_leave, term, members, to, come, seen, touched, waiting, free, 0,
-            queue, cuts[c], cuts[c + 1] - cuts[c], cuts[c + 1] - cuts[c], totals[c], rests[c], FIRST_SHARE,
+        whole = Network(
+            Edges(out_offsets, targets, out_weights, out_scale), Edges(in_offsets, sources, in_weights, in_scale), flow, enter,
+            leave,
         )  # fmt: skip
+        state, count = Modules(of, m_flow, m_enter, m_leave, term, members), cuts[c + 1] - cuts[c]
+        own = Queue(units, waiting, free, cuts[c], count, count, 0)
+        _drain(whole, state, Scratch(to, come, seen, touched), own, group, totals[c], rests[c], FIRST_SHARE)
 
 
-@numba.njit(cache=True, nogil=True, parallel=True)
-def _cut_flows(
-    offsets: np.ndarray, others: np.ndarray, weights: np.ndarray, scale: np.ndarray, module: np.ndarray
-) -> np.ndarray:
+@kernel(parallel=True)
+def _cut_flows(edges: Edges, module: np.ndarray) -> np.ndarray:
     # Each unit's flow to or from other modules.
+    offsets, others, weights, scale = edges
     out = np.empty(len(offsets) - 1)
     for i in numba.prange(len(out)):
         total = 0.0
@@ -246,7 +295,7 @@ def _cut_flows(
     return out
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel
 def _terms(m_enter: np.ndarray, m_leave: np.ndarray, m_flow: np.ndarray) -> np.ndarray:
     term = np.empty(len(m_flow))
     for m in range(len(m_flow)):
@@ -259,7 +308,7 @@ def first_modules(network: Network, order: np.ndarray, group: np.ndarray | None 
 
     order: a permutation of the units, the order of their first moves. group: int64[n]; default: blocks of consecutive units.
     """
-    n = len(network)
+    n = network.units
     blocks = int(np.clip(n // BLOCK_UNITS, 1, MOST_BLOCKS))
     if group is None:
         group = np.arange(n) * blocks // max(1, n)
@@ -270,12 +319,12 @@ def first_modules(network: Network, order: np.ndarray, group: np.ndarray | None 
     module = np.arange(n)
     own = np.add.reduceat(network.enter[by_group], cuts[:-1]) if n else np.empty(0)
     rests = REST_SHARE * (network.enter.sum() - own)
-    _drain_blocks(
-        network.arrays, module, group, network.flow.copy(), network.enter.copy(), network.leave.copy(),
+    modules = Modules(
+        module, network.flow.copy(), network.enter.copy(), network.leave.copy(),
         _terms(network.enter, network.leave, network.flow), np.ones(n, np.int64),
-        np.zeros(n), np.zeros(n), np.zeros(n, np.uint8), np.empty(n, np.int64), np.ones(n, np.uint8), np.empty(0, np.int64),
-        by_group, cuts, own, rests,
     )  # fmt: skip
+    queue = Queue(by_group, np.ones(n, np.uint8), np.empty(0, np.int64), 0, n, n, 0)
+    _drain_blocks(network, modules, _scratch((n,)), queue, group, cuts, own, rests)
     return module
 
 
@@ -284,35 +333,30 @@ def run_moves(network: Network, module: np.ndarray, order: np.ndarray, search: b
 
     order: the units active at first. search: of these only such as would gain by a move as things stand.
     """
-    n, arrays = len(network), network.arrays
-    enter = np.bincount(module, _cut_flows(*arrays[4:8], module), minlength=n)
-    leave = np.bincount(module, _cut_flows(*arrays[:4], module), minlength=n)
+    n = network.units
+    enter = np.bincount(module, _cut_flows(network.into, module), minlength=n)
+    leave = np.bincount(module, _cut_flows(network.out, module), minlength=n)
     flow, members = np.bincount(module, network.flow, minlength=n), np.bincount(module, minlength=n)
-    term, total = _terms(enter, leave, flow), float(enter.sum())
+    modules, total = Modules(module, flow, enter, leave, _terms(enter, leave, flow), members), float(enter.sum())
     if search:
-        threads, modules = numba.get_num_threads(), int(module.max()) + 1
-        cuts = cut_by_edges(arrays[0] + arrays[4], threads)
-        movers, size = np.empty(n, np.uint8), (threads, modules)
-        _find_all_movers(
-            arrays, module, flow, enter, leave, term, members, np.zeros(size), np.zeros(size), np.zeros(size, np.uint8),
-            np.empty(size, np.int64), cuts, total, movers,
-        )  # fmt: skip
+        threads = numba.get_num_threads()
+        cuts, movers = cut_by_edges(network.out.offsets + network.into.offsets, threads), np.empty(n, np.uint8)
+        _find_all_movers(network, modules, _scratch((threads, int(module.max()) + 1)), cuts, total, movers)
         order = order[movers[order] == 1]
     if len(order) == 0:
         return 0
     free = np.empty(n + 1, np.int64)
     empty = np.flatnonzero(members == 0)
     free[: len(empty)] = empty
-    queue, waiting = np.empty(n, np.int32), np.zeros(n, np.uint8)
-    queue[: len(order)] = order
+    units, waiting = np.empty(n, np.int32), np.zeros(n, np.uint8)
+    units[: len(order)] = order
     waiting[order] = 1
-    return int(
-        _drain(
-            arrays, module, None, flow, enter, leave, term, members,
-            np.zeros(n), np.zeros(n), np.zeros(n, np.uint8), np.empty(n, np.int64), waiting, free, len(empty),
-            queue, 0, n, len(order), total, 0.0, 0.0,
-        )
-    )  # fmt: skip
+    queue = Queue(units, waiting, free, 0, n, len(order), len(empty))
+    return int(_drain(network, modules, _scratch((n,)), queue, None, total, 0.0, 0.0))
+
+
+def _scratch(size: tuple[int, ...]) -> Scratch:
+    return Scratch(np.zeros(size), np.zeros(size), np.zeros(size, np.uint8), np.empty(size, np.int64))
 
 
 def settle(network: Network, module: np.ndarray, order: np.ndarray, search: bool = False) -> np.ndarray:

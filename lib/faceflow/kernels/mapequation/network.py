@@ -2,62 +2,63 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numba
 import numpy as np
 
+from faceflow.kernels.compiled import kernel
 from faceflow.kernels.graph.csr import cut_by_edges, transpose
 from faceflow.kernels.mapequation.flow import Flow, Graph
 
 
-@dataclass(frozen=True)
-class Network:
-    """Units (rows, or groups of them) with their flow, and the flow between different units, both ways.
+class Edges(NamedTuple):
+    """Edges of each unit one way, as compressed rows: edge e of unit i leads to unit `others[e]` and carries
+    `weights[e] * scale[i]`, rounded to the weights' type.
 
-    out_*/in_*: compressed rows as `flow.Graph`; edge e out of unit i carries out_weights[e] * out_scale[i], an edge into it
-    in_weights[e] * in_scale[i], rounded to the weights' type: both ends of an edge must see the same flow, to the
-    bit, or the gains of moves contradict each other and go round in circles. flow, enter, leave: float64[n], visit rate, flow
-    in from and out to other units.
+    offsets: int64[n + 1]; others: int32[m]; weights: float32[m] or float64[m]; scale: float64[n].
     """
 
-    out_offsets: np.ndarray
-    targets: np.ndarray
-    out_weights: np.ndarray
-    out_scale: np.ndarray
-    in_offsets: np.ndarray
-    sources: np.ndarray
-    in_weights: np.ndarray
-    in_scale: np.ndarray
+    offsets: np.ndarray
+    others: np.ndarray
+    weights: np.ndarray
+    scale: np.ndarray
+
+
+class Network(NamedTuple):
+    """Units (rows, or groups of them) with their flow, and the flow between different units, both ways.
+
+    Both ends of an edge must see the same flow, to the bit, or the gains of moves contradict each other and go round in
+    circles. flow, enter, leave: float64[n], visit rate, flow in from and out to other units.
+    """
+
+    out: Edges
+    into: Edges
     flow: np.ndarray
     enter: np.ndarray
     leave: np.ndarray
 
-    def __len__(self) -> int:
+    @property
+    def units(self) -> int:
         return len(self.flow)
 
-    @property
-    def arrays(self) -> tuple[np.ndarray, ...]:
-        """As the compiled kernels take it."""
-        return (
-            self.out_offsets, self.targets, self.out_weights, self.out_scale,
-            self.in_offsets, self.sources, self.in_weights, self.in_scale, self.flow, self.enter, self.leave,
-        )  # fmt: skip
 
-
-@numba.njit(cache=True, nogil=True, inline="always")
+@kernel(inline=True)
 def plogp(x: float) -> float:
+    """x log2 x; 0 at 0."""
     return x * np.log2(x) if x > 0.0 else 0.0
 
 
-@numba.njit(cache=True, nogil=True, parallel=True)
+@kernel(parallel=True)
 def _carry(sources: np.ndarray, weights: np.ndarray, per_weight: np.ndarray) -> None:
     for e in numba.prange(len(weights)):
         weights[e] = weights[e] * per_weight[sources[e]]
 
 
-@numba.njit(cache=True, nogil=True, parallel=True)
-def _sum_others(offsets: np.ndarray, others: np.ndarray, weights: np.ndarray, scale: np.ndarray) -> np.ndarray:
+@kernel(parallel=True)
+def _sum_others(edges: Edges) -> np.ndarray:
+    # Each unit's flow to, or from, other units.
+    offsets, others, weights, scale = edges
     out = np.zeros(len(offsets) - 1)
     for i in numba.prange(len(out)):
         total = 0.0
@@ -80,23 +81,47 @@ def network_of(graph: Graph, flow: Flow, consume: bool = False) -> Network:
     else:
         in_weights, in_scale = graph.in_weights if consume else graph.in_weights.copy(), one
         _carry(graph.sources, in_weights, flow.per_weight)
-    return _complete(
-        graph.out_offsets, graph.targets, graph.out_weights, flow.per_weight,
-        graph.in_offsets, graph.sources, in_weights, in_scale, flow.rows,
-    )  # fmt: skip
+    out = Edges(graph.out_offsets, graph.targets, graph.out_weights, flow.per_weight)
+    return _complete(out, Edges(graph.in_offsets, graph.sources, in_weights, in_scale), flow.rows)
 
 
-def _complete(*arrays: np.ndarray) -> Network:
-    into, out = _sum_others(*arrays[4:8]), _sum_others(*arrays[:4])
-    return Network(*arrays, into, out)  # type: ignore[call-arg]  # mypy cannot count a starred tuple
+def _complete(out: Edges, into: Edges, flow: np.ndarray) -> Network:
+    return Network(out, into, flow, _sum_others(into), _sum_others(out))
 
 
-@numba.njit(cache=True, nogil=True, _nrt=False)
-def _sum_modules(
-    offsets: np.ndarray, targets: np.ndarray, weights: np.ndarray, scale: np.ndarray, module: np.ndarray,
-    begin: np.ndarray, units: np.ndarray, starts: np.ndarray, first: int, last: int,
-    sums: np.ndarray, seen: np.ndarray, touched: np.ndarray, new_targets: np.ndarray, new_flow: np.ndarray, used: np.ndarray,
-) -> None:  # fmt: skip
+class Grouping(NamedTuple):
+    """Units by module: module: int64[n], of each unit; begin: int64[modules + 1], where each module's units begin among `units`
+    int32[n]; starts: int64[modules + 1], where its edges have room."""
+
+    module: np.ndarray
+    begin: np.ndarray
+    units: np.ndarray
+    starts: np.ndarray
+
+
+class Sums(NamedTuple):
+    """Of each module so far: sums: float64[modules], flow to it; seen: uint8[modules]; touched: int32[modules], those seen."""
+
+    sums: np.ndarray
+    seen: np.ndarray
+    touched: np.ndarray
+
+
+class Crossing(NamedTuple):
+    """Edges between modules, from each one's `starts` on: targets int32[m], flow float64[m], and used int64[modules], how
+    many."""
+
+    targets: np.ndarray
+    flow: np.ndarray
+    used: np.ndarray
+
+
+@kernel(allocates=False)
+def _sum_modules(edges: Edges, grouping: Grouping, scratch: Sums, made: Crossing, first: int, last: int) -> None:
+    offsets, targets, weights, scale = edges
+    module, begin, units, starts = grouping
+    sums, seen, touched = scratch
+    new_targets, new_flow, used = made
     for m in range(first, last):
         results = 0
         for u in range(begin[m], begin[m + 1]):
@@ -119,20 +144,21 @@ def _sum_modules(
         used[m] = results
 
 
-@numba.njit(cache=True, nogil=True, parallel=True)
-def _sum_all_modules(
-    offsets: np.ndarray, targets: np.ndarray, weights: np.ndarray, scale: np.ndarray, module: np.ndarray,
-    begin: np.ndarray, units: np.ndarray, starts: np.ndarray, cuts: np.ndarray,
-    sums: np.ndarray, seen: np.ndarray, touched: np.ndarray, new_targets: np.ndarray, new_flow: np.ndarray, used: np.ndarray,
-) -> None:  # fmt: skip
+@kernel(parallel=True)
+def _sum_all_modules(edges: Edges, grouping: Grouping, scratch: Sums, made: Crossing, cuts: np.ndarray) -> None:
+    # scratch: a row of each array for each range of modules between two cuts. A parallel loop takes no NamedTuples.
+    offsets, targets, weights, scale = edges
+    module, begin, units, starts = grouping
+    sums, seen, touched = scratch
+    new_targets, new_flow, used = made
     for c in numba.prange(len(cuts) - 1):
         _sum_modules(
-            offsets, targets, weights, scale, module, begin, units, starts, cuts[c], cuts[c + 1],
-            sums[c], seen[c], touched[c], new_targets, new_flow, used,
+            Edges(offsets, targets, weights, scale), Grouping(module, begin, units, starts), Sums(sums[c], seen[c], touched[c]),
+            Crossing(new_targets, new_flow, used), cuts[c], cuts[c + 1],
         )  # fmt: skip
 
 
-@numba.njit(cache=True, nogil=True, parallel=True)
+@kernel(parallel=True)
 def _count_crossing(offsets: np.ndarray, targets: np.ndarray, module: np.ndarray) -> np.ndarray:
     out = np.empty(len(offsets) - 1, np.int64)
     for i in numba.prange(len(out)):
@@ -143,7 +169,7 @@ def _count_crossing(offsets: np.ndarray, targets: np.ndarray, module: np.ndarray
     return out
 
 
-@numba.njit(cache=True, nogil=True, parallel=True)
+@kernel(parallel=True)
 def _close_gaps(
     starts: np.ndarray,
     old_targets: np.ndarray,
@@ -160,26 +186,23 @@ def _close_gaps(
 
 def aggregate(network: Network, module: np.ndarray, count: int) -> Network:
     """Modules 0..count-1 as units of a smaller network, in float64."""
-    out = network.arrays[:4]
+    out = network.out
     units = np.argsort(module, kind="stable")
     begin = np.searchsorted(module[units], np.arange(count + 1))
-    crossing = np.bincount(module, _count_crossing(*out[:2], module), minlength=count).astype(np.int64)
+    crossing = np.bincount(module, _count_crossing(out.offsets, out.others, module), minlength=count).astype(np.int64)
     starts = np.concatenate([[0], np.cumsum(crossing)])
-    edges = np.concatenate([[0], np.cumsum(np.bincount(module, np.diff(out[0]), minlength=count))]).astype(np.int64)
+    edges = np.concatenate([[0], np.cumsum(np.bincount(module, np.diff(out.offsets), minlength=count))]).astype(np.int64)
     threads = numba.get_num_threads()
-    cuts = cut_by_edges(edges, threads)
-    targets, flow, used = np.empty(starts[-1], np.int32), np.empty(starts[-1]), np.empty(count, np.int64)
-    size = threads, count
-    _sum_all_modules(
-        *out, module, begin, units.astype(np.int32), starts, cuts,
-        np.zeros(size), np.zeros(size, np.uint8), np.empty(size, np.int32), targets, flow, used,
-    )  # fmt: skip
-    offsets = np.concatenate([[0], np.cumsum(used)])
-    new_targets, new_flow = np.empty(offsets[-1], np.int32), np.empty(offsets[-1])
-    _close_gaps(starts, targets, flow, offsets, new_targets, new_flow)
+    cuts, size = cut_by_edges(edges, threads), (threads, count)
+    made = Crossing(np.empty(starts[-1], np.int32), np.empty(starts[-1]), np.empty(count, np.int64))
+    scratch = Sums(np.zeros(size), np.zeros(size, np.uint8), np.empty(size, np.int32))
+    _sum_all_modules(out, Grouping(module, begin, units.astype(np.int32), starts), scratch, made, cuts)
+    offsets = np.concatenate([[0], np.cumsum(made.used)])
+    targets, flow = np.empty(offsets[-1], np.int32), np.empty(offsets[-1])
+    _close_gaps(starts, made.targets, made.flow, offsets, targets, flow)
     one = np.ones(count)
     return _complete(
-        offsets, new_targets, new_flow, one, *transpose(offsets, new_targets, new_flow), one,
+        Edges(offsets, targets, flow, one), Edges(*transpose(offsets, targets, flow), one),
         np.bincount(module, weights=network.flow, minlength=count),
     )  # fmt: skip
 

@@ -6,9 +6,9 @@ has more pairs than all others of a library of twenty thousand together."""
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 
+from faceflow.kernels.compiled import kernel
 from faceflow.kernels.knn.tiles import QUERY_BLOCK
 from faceflow.kernels.threshold.valley import BINS, Thresholds, chance_level, choose_thresholds, count_pairs, impostor_hill
 
@@ -48,7 +48,7 @@ def count_and_mark(
     return histogram, repeated
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel
 def _count_and_mark(
     product: np.ndarray, rows: np.ndarray, columns: np.ndarray, near: np.float32, histogram: np.ndarray, repeated: np.ndarray
 ) -> None:
@@ -90,7 +90,7 @@ def count_weighted(
     return histogram
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel
 def _count_weighted(
     product: np.ndarray, rows: np.ndarray, columns: np.ndarray, row_weights: np.ndarray, column_weights: np.ndarray,
     histogram: np.ndarray,

@@ -12,9 +12,9 @@ import math
 from dataclasses import dataclass
 from statistics import NormalDist
 
-import numba
 import numpy as np
 
+from faceflow.kernels.compiled import kernel
 from faceflow.kernels.knn.tiles import QUERY_BLOCK
 
 BINS = 32_768
@@ -75,7 +75,7 @@ def count_pairs(queries: np.ndarray, query_rows: np.ndarray, members: np.ndarray
     return histogram
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel
 def _count(product: np.ndarray, rows: np.ndarray, columns: np.ndarray, histogram: np.ndarray) -> None:
     half = np.float32(BINS / 2)
     for i in range(product.shape[0]):

@@ -20,8 +20,7 @@ from faceflow.tables import NeighborTable, Parts
 
 SUMS = ("within", "between", "nearest")
 SCHEMA = pa.schema(
-    [("cluster", pa.int64())]
-    + [(name, pa.float64() if name in SUMS else pa.int64()) for name in quality.Doubts.__dataclass_fields__]
+    [("cluster", pa.int64())] + [(name, pa.float64() if name in SUMS else pa.int64()) for name in quality.Doubts._fields]
 )
 """`kernels.clusters.quality.Doubts` of one part, by cluster."""
 
