@@ -50,7 +50,7 @@ class QualityError(FaceflowError):
 
 
 class PublishError(FaceflowError):
-    """Another run published to the same OUTPUT while this one was at work."""
+    """Another run published to the same OUTPUT while this one was running."""
 
     exit_code = 5
 

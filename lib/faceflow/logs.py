@@ -1,4 +1,4 @@
-"""How log lines look: plain text, or one JSON object a line for whoever collects them."""
+"""How log lines look: plain text, or one JSON object a line for log collectors."""
 
 from __future__ import annotations
 

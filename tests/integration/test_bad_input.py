@@ -106,7 +106,7 @@ def test_bad_rows_are_counted_and_shown(tmp_path: Path, blobs: Blobs, capsys: py
     assert "b.parquet, row 1: the id occurred before: ids must be unique" in error
     assert "--bad-rows quarantine; nothing was published" in error
     assert main([*arguments, "--bad-rows", "quarantine", "--max-bad-fraction", "0.04"]) == 2
-    assert "that is 4.31%, more than --max-bad-fraction 4.00%; nothing was published" in capsys.readouterr().err
+    assert "That is 4.31%, more than --max-bad-fraction 4.00%; nothing was published" in capsys.readouterr().err
     assert not (tmp_path / "out" / "latest.json").exists()
     assert not (tmp_path / "out" / "labels").exists()
 
@@ -114,7 +114,7 @@ def test_bad_rows_are_counted_and_shown(tmp_path: Path, blobs: Blobs, capsys: py
 def test_no_good_row(tmp_path: Path) -> None:
     pq.write_table(pa.table({"id": ["a", "b"], "embedding": [[0.0, 0.0], [float("nan"), 1.0]]}), tmp_path / "in.parquet")
     config = ClusterConfig(str(tmp_path / "in.parquet"), str(tmp_path / "out"), bad_rows="quarantine", max_bad_fraction=1.0)
-    with pytest.raises(InputError, match="no face is left; nothing was published"):
+    with pytest.raises(InputError, match="No usable row is left; nothing was published"):
         run_clustering(config, progress=False, report=False)
 
 

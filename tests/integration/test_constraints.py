@@ -43,7 +43,7 @@ def test_decisions_of_people_hold_every_night(tmp_path: Path, capsys: pytest.Cap
     run = night(tmp_path / "in", tmp_path / "out", constraints=file)
     labels = labels_of(tmp_path / "out", run.run_id)
     assert holds(labels)
-    assert manifest(tmp_path / "out", run.run_id, "detect")["constraints_of_absent"] == 1
+    assert manifest(tmp_path / "out", run.run_id, "detect")["absent_constraints"] == 1
     assert labels_of(tmp_path / "out", night(tmp_path / "in", tmp_path / "out", constraints=file).run_id) == labels
     lake.files["b.parquet"] = lake.faces(20) | {"face-of-tomorrow": lake.centers[5].astype(np.float32)}
     lake.write("b.parquet")

@@ -322,7 +322,7 @@ def test_decisions_that_tonight_does_not_name_are_said_to_be_dropped(tmp_path: P
     assert "no longer hold" not in caplog.text
     lake.add("1.parquet", 5)
     night(tmp_path / "in", tmp_path / "out")
-    assert "tonight names none (--constraints): they no longer hold" in caplog.text
+    assert "this run has none (--constraints): they no longer hold" in caplog.text
 
 
 def test_a_missing_extra_is_said_before_anything_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -284,7 +284,7 @@ def test_bad_row_reaches_the_user_without_a_traceback(tmp_path: Path, capsys: py
     assert main(["cluster", str(path), str(tmp_path / "out"), "--quiet"]) == 2
     assert capsys.readouterr().err == (
         f"error: 1 of 50 rows cannot be used:\n  {path}, row 33: the embedding contains a NaN or an infinity\n"
-        "mend or remove them, or set them aside with --bad-rows quarantine; nothing was published\n"
+        "Fix or remove them, or pass --bad-rows quarantine; nothing was published\n"
     )
     assert not (tmp_path / "out" / "latest.json").exists()
 

@@ -110,7 +110,7 @@ def test_a_night_whose_past_lacks_files_starts_over(tmp_path: Path, caplog: pyte
     write_faces(tmp_path / "in-a" / "b.parquet", np.eye(4, 16, dtype=np.float32), pa.array(np.arange(100, 104)))
     second = run_nightly(config(tmp_path, "a"), progress=False, report=False)
     assert second.faces == 84
-    assert "is not whole (it lacks vectors/part-00000.arrow)" in caplog.text
+    assert "is not complete (vectors/part-00000.arrow is missing)" in caplog.text
 
 
 def test_clean_removes_what_killed_writers_left(tmp_path: Path) -> None:

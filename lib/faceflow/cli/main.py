@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _termination_as_interrupt() -> Iterator[None]:
-    """A command that is told to end (SIGTERM: a scheduler's time limit) ends as at Ctrl-C."""
+    """A command that gets SIGTERM (a scheduler's time limit) ends as at Ctrl-C."""
 
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt

@@ -97,7 +97,7 @@ def _environment_for_ray(private: bool) -> Iterator[None]:
     # minutes (Ray 2.60); what the user has set stays.
     wanted |= {name: os.environ.get(name, value) for name, value in SILENT_MACHINE.items()}
     if private and not any(name in os.environ for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
-        # Else Ray makes a token and leaves it in the user's home, which there may be none of.
+        # Else Ray makes a token and leaves it in the user's home, which may not exist.
         wanted["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     before = {key: os.environ.get(key) for key in wanted}
     os.environ.update(wanted)

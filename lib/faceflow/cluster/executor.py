@@ -33,7 +33,7 @@ HEARTBEAT = 5.0
 @dataclass(frozen=True)
 class Resources:
     """What one task asks Ray for. cpus 0 stands for all CPUs of the smallest machine that has the most of them; apart: a
-    worker process that has run nothing else, for packages that do not bear each other's company; custom: a resource of the
+    worker process that has run nothing else, for packages that crash in one process; custom: a resource of the
     cluster's own naming, which only some of its machines have (of it a task takes next to nothing)."""
 
     cpus: float = 1
@@ -53,10 +53,10 @@ class _Again(Exception):  # noqa: N818 - not an error of its own
 class Executor:
     """A connection to a Ray cluster, or a private local one that ends with this object.
 
-    address: a Ray address; None: RAY_ADDRESS if set, else private. workers: tasks at work at once, at most (None: one
+    address: a Ray address; None: RAY_ADDRESS if set, else private. workers: most tasks at once (None: one
     per CPU of the cluster). warm_up: a function that loads what tasks will need. moved: counts the bytes that a process reads
-    and writes; limit: told before each task how many threads it may use, as the CPUs it asked for are all it has. `watch`, if
-    set, is called with the step at work whenever something happens, and every few seconds; `guard`, if set, before a task is
+    and writes; limit: called before each task with the threads it may use, one for each CPU that it asked for. `watch`, if
+    set, is called with the running step whenever something happens, and every few seconds; `guard`, if set, before a task is
     sent, to raise where this process may no longer do so. Raises SettingsError when the cluster cannot be reached.
     """
 
@@ -107,7 +107,7 @@ class Executor:
 
     def _warm(self) -> None:
         if self._warm_up is not None:
-            # Nobody waits for these: they start every worker process and load its modules while the first stage reads.
+            # Nothing waits for these: they start every worker process and load its modules while the first stage reads.
             task = self._connected.remote(worker.hold).options(num_cpus=1, scheduling_strategy="SPREAD", name="warm-up")
             for _ in range(min(self.cpus, self.workers or self.cpus)):
                 task.remote(self._warm_up)

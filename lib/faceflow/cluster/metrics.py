@@ -22,18 +22,18 @@ class Metrics:
         self.run = ""
         self._rows = counter("rows", "Rows of finished tasks")
         self._tasks = counter("tasks", "Finished tasks (tiles of the search come by the shard)")
-        self._busy = counter("busy_seconds", "Seconds that tasks were at work")
+        self._busy = counter("busy_seconds", "Seconds that tasks were busy")
         self._read = counter("read_bytes", "Bytes of the batches that tasks read")
         self._written = counter("written_bytes", "Bytes of the files that tasks wrote")
         self._retries = counter("retries", "Tasks that failed and are tried again", "cause")
         self._in_flight = gauge("tasks_in_flight", "Tasks handed to Ray and not finished")
         self._waiting = gauge("tasks_waiting", "Tasks not handed to Ray yet")
         self._rate = gauge("rows_per_second", "Rows of the step by its wall time so far")
-        self._stage = Gauge("faceflow_stage", "1 for the stage at work, 0 for the others", tag_keys=("run", "stage"))
+        self._stage = Gauge("faceflow_stage", "1 for the running stage, 0 for the others", tag_keys=("run", "stage"))
         self._at_work = ""
 
     def stage(self, name: str) -> None:
-        """name: of the stage at work; empty: none."""
+        """name: of the running stage; empty: none."""
         if self._at_work:
             self._stage.set(0, {"run": self.run, "stage": self._at_work})
         self._at_work = name

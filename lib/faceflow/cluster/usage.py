@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Step:
-    """One set of like tasks at work, or done. begun: Unix time, seconds; seconds: wall time so far; rows: of all tasks (0:
+    """One set of like tasks, running or done. begun: Unix time, seconds; seconds: wall time so far; rows: of all tasks (0:
     they are not counted in rows); cpus: of the cluster; busy_seconds: of all its tasks, as their workers measured;
     longest_seconds: of the longest; read_bytes, written_bytes: what its tasks read and wrote (`storage.traffic.moved`);
     peak_bytes: largest resident memory of a worker; retries: by cause."""
@@ -45,7 +45,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Done:
-    """What a worker tells of one finished task: seconds at work, largest resident memory of its process, bytes moved."""
+    """What a worker reports of one finished task: busy seconds, largest resident memory of its process, bytes moved."""
 
     seconds: float
     peak_bytes: int

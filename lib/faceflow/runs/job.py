@@ -1,4 +1,4 @@
-"""One run at work: what does not change from stage to stage."""
+"""A run in progress: what does not change from stage to stage."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from faceflow.storage.pointer import Pointer
 
 @dataclass(frozen=True)
 class Job:
-    """One run at work. runs, stores: write only while the lease holds; begun: time of the clock; parent, parent_version: of the
-    pointer when the command began; incremental: None in a `cluster` run."""
+    """A run in progress. runs, stores: write only while the lease holds; begun: time of the clock; parent, parent_version: of
+    the pointer when the command began; incremental: None in a `cluster` run."""
 
     config: ClusterConfig
     runs: Store

@@ -1,7 +1,7 @@
 """The lease on a run directory: who may write it, how the holder shows that it lives, what makes a stale holder's write fail.
 
 The lease is `progress.json`. Taking it and every heartbeat are conditional writes (Kleppmann, How to do distributed locking,
-2016): whoever takes a lease over raises its fencing token, and the next write of the holder before fails.
+2016): a new holder raises the fencing token, and the next write of the old one fails.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class LeaseState:
 
 
 def read_state(run: Store) -> LeaseState | None:
-    """The lease on a run directory; None where nobody has held it."""
+    """The lease on a run directory; None where there was none."""
     return decode(LeaseState, run.read_json(layout.PROGRESS))
 
 
@@ -146,7 +146,7 @@ class _CheckedStore(Store):
         return super().__repr__()
 
     def _check(self) -> None:
-        """Raise RunError where the lease is somebody else's."""
+        """Raise RunError where another process holds the lease."""
         raise NotImplementedError
 
     @contextlib.contextmanager
@@ -198,8 +198,8 @@ class FencedStore(_CheckedStore):
 
 @dataclass(frozen=True, repr=False)
 class TaskStore(_CheckedStore):
-    """A store of a task, which writes nothing once the lease under which it was sent is somebody else's: what a task of a stale
-    holder finishes must not be taken for the new holder's. run: the run's directory; token: the fencing token."""
+    """A store of a task, which writes nothing once another process holds the lease under which it was sent: what a task of a
+    stale holder finishes must not be taken for the new holder's. run: the run's directory; token: the fencing token."""
 
     run: Store | None = None
     token: int = 0
@@ -235,7 +235,7 @@ def claim(run: Store, run_id: str) -> Lease:
 
 
 def fence_off(run: Store, run_id: str, why: str) -> bool:
-    """Take the lease of a run that nobody works on, and leave it stopped; False where somebody was faster."""
+    """Take the lease of a run that is not running, and leave it stopped; False where another process was faster."""
     try:
         _take(run, run_id, run.version(layout.PROGRESS), why)
     except PublishError:
@@ -291,7 +291,7 @@ def holder(run: Store) -> str | None:
 
 
 def is_silent(run: Store) -> bool:
-    """Whether nobody can be at work on a run, known without waiting."""
+    """Whether a run cannot be running, known without waiting."""
     state = read_state(run)
     if state is None or state.stopped:
         return True
@@ -318,9 +318,9 @@ def is_alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     except PermissionError:
-        return True  # somebody else's
+        return True  # another user's
     try:
         with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as stat:
-            return stat.read().rpartition(")")[2].split()[0] != "Z"  # ended, and nobody has asked how
+            return stat.read().rpartition(")")[2].split()[0] != "Z"  # ended, and not waited for
     except OSError:
         return True

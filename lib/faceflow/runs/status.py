@@ -22,7 +22,7 @@ from faceflow.storage.pointer import current_run_id
 log = logging.getLogger("faceflow")
 
 TELL_EVERY = 60.0
-"""Seconds between two log lines on a step at work, where no bar shows it."""
+"""Seconds between two log lines on a running step, where no bar shows it."""
 
 
 def record_of(step: Step) -> StepRecord:
@@ -35,7 +35,7 @@ def record_of(step: Step) -> StepRecord:
 
 
 class Watcher:
-    """Says where a run is while it is at work, through the lease on it."""
+    """Records how far a running run is, through its lease."""
 
     def __init__(self, lease: Lease) -> None:
         self._lease = lease

@@ -250,8 +250,8 @@ def _reason(store: Store, error: Exception) -> str:
     if not store.is_local and isinstance(error, OSError):
         try:
             store.fs.call_s3("list_objects_v2", Bucket=store.root.removeprefix("s3://").split("/")[0], MaxKeys=1)
-        except Exception as told:
-            error = told
+        except Exception as found:
+            error = found
     advice = "; check the credentials (AWS_* environment, profile, instance role or --storage-options) and what they allow"
     return explain(error) + (advice if isinstance(error, PermissionError) and not store.is_local else "")
 

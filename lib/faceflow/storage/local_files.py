@@ -38,7 +38,7 @@ def write_whole(path: str, durable: bool) -> Iterator[BinaryIO]:
     """
     folder, temporary = os.path.dirname(path), temporary_beside(path)
     try:
-        # Nobody else reads a half-written file; whole, it gets the mode that any new file would have.
+        # No other user reads a half-written file; whole, it gets the mode that any new file would have.
         with open(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
             yield file
             count_written(file.tell())

@@ -168,7 +168,7 @@ def _s3_settings(store: Store) -> dict[str, str | None]:
 
 
 def _object_store(store: Store) -> dict[str, str] | None:
-    """What s3fs was told, for deltalake; what it was not told, both find in the environment."""
+    """The options of s3fs, for deltalake; what they leave out, both find in the environment."""
     if store.is_local:
         return None
     names = {
@@ -269,7 +269,7 @@ def committed(store: Store) -> str | None:
         return next((commit["faceflow_run_id"] for commit in commits if "faceflow_run_id" in commit), None)
     except (DeltaError, OSError) as error:
         raise RunError(
-            f"the labels are in force, but their Delta table {one_line(store.root)} cannot be read: {_why(error)}; "
+            f"the labels are current, but their Delta table {one_line(store.root)} cannot be read: {_why(error)}; "
             "the same command tries again"
         ) from error
 
@@ -331,7 +331,7 @@ def commit_labels(
                     storage_options=options, commit_properties=properties,
                 )  # fmt: skip
             except (CommitFailedError, DeltaError):
-                # Somebody else's commit (upkeep of the table, say) came between: look again.
+                # Another commit (upkeep of the table, say) came between: look again.
                 if not left or (table is not None and _version(store) == table.version()):
                     raise
                 continue
@@ -339,6 +339,6 @@ def commit_labels(
         raise AssertionError
     except (DeltaError, OSError) as error:
         raise RunError(
-            f"the labels are in force, but their Delta table {one_line(store.root)} was not written: {_why(error)}; "
+            f"the labels are current, but their Delta table {one_line(store.root)} was not written: {_why(error)}; "
             "the same command tries again"
         ) from error

@@ -122,12 +122,14 @@ def compare_methods(
     """Cluster `config.input` once, then run every method on its neighbor table and score all against `truth`.
 
     An input `.npz` is a neighbor table itself (`importing.import_neighbors`) on this machine's disk; the threshold must be
-    given. wanted: names of methods (None: all that need not be told how many clusters there are). Methods that must be told the
-    number of clusters are told the true one. A method that cannot be run here (a package is missing, the set or a component is
+    given. wanted: names of methods (None: all but those that need the number of clusters). Those that need it
+    get the true one. A method that cannot be run here (a package is missing, the set or a component is
     too large) is a row that says why. Raises SettingsError for an unknown method, InputError for a truth that cannot be used,
     before anything is computed.
     """
-    names = list(wanted) if wanted is not None else [name for name, method in registry.METHODS.items() if not method.told]
+    names = (
+        list(wanted) if wanted is not None else [name for name, method in registry.METHODS.items() if not method.needs_clusters]
+    )
     for name in names:
         if name not in registry.METHODS:
             raise SettingsError(f"unknown method {name!r}{did_you_mean(name, registry.METHODS)}")
@@ -176,8 +178,8 @@ def _clustered(config: ClusterConfig, runs: Store, progress: bool) -> tuple[str,
 
 @dataclass(frozen=True)
 class RunMethod:
-    """Request: one method on one neighbor table, and its scores. clusters: how many it is told to make; threads: that it may
-    use; truth, label_column: where the identities are."""
+    """Request: one method on one neighbor table, and its scores. clusters: how many to make, if it needs the number; threads:
+    that it may use; truth, label_column: where the identities are."""
 
     name: str
     source: _Run | _File

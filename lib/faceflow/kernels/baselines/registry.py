@@ -34,7 +34,7 @@ class Given:
 
     table: each row's neighbors at the threshold or above, by falling cosine; edges: the pruned graph, as weighted by the
     recipe; vectors: (rows int64[r]) -> float32[r, d], their unit embeddings; threshold: the cosine from which faces are
-    neighbors; clusters: how many are wanted, for methods that must be told; seed: of everything random; threads: CPU threads.
+    neighbors; clusters: how many to make, for methods that need the number; seed: of everything random; threads: of the CPU.
     """
 
     table: Block
@@ -52,22 +52,22 @@ class Given:
 @dataclass(frozen=True)
 class Method:
     """run: Given -> labels int64[n], any numbers; text: what it is; most_faces: above which `compare` skips it; package: what
-    must be installed; told: whether it must be told the number of clusters."""
+    must be installed; needs_clusters: whether it needs the number of clusters."""
 
     run: Callable[[Given], np.ndarray]
     text: str
     most_faces: int
     package: str = "scipy"
-    told: bool = False
+    needs_clusters: bool = False
 
 
 def cluster(name: str, given: Given) -> np.ndarray:
     """int64[n]: labels 0, 1, … by first row, of one method. Raises SettingsError for a package that is missing or a number of
     clusters that was not said, InputError for a component that is too large for the method."""
     method = METHODS[name]
-    if method.told and given.clusters is None:
-        raise SettingsError(f"method {name} must be told how many clusters to make: set --clusters")
-    if method.told and not 1 <= (given.clusters or 0) <= max(1, len(given)):
+    if method.needs_clusters and given.clusters is None:
+        raise SettingsError(f"method {name} needs the number of clusters: set --clusters")
+    if method.needs_clusters and not 1 <= (given.clusters or 0) <= max(1, len(given)):
         raise SettingsError(f"clusters is {given.clusters}: there are {len(given)} faces")
     if len(given) == 0:
         return np.empty(0, np.int64)
@@ -275,5 +275,7 @@ METHODS = {
     "dpc": Method(_linked("density_peaks"), "density peaks: diffusion density, TPDi distance", ANY),
     "lce": Method(_linked("local_connectivity"), "local-connectivity edges, without training", ANY),
     "spectral": Method(_within_components(_spectral, 4), "within components, by the eigengap", 100_000, "scikit-learn"),
-    "minibatch-kmeans": Method(_minibatch_kmeans, "k-means of the embeddings, told how many", 300_000, "scikit-learn", True),
+    "minibatch-kmeans": Method(
+        _minibatch_kmeans, "k-means of the embeddings, given the number of clusters", 300_000, "scikit-learn", True
+    ),
 }

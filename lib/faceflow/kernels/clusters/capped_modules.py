@@ -1,7 +1,7 @@
 """Parts of one cluster that the cap on neighbors cut apart: a test of two modules by the faces between their means.
 
 A face keeps its k nearest neighbors. Of a person with many more photos the graph then shows only near ones, and the map
-equation cuts it into pieces, although all its photos are alike. Two pieces of one cloud of faces pass into each other; two
+equation cuts it into parts, although all its photos are alike. Two parts of one cloud of faces pass into each other; two
 people, however alike, have a gap between them."""
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ HALF_WIDTH = 0.5
 LEAST_DENSITY = 0.6
 """Faces halfway between two means, in parts of those about the mean with fewer, from which there is no gap. Two normal laws
 have .6 where their deviation is .57 of half the distance of their means, a uniform law 1, the halves of a normal law 1.35. In
-trials 2,000 pairs of look-alikes had .41 at most, pieces of one person with changing age or pose mostly .6 to 1.2."""
+trials 2,000 pairs of look-alikes had .41 at most, parts of one person with changing age or pose mostly .6 to 1.2."""
 
 SAMPLE = 256
 """Faces of a module that are looked at, at most."""
 
 FEWEST = 8
-"""Faces of a module of which a density can be told."""
+"""Faces of a module of which a density can be estimated."""
 
 
 def density_between(a: np.ndarray, b: np.ndarray) -> float:

@@ -1,4 +1,4 @@
-"""Decisions of people about pairs of faces, imposed on modules: must-linked faces share one, cannot-linked never do."""
+"""Constraints between faces, imposed on modules: must-linked faces share one, cannot-linked faces never do."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def impose(
     int64[m, 2], pairs of indices into rows, without contradiction (`check`); edges: gives all edges between rows of which
     the mask bool[N] holds. Modules that a must-link connects become one. One that holds a cannot-linked pair is then split:
     the linked faces, with their groups, take sides, and each other face follows the side to which its edges weigh most; a face
-    whom no edge connects to a side stays with the first. All other modules stay as they are.
+    that no edge connects to a side stays with the first. All other modules stay as they are.
     """
     modules = modules.copy()
     merged = must_groups(int(modules.max(initial=-1)) + 1, modules[rows[must]]) if len(must) else None
@@ -107,7 +107,7 @@ def impose(
 
 def _sides(module: np.ndarray, group: np.ndarray, apart: np.ndarray, broken: np.ndarray) -> np.ndarray:
     """int64[f]: the side of each constrained face within its module, -1 for one without a cannot-link there. Groups are taken
-    by falling size, ties by first face, and each takes the first side that nobody holds whom it cannot be with."""
+    by falling size, ties by first face, and each takes the first side without a face that it cannot be with."""
     enemies: dict[int, set[int]] = {}
     for a, b in apart.tolist():
         enemies.setdefault(a, set()).add(b)
@@ -143,7 +143,7 @@ def _follow(side: np.ndarray, modules: np.ndarray, sources: np.ndarray, targets:
 def separate(
     modules: np.ndarray, photos: np.ndarray, fixed: np.ndarray, edges: Callable[[np.ndarray], Edges]
 ) -> tuple[np.ndarray, int, int]:
-    """Modules in which two faces of one photo share a module only where a decision holds them there.
+    """Modules in which two faces of one photo share a module only where a constraint holds them there.
 
     modules: int64[N]; photos: uint64[N], equal for faces of one photo, 0 for none; fixed: bool[N], faces that may not be
     moved; edges: gives all edges with an end at a row of which the mask bool[N] holds. Of the faces of one photo in one

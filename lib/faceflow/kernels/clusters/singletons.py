@@ -1,7 +1,7 @@
 """Faces that no edge binds to anybody, and the people whose poor photos they may be: a test of one margin each.
 
 A poor photo is unlike every single photo of its person, yet nearer to their mean than to the mean of anybody else. A stranger
-is nearest to somebody too, but only by chance: the largest similarities of a face to many people it does not belong to are
+is nearest to some cluster too, but only by chance: the largest similarities of a face to many people it does not belong to are
 spaced as the top of a sample is."""
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ SPACINGS = 16
 """Spacings below the largest one, from which a face's own scale is taken: those of a poor photo are smaller."""
 
 RATE = 0.05
-"""Share of strangers among the faces that are adopted, at most, as expected."""
+"""Share of strangers among the faces that are assigned, at most, as expected."""
 
 LARGEST_P = 0.25
 """However few strangers there are: a face that a stranger would look like one time in four stays alone."""
@@ -32,7 +32,7 @@ GLANCE = 64
 
 @kernel(parallel=True)
 def add_members(sums: np.ndarray, counts: np.ndarray, vectors: np.ndarray, owner: np.ndarray, most: int) -> None:
-    """Add the vectors float32[n, d] to the sums float64[h, d] of their owners int64[n] (-1: nobody), the first `most` of each;
+    """Add the vectors float32[n, d] to the sums float64[h, d] of their owners int64[n] (-1: none), the first `most` of each;
     counts int64[h] says how many each has by now."""
     per_chunk = len(counts) // CHUNKS + 1
     for c in numba.prange(CHUNKS):  # each adds to its own owners, in the order of the rows

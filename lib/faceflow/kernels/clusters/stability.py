@@ -20,7 +20,7 @@ def stability(
 
     offsets: int64[n + 1]; rows: int32[m]; weights: float32[m]; clusters: int64[n], numbers 0 … c - 1 all of which occur. A
     trial draws as many edges as there are, each time any of them (an edge's multiplicity is a Poisson number of mean 1), and
-    detects modules anew, from another seed.
+    detects modules again, from another seed.
     References: Hennig, Cluster-wise assessment of cluster stability, Computational Statistics & Data Analysis 52 (2007);
     Rosvall and Bergstrom, Mapping change in large networks, PLoS ONE 5 (2010).
     """

@@ -12,8 +12,9 @@ EXACT_WORK = 2e11
 
 CROWDED_CELL = 250.0
 """Without a threshold: faces a cell from which the probes that a recall takes begin to rise, with the third power, as cells
-that hold many people describe none of them. Measured on synthetic faces of 68 a person, recall 0.997, pairs that only meet in
-the home of one of them: 226 faces a cell need 1.2 probes a face on average, 285: 1.3, 539: 9.2, 1054: 71."""
+that hold many people describe none of them. Measured on synthetic faces of 68 a person, recall 0.997, pairs that are only
+compared in the assigned cell of one of them: 226 faces a cell need 1.2 probes a face on average, 285: 1.3, 539: 9.2, 1054:
+71."""
 
 JOINED_CELL, JOINED_POWER, JOINED_GROWTH = 265.0, 1.3, 0.4
 """With a threshold (`joins`): probes beyond the first = (faces a cell / JOINED_CELL)^JOINED_POWER * (faces / 1M)^JOINED_GROWTH.
@@ -40,7 +41,7 @@ ALLOWED_MISS = 0.002
 (0.01), as it is a prediction. Measured: 0.003 predicted and 0.005 missed at 1M synthetic faces."""
 
 ALLOWED_MISS_ALONE = 0.01
-"""The same for pairs that nobody can introduce to each other (`kernels.ivf.neighbor_join`); twice that from 8M faces on.
+"""The same for pairs without a common neighbor (`kernels.ivf.neighbor_join`); twice that from 8M faces on.
 Measured on LFW, where 4,069 of 5,749 people have one photo and many two: edge recall .9998, and .9969 without this second
 target."""
 
@@ -50,7 +51,7 @@ root of their number, so that about 12,000 pairs (of people with 68 photos) are 
 
 
 def expected_probes(faces: int, cells: np.ndarray, joined: bool) -> np.ndarray:
-    """Mean probes a face that the recall is expected to take, float64 as `cells`; joined: whether visitors meet."""
+    """Mean probes a face that the recall is expected to take, float64 as `cells`; joined: with the neighbor join."""
     crowd = faces / cells
     if not joined:
         return np.minimum(cells, 1.0 + (crowd / CROWDED_CELL) ** 3)
@@ -95,8 +96,8 @@ def choose(
 ) -> Plan:  # fmt: skip
     """The plan for `faces` faces of dimension `dim`; `index`, `cells` and `probes` as the settings give them.
 
-    iterations, sample: Lloyd iterations and training faces a cell of the quantizer; joined: whether visitors of a cell meet,
-    as they do with a threshold; on_gpu: whether tiles run on GPUs.
+    iterations, sample: Lloyd iterations and training faces a cell of the quantizer; joined: with the neighbor join, as it
+    is with a threshold; on_gpu: whether tiles run on GPUs.
     """
     exact = float(dim) * faces * faces
     candidates = np.unique(np.geomspace(1, max(1, faces // 8), 2000).astype(np.int64)).astype(np.float64)
@@ -144,7 +145,7 @@ def pairs_counted(faces: int) -> int:
 
 
 def target_recall(faces: int) -> tuple[float, float]:
-    """Predicted edge recall that the probes are chosen for, of all pairs and of those that nobody introduces; a small set
+    """Predicted edge recall that the probes are chosen for, of all pairs and of those without a common neighbor; a small set
     can afford higher ones."""
     scale = (faces / 1e6) ** (1 / 3)
     return 1 - ALLOWED_MISS * min(1.0, scale), 1 - ALLOWED_MISS_ALONE * min(2.0, scale)

@@ -62,24 +62,24 @@ def train(sample: np.ndarray, cells: int, seed: int, threads: int) -> tuple[np.n
     """
     rng = np.random.default_rng([seed, 5])
     centroids = sample[np.sort(rng.choice(len(sample), cells, replace=False))].astype(np.float32)
-    home = np.empty(0, np.int32)
+    cell = np.empty(0, np.int32)
     for share in SHARES:
         faces = sample[:: max(1, min(share, len(sample) // (FEWEST_PER_CELL * cells)))]
-        home, similarities = nearest_cell(faces, centroids, threads)
+        cell, similarities = nearest_cell(faces, centroids, threads)
         sums = np.zeros((cells, sample.shape[1]), np.float64)
-        _add_rows(faces, home, sums)
+        _add_rows(faces, cell, sums)
         lengths = np.linalg.norm(sums, axis=1)
         empty = np.flatnonzero(lengths <= 1e-12)
         centroids = (sums / np.maximum(lengths, 1e-300)[:, None]).astype(np.float32)
         centroids[empty] = faces[np.argsort(similarities, kind="stable")[: len(empty)]]
-    return centroids, np.bincount(home, minlength=cells)
+    return centroids, np.bincount(cell, minlength=cells)
 
 
 @kernel
-def _add_rows(vectors: np.ndarray, home: np.ndarray, sums: np.ndarray) -> None:
+def _add_rows(vectors: np.ndarray, cell: np.ndarray, sums: np.ndarray) -> None:
     for i in range(len(vectors)):
         for j in range(vectors.shape[1]):
-            sums[home[i], j] += vectors[i, j]
+            sums[cell[i], j] += vectors[i, j]
 
 
 def locality_order(centroids: np.ndarray, weights: np.ndarray) -> np.ndarray:

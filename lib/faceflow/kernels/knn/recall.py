@@ -14,7 +14,7 @@ TIE = 2e-6
 """Two similarities closer than this are tied: float32 products of one pair differ by that much between tile shapes."""
 
 BANDS = 10
-"""Bands of similarity by which a certificate is broken down."""
+"""Bands of similarity by which a recall estimate is broken down."""
 
 Z = 1.959964
 """Standard normal quantile of a two-sided 95 % interval."""
@@ -50,12 +50,12 @@ def sample_new(new: range, share: float, seed: int, number: int) -> np.ndarray:
 def carry_truth(
     truth: tuple[np.ndarray, np.ndarray, np.ndarray], now: np.ndarray, drawn: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """The sampled faces of last night that are still there, and those drawn tonight: (rows int64[n], ascending, known bool[n],
+    """The sampled faces of the base run that were kept, and those drawn now: (rows int64[n], ascending, known bool[n],
     offsets int64[n + 1], keys uint64[...]).
 
-    truth: (rows, offsets, keys) of last night, each face's k + 1 best; now: int[N], tonight's row of every row of last night,
-    -1 for those that are gone; drawn: rows of tonight. A face is known whose list still holds its best among last night's
-    faces: one that is not full, or has lost nobody. Others, and those drawn, have none.
+    truth: (rows, offsets, keys) of the base run, each face's k + 1 best; now: int[N], this run's row of every base row, -1 for
+    those that are gone; drawn: rows of this run. A face is known whose list still holds its best among the base run's faces:
+    one that is not full, or has lost no neighbor. Others, and those drawn, have none.
     """
     before, offsets, keys = truth
     similarities, neighbors = topk.decode(keys)
@@ -119,7 +119,7 @@ def add_bands(bands: np.ndarray, similarities: np.ndarray, hit: np.ndarray, thre
 
 
 def estimate(true: np.ndarray, results: np.ndarray) -> RecallEstimate:
-    """The certificate from counts per sampled face, int64[n] each.
+    """The recall estimate from counts per sampled face, int64[n] each.
 
     A Wilson interval at the effective number of edges: edges of one face are missed together, so the variance is taken
     between faces (ratio estimator, Cochran, Sampling Techniques, 1977, ch. 6); where nothing is missed that variance is

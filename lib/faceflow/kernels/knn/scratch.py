@@ -1,4 +1,4 @@
-"""Large arrays that the pieces of one step use one after the other.
+"""Large arrays that the tasks of one step use one after the other.
 
 The system takes freed memory back and gives it out as zeros: touching it again costs from 0.1 to 3 s a gigabyte (the latter in
 virtual machines that return free memory to their host), which was a fifth of a search of 5M faces.

@@ -158,9 +158,9 @@ def _continued(
     tried = _coarse_tune(network, results, np.arange(len(graph), dtype=np.int32))
     new = codelength(graph, flow, tried)
     if length - new > MOST_LOST * length:
-        other, anew = optimize(graph, flow, seed, network=network)
-        if anew < new:
-            return other, anew
+        other, fresh = optimize(graph, flow, seed, network=network)
+        if fresh < new:
+            return other, fresh
     return (tried, new) if new < length else (results, length)
 
 

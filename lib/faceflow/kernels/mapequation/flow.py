@@ -141,7 +141,7 @@ def _with_teleportation(rows: np.ndarray, jump: np.ndarray, dangling: np.ndarray
 
 def _solve(graph: Graph, inverse: np.ndarray, jump: np.ndarray, start: np.ndarray, tolerance: float) -> tuple[np.ndarray, int]:
     """(visit rates float64[n] near `tolerance`, products that took): x of (I - (1 - ALPHA) W) x = jump, normalised, where W
-    moves a visitor along an edge. As who dangles teleports where everybody does, that is the walk's (Del Corso, Gulli & Romani,
+    moves a walker along an edge. As dangling rows teleport where all do, that is the walk's (Del Corso, Gulli & Romani,
     "Fast PageRank computation via a sparse linear system", Internet Math. 2005).
 
     By BiCGSTAB (van der Vorst, SIAM J. Sci. Stat. Comput. 13, 1992): 33 products where the power iteration takes 150 (1M faces,

@@ -89,13 +89,13 @@ def ids_of(run: Store, parts: Parts, rows: np.ndarray) -> list[str]:
 
 
 def read_followers(run: Store, name: str = layout.GROUPS) -> tuple[np.ndarray, np.ndarray]:
-    """(faces that count as one with another int32[f], ascending; whom each follows int32[f])."""
+    """(faces that count as one with another int32[f], ascending; the leader of each int32[f])."""
     batch = run.read_batch(name)
     return batch.column(0).to_numpy(), batch.column(1).to_numpy()
 
 
 def leaders_of(rows: np.ndarray, followers: np.ndarray, leaders: np.ndarray) -> np.ndarray:
-    """int32[n]: whom these rows follow, or themselves, from `read_followers`."""
+    """int32[n]: the leader of each of these rows, or itself, from `read_followers`."""
     at = np.searchsorted(followers, rows).clip(max=max(0, len(followers) - 1))
     return np.where(followers[at] == rows, leaders[at], rows) if len(followers) else rows
 

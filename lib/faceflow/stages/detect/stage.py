@@ -70,7 +70,7 @@ STAGE = Stage(
 
 
 class _Again:
-    """Iterates anew each time: parts are read one at a time, and none is held, or stays mapped, for longer."""
+    """Iterates from the start each time: parts are read one at a time, and none stays mapped for longer."""
 
     def __init__(self, make: Callable[[], Iterator[Any]]) -> None:
         self._make = make

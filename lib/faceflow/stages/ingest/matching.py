@@ -100,10 +100,16 @@ def match_bucket(request: MatchBucket) -> None:
             known, (before.entries[back], np.where(equal, KEPT, CHANGED), file[target], row[target], photo[target]), strict=True
         ):
             column.append(values)
-    told = np.flatnonzero(verdicts >= 0)
+    known_ids = np.flatnonzero(verdicts >= 0)
     batches = (
         [np.concatenate(column) for column in known],
-        [entries[told], verdicts[told], np.zeros(len(told)), faces[told], photo[told]],  # the row that the face had
+        [
+            entries[known_ids],
+            verdicts[known_ids],
+            np.zeros(len(known_ids)),
+            faces[known_ids],
+            photo[known_ids],
+        ],  # the row that the face had
     )
     run.write_arrow(name, MATCHES_SCHEMA, [_batch(columns, MATCHES_SCHEMA) for columns in batches])
 

@@ -1,4 +1,4 @@
-"""Incremental publish: clusters keep the ids that they had in the base run, and what became of them is told."""
+"""Incremental publish: clusters keep the ids that they had in the base run, and events say what became of them."""
 
 from __future__ import annotations
 

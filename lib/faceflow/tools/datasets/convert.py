@@ -29,14 +29,14 @@ def import_faces(
     SettingsError for a missing --dim or a folder that is not empty.
     """
     rows = _features(features, dim)
-    told = _labels(labels, len(rows)) if labels is not None else None
+    names = _labels(labels, len(rows)) if labels is not None else None
     store = empty_folder(output, storage_options)
 
     def block(begin: int, end: int) -> tuple[np.ndarray, np.ndarray | None]:
-        return np.ascontiguousarray(rows[begin:end], np.float32), told[begin:end] if told is not None else None
+        return np.ascontiguousarray(rows[begin:end], np.float32), names[begin:end] if names is not None else None
 
     files = write_files(store, len(rows), rows.shape[1], block)
-    return {"faces": len(rows), "identities": len(np.unique(told)) if told is not None else 0, "files": files}
+    return {"faces": len(rows), "identities": len(np.unique(names)) if names is not None else 0, "files": files}
 
 
 def import_neighbors(path: str) -> Block:

@@ -49,7 +49,7 @@ LOOKS = {
 
 @dataclass(frozen=True)
 class World:
-    """The identities of one synthetic set: labels int32[N] in face order as told, true int32[N] as they are, centres
+    """The identities of one synthetic set: labels int32[N] in face order as given, true int32[N] as they are, centres
     float32[I, d], unit rows, quality float32[I], the mean cosine of an identity's faces to its centre."""
 
     labels: np.ndarray
@@ -126,11 +126,11 @@ def make_world(sizes: np.ndarray, dim: int, seed: int, look: Look = LOOKS["plain
     quality = np.full(identities, look.quality)
     if look.identity_spread:
         quality = np.clip(rng.normal(look.quality, look.identity_spread, identities), 0.5, 0.97)
-    told = labels.copy()
+    noisy = labels.copy()
     if look.wrong_labels:
         wrong = rng.random(len(labels)) < look.wrong_labels
-        told[wrong] = rng.integers(0, identities, int(wrong.sum()))
-    return World(told, labels, centers, quality, look, seed)
+        noisy[wrong] = rng.integers(0, identities, int(wrong.sum()))
+    return World(noisy, labels, centers, quality, look, seed)
 
 
 def make_faces(world: World, begin: int, end: int) -> np.ndarray:

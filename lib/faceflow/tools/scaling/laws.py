@@ -30,7 +30,7 @@ class Amdahl:
 def fit_amdahl(workers: np.ndarray, seconds: np.ndarray) -> Amdahl:
     """Least squares over workers float64[n] and seconds float64[n], neither share below zero.
 
-    With one number of workers nothing can be told apart: all is then taken as serial, which promises least.
+    With one number of workers nothing can be separated: all is then taken as serial, which promises least.
     """
     if len(np.unique(workers)) < 2:
         return Amdahl(float(np.mean(seconds)), 0.0)
