@@ -9,14 +9,14 @@ if TYPE_CHECKING:
     from faceflow.api import run_nightly as run_nightly
     from faceflow.config import ClusterConfig as ClusterConfig
     from faceflow.kernels.mapequation.engine import map_equation as map_equation
-    from faceflow.runs.pipeline import RunResult as RunResult
+    from faceflow.runs.result import RunResult as RunResult
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 __all__ = ["ClusterConfig", "RunResult", "map_equation", "run_clustering", "run_nightly"]
 
 _HOMES = {
     "ClusterConfig": "faceflow.config",
-    "RunResult": "faceflow.runs.pipeline",
+    "RunResult": "faceflow.runs.result",
     "map_equation": "faceflow.kernels.mapequation.engine",
     "run_clustering": "faceflow.api",
     "run_nightly": "faceflow.api",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from faceflow.config import ClusterConfig
 from faceflow.runs import pipeline
-from faceflow.runs.pipeline import RunResult
+from faceflow.runs.result import RunResult
 from faceflow.tools.report.page import write_report
 
 

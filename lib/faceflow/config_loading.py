@@ -27,7 +27,7 @@ def parse_setting(name: str, value: Any) -> Any:
         raise wrong_setting(name, first["type"], first["msg"], first["input"]) from None
 
 
-def load_config(flags: Mapping[str, Any], toml_path: str | None = None) -> ClusterConfig:
+def load_config(flags: Mapping[str, object], toml_path: str | None = None) -> ClusterConfig:
     """Flags over TOML over defaults. `flags` holds only what was given; keys of the file may use '-' or '_'.
 
     Raises SettingsError for an unreadable file, an unknown key or a bad value.

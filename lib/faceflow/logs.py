@@ -21,7 +21,7 @@ def bind(**fields: Any) -> None:
     _bound.update(fields)
 
 
-def event(name: str, /, **fields: Any) -> Mapping[str, Any]:
+def event(name: str, /, **fields: Any) -> Mapping[str, object]:
     """`extra` of a log call: what the line says, as an event's name and fields for the JSON format."""
     return {"faceflow": {"event": name} | fields}
 

@@ -156,7 +156,7 @@ def test_mended_input_begins_a_new_run(tmp_path: Path, blobs: Blobs, capsys: pyt
     assert lines[2].startswith(f"  {runs[1].run_id}  refused    ingest ")
 
 
-def test_clean_keeps_what_is_in_force_and_what_may_be_at_work(
+def test_clean_keeps_what_is_current_and_what_may_be_running(
     tmp_path: Path, blobs: Blobs, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pq.write_table(pa.table({"id": np.arange(200), "embedding": blobs()[0].tolist()}), tmp_path / "in.parquet")

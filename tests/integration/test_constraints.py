@@ -96,7 +96,7 @@ def test_faces_of_one_photo_are_kept_apart_every_night(tmp_path: Path) -> None:
     assert crowded(free.run_id) > 5
     run = night(tmp_path / "in", tmp_path / "out", exclusive_column="photo")
     assert crowded(run.run_id) == 0
-    assert manifest(tmp_path / "out", run.run_id, "ingest")["added"] == 0  # read again for the column, but known
+    assert manifest(tmp_path / "out", run.run_id, "ingest")["changes"]["added"] == 0  # read again for the column, but known
     assert manifest(tmp_path / "out", run.run_id, "detect")["exclusive_moved"] > 5
     write("b.parquet", 20)
     run = night(tmp_path / "in", tmp_path / "out", exclusive_column="photo")

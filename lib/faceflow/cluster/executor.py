@@ -65,6 +65,7 @@ class Executor:
         address: str | None = None,
         workers: int | None = None,
         progress: bool = True,
+        *,
         warm_up: Callable[[], Any] | None = None,
         moved: worker.Moved = worker.nothing_moved,
         limit: worker.Limit = worker.nothing_limited,
@@ -302,7 +303,8 @@ class Executor:
         from ray import exceptions
 
         try:
-            return self._ray.get(reference)
+            result: tuple[Any, Done] = self._ray.get(reference)
+            return result
         except exceptions.RayTaskError as error:
             cause = error.cause
             first_line = (str(cause).splitlines() or [""])[0]

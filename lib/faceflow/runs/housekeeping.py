@@ -7,10 +7,10 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from faceflow.config import StorageOptions
 from faceflow.errors import InputError, SettingsError
 from faceflow.runs.lease import read_state
 from faceflow.runs.records import runs_of
+from faceflow.setting_types import StorageOptions
 from faceflow.storage import layout
 from faceflow.storage.object_store import Store
 from faceflow.storage.pointer import current_run_id

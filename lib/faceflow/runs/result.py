@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, field
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from faceflow.config import StorageOptions
 from faceflow.kernels.knn.recall import RecallEstimate
+from faceflow.setting_types import StorageOptions
 from faceflow.stages.results import QualityResult
 from faceflow.storage.object_store import Store
 

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from faceflow.cluster.usage import Step
-from faceflow.config import StorageOptions
 from faceflow.errors import InputError
 from faceflow.logs import event
 from faceflow.runs.lease import HEARTBEAT, SILENT_AFTER, Lease, LeaseState, is_alive, machine, read_state
 from faceflow.runs.records import BEGUN, PUBLISHED, REFUSED, runs_of
+from faceflow.setting_types import StorageOptions
 from faceflow.storage import layout
 from faceflow.storage.manifests import StepRecord
 from faceflow.storage.pointer import current_run_id

@@ -28,7 +28,7 @@ def open_executor(
     address: str | None, workers: int | None, progress: bool, warm_up: Callable[[], Any] | None = None
 ) -> Executor:
     """An executor whose tasks use no more threads than the CPUs they ask for, and whose bytes are counted."""
-    return Executor(address, workers, progress, warm_up, moved, use_threads)
+    return Executor(address, workers, progress, warm_up=warm_up, moved=moved, limit=use_threads)
 
 
 def version_of(package: str) -> str:

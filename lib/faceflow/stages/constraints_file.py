@@ -12,9 +12,10 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from faceflow.config import ClusterConfig, StorageOptions
+from faceflow.config import ClusterConfig
 from faceflow.errors import InputError, did_you_mean, one_line
 from faceflow.kernels.clusters import constraints
+from faceflow.setting_types import StorageOptions
 from faceflow.storage import columns
 from faceflow.storage.inputs import list_file, open_input
 from faceflow.storage.manifests import Fingerprint

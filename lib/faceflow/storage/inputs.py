@@ -17,8 +17,8 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from faceflow.config import StorageOptions
 from faceflow.errors import InputError, SettingsError, one_line
+from faceflow.setting_types import StorageOptions
 from faceflow.storage import table_formats
 from faceflow.storage.file_info import FileInfo, TableSnapshot
 from faceflow.storage.object_store import Store, explain

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from faceflow.config import StorageOptions
+from faceflow.setting_types import StorageOptions
 from faceflow.storage.object_store import Store
 
 LATEST = "latest.json"

@@ -16,8 +16,8 @@ from typing import Any
 import fsspec
 import pyarrow as pa
 
-from faceflow.config import StorageOptions
 from faceflow.errors import FaceflowError, PublishError, RunError, SettingsError
+from faceflow.setting_types import StorageOptions
 from faceflow.storage import local_files, s3_requests
 from faceflow.storage.s3_options import check_options, endpoint_of
 from faceflow.storage.traffic import count_read, count_written
@@ -85,7 +85,7 @@ class Store:
         with self._explained(relative):
             return bytes(self.fs.cat_file(self.address(relative)))
 
-    def read_json(self, relative: str) -> dict[str, Any] | None:
+    def read_json(self, relative: str) -> Any:
         """The object in a JSON file, or None where there is no such file."""
         try:
             with self._explained(relative):

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from typing import Any
 from urllib.parse import urlsplit
 
 from faceflow.errors import SettingsError, did_you_mean
+from faceflow.setting_types import StorageOptions
 
 S3_OPTIONS: dict[str, type] = {
     "anon": bool, "endpoint_url": str, "key": str, "secret": str, "token": str, "username": str, "password": str,
@@ -19,7 +18,7 @@ S3_OPTIONS: dict[str, type] = {
 """Options of an s3fs file system that can be written as JSON, and their types."""
 
 
-def endpoint_of(options: Mapping[str, Any]) -> str | None:
+def endpoint_of(options: StorageOptions) -> str | None:
     """The S3 endpoint that options, else the environment, name, if any. Raises SettingsError where it is no address."""
     named = options.get("endpoint_url") or (options.get("client_kwargs") or {}).get("endpoint_url")
     places = [("endpoint_url", named), *((name, os.environ.get(name)) for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"))]
@@ -36,7 +35,7 @@ def endpoint_of(options: Mapping[str, Any]) -> str | None:
     return str(results)
 
 
-def check_options(options: Mapping[str, Any]) -> None:
+def check_options(options: StorageOptions) -> None:
     """Raise SettingsError for a name that s3fs does not know, or a value of the wrong type. Values may be secrets: unnamed."""
     for name, value in options.items():
         if name not in S3_OPTIONS:

@@ -309,10 +309,10 @@ def commit_labels(
             exists = DeltaTable.is_deltatable(store.root, storage_options=options)
             table = DeltaTable(store.root, storage_options=options) if exists else None
             if table is not None and committed(store) == run_id:
-                return table.version()
+                return int(table.version())
             newest = table.transaction_version(fence.application) if table is not None else None
             if table is not None and newest == fence.sequence:
-                return table.version()  # upkeep of the table has pushed the commit out of what `committed` reads
+                return int(table.version())  # upkeep of the table has pushed the commit out of what `committed` reads
             if (newest is not None and newest > fence.sequence) or not fence.is_current():
                 raise PublishError(
                     f"a later run was published while run {run_id} was stalled: the Delta table {one_line(store.root)} "

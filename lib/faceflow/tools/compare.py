@@ -265,4 +265,4 @@ def _plot(rows: Sequence[Row]) -> bytes | None:
     from faceflow.tools import figures
 
     scored = sorted((row for row in rows if not row.skipped), key=lambda row: (row.pairwise_f or 0) + (row.bcubed_f or 0))
-    return figures.png(figures.methods([asdict(row) for row in scored])) if scored else None
+    return figures.png(figures.methods(scored)) if scored else None

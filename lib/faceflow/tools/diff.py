@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from faceflow.config import StorageOptions
 from faceflow.errors import InputError, did_you_mean
 from faceflow.kernels.clusters.naming import transitions
+from faceflow.setting_types import StorageOptions
 from faceflow.stages.publish.events import events, moves_schema
 from faceflow.storage import columns, layout
 from faceflow.storage.object_store import Store

@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from faceflow.config import StorageOptions
 from faceflow.errors import InputError, did_you_mean, one_line
 from faceflow.kernels.clusters.scores import Scores, score
+from faceflow.setting_types import StorageOptions
 from faceflow.storage import columns, layout
 from faceflow.storage.inputs import list_faces, list_parquet, open_input
 from faceflow.storage.object_store import Store, explain

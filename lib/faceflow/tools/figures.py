@@ -204,17 +204,30 @@ def recall(estimate: RecallEstimate, bands: np.ndarray, threshold: float | None,
     return figure
 
 
-def methods(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Both F of each method, the best on top, beside its seconds. rows: `method`, `pairwise_f`, `bcubed_f`, `seconds`."""
+class MethodRow(Protocol):
+    """A scored method: its name, both F, and seconds."""
+
+    @property
+    def method(self) -> str: ...
+    @property
+    def pairwise_f(self) -> float | None: ...
+    @property
+    def bcubed_f(self) -> float | None: ...
+    @property
+    def seconds(self) -> float | None: ...
+
+
+def methods(rows: Sequence[MethodRow]) -> Figure:
+    """Both F of each method, the best on top, beside its seconds."""
     with mpl.rc_context(STYLE):
         figure, (left, right) = _figure(9, 1.2 + 0.38 * len(rows), ncols=2, sharey=True, width_ratios=[3, 2])
         at = np.arange(len(rows))
-        left.barh(at + 0.2, [row["pairwise_f"] for row in rows], 0.4, label="pairwise F", color=TEAL)
-        left.barh(at - 0.2, [row["bcubed_f"] for row in rows], 0.4, label="BCubed F", color=LEAF)
-        left.set_yticks(at, [row["method"] for row in rows])
+        left.barh(at + 0.2, [row.pairwise_f or 0.0 for row in rows], 0.4, label="pairwise F", color=TEAL)
+        left.barh(at - 0.2, [row.bcubed_f or 0.0 for row in rows], 0.4, label="BCubed F", color=LEAF)
+        left.set_yticks(at, [row.method for row in rows])
         left.set(xlim=(0, 1), xlabel="F")
         left.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
-        right.barh(at, [max(row["seconds"], 1e-3) for row in rows], 0.6, color=MUTED)
+        right.barh(at, [max(row.seconds or 0.0, 1e-3) for row in rows], 0.6, color=MUTED)
         right.set(xscale="log", xlabel="seconds, with the neighbor table at hand")
     return figure
 

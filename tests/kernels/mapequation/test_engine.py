@@ -17,7 +17,7 @@ from faceflow.errors import InputError
 from faceflow.kernels.graph import csr
 from faceflow.kernels.mapequation import engine as mapequation
 from faceflow.kernels.mapequation import flow as flows
-from faceflow.kernels.mapequation import infomap_package, moves
+from faceflow.kernels.mapequation import greedy, infomap_package
 from faceflow.tables import EdgeList
 
 Links = list[tuple[int, int, float]]
@@ -122,7 +122,7 @@ def test_many_blocks_and_threads_make_the_same_modules(monkeypatch: pytest.Monke
     links = planted(80, 15, 6)
     parts = [compressed(links, 1200)]
     reference = mapequation.detect(parts).codelength
-    monkeypatch.setattr(moves, "BLOCK_UNITS", 100)  # eleven blocks, whose borders cut through clusters
+    monkeypatch.setattr(greedy, "BLOCK_UNITS", 100)  # eleven blocks, whose borders cut through clusters
     one, two = mapequation.detect(parts, threads=1), mapequation.detect(parts, threads=2)
     np.testing.assert_array_equal(one.modules, two.modules)
     assert one.codelength == two.codelength <= reference * 1.0001

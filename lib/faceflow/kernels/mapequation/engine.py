@@ -14,7 +14,7 @@ from faceflow.errors import InputError
 from faceflow.kernels.compiled import kernel
 from faceflow.kernels.graph.csr import Part, cut_by_edges, load, symmetric
 from faceflow.kernels.mapequation.flow import TOLERANCE, Flow, Graph, directed_flow, undirected_flow
-from faceflow.kernels.mapequation.moves import first_modules, settle
+from faceflow.kernels.mapequation.greedy import first_modules, settle
 from faceflow.kernels.mapequation.network import Network, aggregate, dense, network_of, plogp
 from faceflow.tables import Partition
 

@@ -1,4 +1,4 @@
-"""Greedy moves of the map equation: single units into modules where that shortens the codelength.
+"""The kernels of greedy moves: single units into modules where that shortens the codelength.
 
 Everything that reads all edges runs on all threads; what changes modules runs either on blocks of units that cannot touch each
 other's modules, each against a frozen view of the rest, or in one queue. So the result never depends on the threads.
@@ -12,22 +12,13 @@ import numba
 import numpy as np
 
 from faceflow.kernels.compiled import kernel
-from faceflow.kernels.graph.csr import cut_by_edges
-from faceflow.kernels.mapequation.network import Edges, Network, aggregate, dense, plogp
+from faceflow.kernels.mapequation.network import Edges, Network, plogp
 
 SMALLEST_GAIN = 1e-10
 """Bits a single move must gain, as in Infomap's default; below, rounding decides."""
 
 MOST_MOVES = 100
 """Moves a unit, on average, after which a queue is given up: a handful is usual, and rounding must not make it endless."""
-
-BLOCK_UNITS, MOST_BLOCKS = 16_384, 64
-"""Units of a block whose first moves are made side by side with other blocks', and the most blocks: both depend on the graph
-alone, as the blocks are part of the result's definition."""
-
-REST_SHARE = 0.5
-"""Of the flow into the single units of other blocks, how much a block takes to remain between their modules: somewhere between
-all of it, as it is at first, and the few per cent that are left in the end. The moves that follow know the truth."""
 
 FIRST_SHARE = 0.1
 """In moves within blocks, where every unit is a module at first, modules with less than this share of the strongest one's flow
@@ -114,7 +105,7 @@ def _wake(edges: Edges, i: int, module: np.ndarray, group: Any, best: int, queue
 
 
 @kernel(allocates=False)
-def _drain(
+def drain(
     network: Network, modules: Modules, scratch: Scratch, queue: Queue, group: Any, total: float, rest: float, share: float
 ) -> int:
     """Move units until none of the queue gains; returns the moves.
@@ -241,7 +232,7 @@ def _find_movers(
 
 
 @kernel(parallel=True)
-def _find_all_movers(
+def find_all_movers(
     network: Network, modules: Modules, scratch: Scratch, cuts: np.ndarray, total: float, movers: np.ndarray
 ) -> None:
     # scratch: a row of each array for each range of units between two cuts.
@@ -260,7 +251,7 @@ def _find_all_movers(
 
 
 @kernel(parallel=True)
-def _drain_blocks(
+def drain_blocks(
     network: Network, modules: Modules, scratch: Scratch, queue: Queue, group: np.ndarray, cuts: np.ndarray,
     totals: np.ndarray, rests: np.ndarray,
 ) -> None:  # fmt: skip
@@ -278,11 +269,11 @@ def _drain_blocks(
         )  # fmt: skip
         state, count = Modules(of, m_flow, m_enter, m_leave, term, members), cuts[c + 1] - cuts[c]
         own = Queue(units, waiting, free, cuts[c], count, count, 0)
-        _drain(whole, state, Scratch(to, come, seen, touched), own, group, totals[c], rests[c], FIRST_SHARE)
+        drain(whole, state, Scratch(to, come, seen, touched), own, group, totals[c], rests[c], FIRST_SHARE)
 
 
 @kernel(parallel=True)
-def _cut_flows(edges: Edges, module: np.ndarray) -> np.ndarray:
+def cut_flows(edges: Edges, module: np.ndarray) -> np.ndarray:
     # Each unit's flow to or from other modules.
     offsets, others, weights, scale = edges
     out = np.empty(len(offsets) - 1)
@@ -296,78 +287,8 @@ def _cut_flows(edges: Edges, module: np.ndarray) -> np.ndarray:
 
 
 @kernel
-def _terms(m_enter: np.ndarray, m_leave: np.ndarray, m_flow: np.ndarray) -> np.ndarray:
+def terms(m_enter: np.ndarray, m_leave: np.ndarray, m_flow: np.ndarray) -> np.ndarray:
     term = np.empty(len(m_flow))
     for m in range(len(m_flow)):
         term[m] = _term(m_enter[m], m_leave[m], m_flow[m])
     return term
-
-
-def first_modules(network: Network, order: np.ndarray, group: np.ndarray | None = None) -> np.ndarray:
-    """Modules (numbers of units, int64[n]) after every unit, alone at first, has moved within its group: int64[n].
-
-    order: a permutation of the units, the order of their first moves. group: int64[n]; default: blocks of consecutive units.
-    """
-    n = network.units
-    blocks = int(np.clip(n // BLOCK_UNITS, 1, MOST_BLOCKS))
-    if group is None:
-        group = np.arange(n) * blocks // max(1, n)
-    by_group = order[np.argsort(group[order], kind="stable")].astype(np.int32)
-    ends = np.flatnonzero(np.diff(group[by_group], append=-1)) + 1  # blocks end where groups do
-    wanted = n * np.arange(1, blocks) // blocks
-    cuts = np.unique(np.concatenate([[0], ends[np.searchsorted(ends, wanted)], [n]]).astype(np.int64))
-    module = np.arange(n)
-    own = np.add.reduceat(network.enter[by_group], cuts[:-1]) if n else np.empty(0)
-    rests = REST_SHARE * (network.enter.sum() - own)
-    modules = Modules(
-        module, network.flow.copy(), network.enter.copy(), network.leave.copy(),
-        _terms(network.enter, network.leave, network.flow), np.ones(n, np.int64),
-    )  # fmt: skip
-    queue = Queue(by_group, np.ones(n, np.uint8), np.empty(0, np.int64), 0, n, n, 0)
-    _drain_blocks(network, modules, _scratch((n,)), queue, group, cuts, own, rests)
-    return module
-
-
-def run_moves(network: Network, module: np.ndarray, order: np.ndarray, search: bool = False) -> int:
-    """Move units between modules (numbers below n, changed in place) until no active unit gains; returns the moves.
-
-    order: the units active at first. search: of these only such as would gain by a move as things stand.
-    """
-    n = network.units
-    enter = np.bincount(module, _cut_flows(network.into, module), minlength=n)
-    leave = np.bincount(module, _cut_flows(network.out, module), minlength=n)
-    flow, members = np.bincount(module, network.flow, minlength=n), np.bincount(module, minlength=n)
-    modules, total = Modules(module, flow, enter, leave, _terms(enter, leave, flow), members), float(enter.sum())
-    if search:
-        threads = numba.get_num_threads()
-        cuts, movers = cut_by_edges(network.out.offsets + network.into.offsets, threads), np.empty(n, np.uint8)
-        _find_all_movers(network, modules, _scratch((threads, int(module.max()) + 1)), cuts, total, movers)
-        order = order[movers[order] == 1]
-    if len(order) == 0:
-        return 0
-    free = np.empty(n + 1, np.int64)
-    empty = np.flatnonzero(members == 0)
-    free[: len(empty)] = empty
-    units, waiting = np.empty(n, np.int32), np.zeros(n, np.uint8)
-    units[: len(order)] = order
-    waiting[order] = 1
-    queue = Queue(units, waiting, free, 0, n, len(order), len(empty))
-    return int(_drain(network, modules, _scratch((n,)), queue, None, total, 0.0, 0.0))
-
-
-def _scratch(size: tuple[int, ...]) -> Scratch:
-    return Scratch(np.zeros(size), np.zeros(size), np.zeros(size, np.uint8), np.empty(size, np.int64))
-
-
-def settle(network: Network, module: np.ndarray, order: np.ndarray, search: bool = False) -> np.ndarray:
-    """Move units, then groups of units, until no group gains: dense modules, one per unit."""
-    run_moves(network, module, order, search)
-    module, count = dense(module)
-    level, of_level = network, module
-    while True:
-        level = aggregate(level, of_level, count)
-        of_level = np.arange(count)
-        if run_moves(level, of_level, np.arange(count, dtype=np.int32)) == 0:
-            return module
-        of_level, count = dense(of_level)
-        module = of_level[module]

@@ -25,7 +25,7 @@ class RunData:
 
 def matrix(column: pa.Array, dim: int) -> np.ndarray:
     """A fixed-size-list column as an array [n, dim] that shares its memory."""
-    return column.flatten().to_numpy().reshape(-1, dim)
+    return np.asarray(column.flatten().to_numpy().reshape(-1, dim))
 
 
 def read_vectors(run: Store, part: int, dim: int) -> np.ndarray:

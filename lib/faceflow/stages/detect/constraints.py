@@ -8,8 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from faceflow.config import StorageOptions
 from faceflow.kernels.clusters import constraints
+from faceflow.setting_types import StorageOptions
 from faceflow.stages import constraints_file
 from faceflow.stages.artifacts.faces import RunData, good_entries, read_ids, read_quarantined
 from faceflow.storage import layout

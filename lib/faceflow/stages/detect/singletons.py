@@ -65,7 +65,7 @@ def _means(data: RunData, modules: np.ndarray, heads: np.ndarray, count: int) ->
         owner = number[modules[parts.starts[part] : parts.starts[part + 1]]]
         if (seen[owner[owner >= 0]] < wanted[owner[owner >= 0]]).any():
             singletons.add_members(sums, seen, read_vectors(run, part, dim), owner, MOST_MEMBERS)
-    return (sums / np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), 1e-12)).astype(np.float32)
+    return np.asarray(sums / np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), 1e-12), np.float32)
 
 
 def _compare(

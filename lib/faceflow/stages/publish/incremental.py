@@ -51,7 +51,7 @@ def name_clusters(stores: RunStores, parts: Parts, modules: np.ndarray, changes:
 
 def _clusters(run: Store, parts: Iterable[int]) -> np.ndarray:
     """The cluster of each face of these parts of a finished run."""
-    return run.read_batch(layout.CLUSTERS).column(0).to_numpy()[read_column(run, "modules", parts)]
+    return np.asarray(run.read_batch(layout.CLUSTERS).column(0).to_numpy()[read_column(run, "modules", parts)])
 
 
 def moves(run: Store, part: int, parts: Parts, clusters: np.ndarray, changes: Changes, kind: pa.DataType) -> pa.Table:

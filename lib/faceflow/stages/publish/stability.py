@@ -70,7 +70,7 @@ class _Graph:
         return self._order[self._starts[cluster] : self._starts[cluster + 1]]
 
     def cluster_of(self, rows: np.ndarray) -> np.ndarray:
-        return self._clusters[rows]
+        return np.asarray(self._clusters[rows])
 
     def edges(self, cluster: int) -> int:
         return int(self._degrees[self.rows(cluster)].sum())
@@ -78,7 +78,7 @@ class _Graph:
     def neighbors(self, cluster: int) -> list[int]:
         """Clusters that edges of this one lead to."""
         targets = [self._of(row)[0] for row in self.rows(cluster).tolist()]
-        return np.unique(self._clusters[np.concatenate(targets)]).tolist()
+        return [int(cluster) for cluster in np.unique(self._clusters[np.concatenate(targets)])]
 
     def within(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The edges among these rows int64[r], ascending, and numbered by them: (offsets, targets, weights)."""

@@ -200,7 +200,7 @@ def count_neighbors(request: CountNeighbors) -> np.ndarray:
     chosen = kept[np.unique(np.linspace(0, len(kept) - 1, sample_weights.CROWD_SAMPLE).astype(int))]
     block = np.arange(len(vectors))[request.block * BLOCK_FACES : (request.block + 1) * BLOCK_FACES]
     counts = sample_weights.neighbors_at(vectors[block], vectors[chosen], request.threshold) - np.isin(block, chosen)
-    return np.rint(np.maximum(counts, 0) * (len(kept) / len(chosen))).astype(np.int64)
+    return np.asarray(np.rint(np.maximum(counts, 0) * (len(kept) / len(chosen))), np.int64)
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from faceflow.config import StorageOptions
 from faceflow.errors import InputError, SettingsError
 from faceflow.kernels.graph.shared_neighbors import Block
+from faceflow.setting_types import StorageOptions
 from faceflow.tools.datasets.synthesize import empty_folder, write_files
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from faceflow.config import StorageOptions
 from faceflow.errors import InputError, SettingsError, did_you_mean
+from faceflow.setting_types import StorageOptions
 from faceflow.storage.inputs import list_parquet, open_input
 from faceflow.storage.object_store import Store, explain
 from faceflow.tools.datasets import synthetic_faces

@@ -111,7 +111,7 @@ def look(request: Look) -> Outlook:
     probes = float(config.probes or 0)
     if training:
         apart = vectors[order[: len(order) // 2][:held]], vectors[order[-min(training, len(order) // 2) :]]
-        probes = _probes(config, *apart, faces, plan.cells, threshold, threads)
+        probes = _probes(config, *apart, faces, cells=plan.cells, threshold=threshold, threads=threads)
     return Outlook(
         dim, len(vectors), threshold, weak, valley, strangers, neighbors, edges, single, people, plan, probes, id_bytes,
         unusable
@@ -245,8 +245,8 @@ class _Sample:
 
 
 def _probes(
-    config: ClusterConfig, held_out: np.ndarray, training: np.ndarray, faces: int, cells: int, threshold: float | None, threads:
-    int
+    config: ClusterConfig, held_out: np.ndarray, training: np.ndarray, faces: int, *, cells: int, threshold: float | None,
+    threads: int,
 ) -> float:  # fmt: skip
     """Probes a face, by the rule that quantize would choose with these faces in place of its own samples."""
     fewer = min(cells, max(1, len(training) // quantizer.SAMPLE_PER_CELL))

@@ -7,11 +7,11 @@ from importlib.resources import files
 
 import numpy as np
 
-from faceflow.config import StorageOptions
 from faceflow.errors import InputError
 from faceflow.kernels.threshold import valley
 from faceflow.runs.publication import ReportRequest
 from faceflow.runs.records import RunRecord, read_record
+from faceflow.setting_types import StorageOptions
 from faceflow.stages.results import Results
 from faceflow.storage import layout
 from faceflow.storage.object_store import Store
