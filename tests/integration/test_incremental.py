@@ -150,7 +150,8 @@ def test_only_what_changed_is_read_and_counted(tmp_path: Path, caplog: pytest.Lo
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert path.stat().st_size == stat.st_size
     fewer = night(tmp_path / "in", tmp_path / "out")
-    assert [manifest(tmp_path / "out", fewer.run_id, "ingest")[key] for key in ("faces", "removed", "changed")] == [509, 1, 0]
+    counts = manifest(tmp_path / "out", fewer.run_id, "ingest")
+    assert (counts["faces"], counts["changes"]["removed"], counts["changes"]["changed"]) == (509, 1, 0)
 
 
 def test_nights_on_which_nothing_comes(tmp_path: Path) -> None:
@@ -246,7 +247,7 @@ def test_ids_of_another_type_are_refused(tmp_path: Path) -> None:
     first = night(tmp_path / "in", tmp_path / "out")
     (tmp_path / "in" / "a.parquet").unlink()
     write_faces(tmp_path / "in" / "b.parquet", np.ones((3, 16), np.float32), pa.array([1, 2, 3]))
-    with pytest.raises(InputError, match=r"ids are string in the published run but int64 in .*b\.parquet: make them one type"):
+    with pytest.raises(InputError, match=r"ids are string in the current run but int64 in .*b\.parquet: make them one type"):
         night(tmp_path / "in", tmp_path / "out")
     assert json.loads((tmp_path / "out" / "latest.json").read_text())["run_id"] == first.run_id
 

@@ -20,7 +20,7 @@ from tests.conftest import ROOT, write_faces
 pytestmark = pytest.mark.usefixtures("ray_session")
 
 NOTHING = "nothing was published"
-MEND = f"mend or remove them, or set them aside with --bad-rows quarantine; {NOTHING}"
+FIX = f"Fix or remove them, or pass --bad-rows quarantine; {NOTHING}"
 
 
 def table(**columns: Any) -> Callable[[Path], None]:
@@ -83,17 +83,17 @@ CASES: dict[str, tuple[Callable[[Path], None], str]] = {
     "missing id column": (table(face=["a"], embedding=[[1.0]]), "{a} has no column 'id'; known: embedding, face (set --id-column)"),
     "wrong type of id": (table(id=[1.5], embedding=[[1.0]]), "{a}: column 'id' is double; an id must be a string, an integer or binary: cast it to a string or an integer"),
     "wrong type of embedding": (table(id=["a"], embedding=["x"]), "{a}: column 'embedding' is string; an embedding must be a list of float16, float32 or float64"),
-    "dimension between rows": (rows([1, 2], [1, 2, 3]), "1 of 2 rows cannot be used:\n  {a}, row 1: the embedding has dimension 3, but the first one has 2\n" + MEND),
+    "dimension between rows": (rows([1, 2], [1, 2, 3]), "1 of 2 rows cannot be used:\n  {a}, row 1: the embedding has dimension 3, but the first one has 2\n" + FIX),
     "dimension between files": (two_files((ONES,), (np.ones((1, 3), np.float32), pa.array(["z"]))), "embeddings have dimension 2 in {a} but 3 in {b}: cluster the output of one model at a time"),
     "types of ids between files": (two_files((ONES,), (ONES, pa.array([7, 8, 9]))), "ids are string in {a} but int64 in {b}: make them one type"),
-    "empty list": (rows([1, 2], []), "1 of 2 rows cannot be used:\n  {a}, row 1: the embedding is empty\n" + MEND),
-    "null embedding": (rows(None, [1, 2]), "1 of 2 rows cannot be used:\n  {a}, row 0: the embedding is null\n" + MEND),
-    "null id": (rows([1, 2], [2, 1], ids=["x", None]), "1 of 2 rows cannot be used:\n  {a}, row 1: the id is null: every face needs one\n" + MEND),
-    "nan": (rows([1, 2], [NAN, 1]), "1 of 2 rows cannot be used:\n  {a}, row 1: the embedding contains a NaN or an infinity\n" + MEND),
-    "infinity": (rows([1, 2], [1, -INF]), "1 of 2 rows cannot be used:\n  {a}, row 1: the embedding contains a NaN or an infinity\n" + MEND),
-    "zeros": (rows([1, 2], [0, 0]), "1 of 2 rows cannot be used:\n  {a}, row 1: the embedding contains only zeros: it has no direction\n" + MEND),
-    "repeated id": (rows([1, 2], [2, 1], ids=["x", "x"]), "1 of 2 rows cannot be used:\n  {a}, row 1: the id occurred before: ids must be unique\n" + MEND),
-    "repeated id in another file": (two_files((ONES,), (ONES[:1], pa.array(["face-2"]))), "1 of 4 rows cannot be used:\n  {b}, row 0: the id occurred before: ids must be unique\n" + MEND),
+    "empty list": (rows([1, 2], []), "1 of 2 rows cannot be used:\n  {a}, row 1: the embedding is empty\n" + FIX),
+    "null embedding": (rows(None, [1, 2]), "1 of 2 rows cannot be used:\n  {a}, row 0: the embedding is null\n" + FIX),
+    "null id": (rows([1, 2], [2, 1], ids=["x", None]), "1 of 2 rows cannot be used:\n  {a}, row 1: the id is null: every face needs one\n" + FIX),
+    "nan": (rows([1, 2], [NAN, 1]), "1 of 2 rows cannot be used:\n  {a}, row 1: the embedding contains a NaN or an infinity\n" + FIX),
+    "infinity": (rows([1, 2], [1, -INF]), "1 of 2 rows cannot be used:\n  {a}, row 1: the embedding contains a NaN or an infinity\n" + FIX),
+    "zeros": (rows([1, 2], [0, 0]), "1 of 2 rows cannot be used:\n  {a}, row 1: the embedding contains only zeros: it has no direction\n" + FIX),
+    "repeated id": (rows([1, 2], [2, 1], ids=["x", "x"]), "1 of 2 rows cannot be used:\n  {a}, row 1: the id occurred before: ids must be unique\n" + FIX),
+    "repeated id in another file": (two_files((ONES,), (ONES[:1], pa.array(["face-2"]))), "1 of 4 rows cannot be used:\n  {b}, row 0: the id occurred before: ids must be unique\n" + FIX),
     "only empty lists": (rows([], None), "column 'embedding' holds no embedding at all: every one is null or empty"),
     "empty file": (damaged(lambda data: b""), "cannot read {a}: Parquet file size is 0 bytes"),
     "truncated": (damaged(lambda data: data[: len(data) // 2]), "cannot read {a}: Parquet magic bytes not found in footer. Either the file is corrupted or this is not a parquet file."),
@@ -150,12 +150,13 @@ def test_files_that_may_not_be_read_or_written(tmp_path: Path) -> None:
     write_faces(tmp_path / "in" / "a.parquet", ONES).chmod(0o600)
     (tmp_path / "out").mkdir(mode=0o755)
     script = (
-        "import os; from faceflow.storage import files, inputs; from faceflow.stages.ingest.parquet_input import read_footers\n"
-        "files.Store.at('/').fs; os.chdir('/'); os.setuid(65534)\n"
+        "import os; from faceflow.storage import inputs; from faceflow.storage.object_store import Store\n"
+        "Store.at('/').fs; os.chdir('/'); os.setuid(65534)\n"
         f"store, found = inputs.list_parquet({str(tmp_path / 'in')!r}, None)\n"
-        "try: read_footers(store, [f.path for f in found], 'id', 'embedding')\n"
+        "from faceflow.stages.ingest.parquet_input import Columns, ReadFooters, read_footers\n"
+        "try: read_footers(ReadFooters(store, tuple(f.path for f in found), Columns('id', 'embedding')))\n"
         "except Exception as error: print(type(error).__name__, error)\n"
-        f"try: files.Store.at({str(tmp_path / 'out')!r}).check_writable()\n"
+        f"try: Store.at({str(tmp_path / 'out')!r}).check_writable()\n"
         "except Exception as error: print(type(error).__name__, error)\n"
     )
     for folder in [tmp_path, *tmp_path.parents][:-2]:

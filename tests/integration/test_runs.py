@@ -142,7 +142,7 @@ def test_publishes_what_the_readme_promises(tmp_path: Path, blobs: Callable[...,
     assert set(pointer) == {
         "run_id", "labels", "faces", "quarantined", "clusters", "singletons", "edges", "parent_run_id", "next_id",
         "sequence", "settings",
-        "threshold", "impostors_per_face", "seconds", "recall", "recall_interval", "quality", "created",
+        "similarity_threshold", "impostors_per_face", "seconds", "recall", "recall_interval", "quality", "created",
             "input_snapshot",
     }  # fmt: skip
     assert (pointer["faces"], pointer["clusters"], pointer["parent_run_id"]) == (200, 20, None)

@@ -164,5 +164,5 @@ def test_a_small_memory_limit_makes_more_shards(tmp_path: Path) -> None:
         1_000_000, 512, 200, 2000, 3, Workers(2, 2**34)
     )
     write_faces(tmp_path / "in" / "a.parquet", spread_out(100))
-    with pytest.raises(SettingsError, match="memory_limit is 1000 bytes: it must be at least 512MiB"):
+    with pytest.raises(SettingsError, match="memory_limit is 1000: it must be at least 512MiB"):
         run(tmp_path / "in", tmp_path / "out", memory_limit=1000)

@@ -220,7 +220,7 @@ def test_uuid_ids_with_constraints(tmp_path: Path) -> None:
     table = table.set_column(0, "id", pa.ExtensionArray.from_storage(pa.uuid(), raw))
     pq.write_table(table, tmp_path / "in.parquet")
     written = ",".join(str(uuid.UUID(bytes=item)) for item in raw.to_pylist()[:2])
-    (tmp_path / "c.csv").write_text(f"id_a,id_b,kind\n{written},Must\n")
+    (tmp_path / "c.csv").write_text(f"id_a,id_b,kind\n{written},Must-Link\n")
     config = ClusterConfig(str(tmp_path / "in.parquet"), str(tmp_path / "out"), min_similarity=0.7)
     free = run_clustering(config, progress=False, report=True)
     run = run_clustering(replace(config, constraints=str(tmp_path / "c.csv")), progress=False, report=False)

@@ -105,7 +105,7 @@ def test_a_latest_json_that_is_something_else(
         return  # as good as none: the run replaces it
     told = refused(capsys, *arguments)
     if content != "null":
-        assert "latest.json was not written by faceflow: it has no run_id and labels; move it away" in told
+        assert "latest.json was not written by faceflow: it has no run_id and labels. Move it away" in told
 
 
 LABELS: dict[str, Any] = {
@@ -162,7 +162,7 @@ def test_report_into_a_folder_that_cannot_be_written(tmp_path: Path, capsys: pyt
 
 def test_a_memory_limit_without_a_unit(capsys: pytest.CaptureFixture[str]) -> None:
     told = refused(capsys, "cluster", "in", "out", "--memory-limit", "8")
-    assert told == "error: memory_limit is 8 bytes: it must be at least 512MiB; write its unit too, as in 8GiB"
+    assert told == "error: memory_limit is '8': it must be at least 512MiB; write its unit too, as in 8GiB"
 
 
 @pytest.mark.parametrize(

@@ -59,12 +59,12 @@ def test_every_method_is_scored_and_its_labels_are_kept(
     assert rows["hac-single"]["clusters"] == rows["components"]["clusters"]
 
 
-def test_methods_that_must_be_told_run_only_when_they_are_asked_for(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_methods_that_need_the_number_of_clusters_run_only_on_request(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []
 
-    def run(executor: object, name: str, *rest: object) -> compare.Row:
-        ran.append(name)
-        return compare.Row(name, skipped="not this time")
+    def run(executor: object, request: compare.RunMethod) -> compare.Row:
+        ran.append(request.name)
+        return compare.Row(request.name, skipped="not run")
 
     monkeypatch.setattr(compare, "_run", run)
     faces = str(made / "faces")

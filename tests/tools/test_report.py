@@ -135,7 +135,7 @@ def test_thumbnails(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert "thumbnails" in capsys.readouterr().err
 
 
-def test_a_night_tells_what_changed(made: Path) -> None:
+def test_an_incremental_run_lists_what_changed(made: Path) -> None:
     out = made / "nights"
     folder = made / "growing"
     shutil.copytree(made / "in", folder)
@@ -148,7 +148,7 @@ def test_a_night_tells_what_changed(made: Path) -> None:
         " ".join(" ".join(Tags((out / layout.report_folder(run) / "report.html").read_text()).text).split())
         for run in ("first", "second")
     )
-    assert "This run stands alone" in first
+    assert "A full run without a base run" in first
     assert "Since run first : 12 faces new, 0 faces changed, 0 faces gone; 0 faces that were there before" in second
     events = pq.read_table(out / layout.events_part("second"))["event"].to_pylist()
     assert events.count("created") == 2
@@ -187,7 +187,7 @@ def test_status_and_runs_that_do_not_exist(made: Path, capsys: pytest.CaptureFix
     assert (results["run_id"], results["state"], results["stage"]) == ("r", "current", "")
     assert list(results["seconds"]) == ["ingest", "quantize", "search", "link", "detect", "publish"]
     assert main(["status", str(made / "out")]) == 0
-    assert "published, its labels are in force" in capsys.readouterr().out
+    assert "run r: current; ended" in capsys.readouterr().out
     for arguments in (["status", "--run-id", "x"], ["report", "--run-id", "x"]):
         assert main([arguments[0], str(made / "out"), *arguments[1:]]) == 2
         assert "no run x" in capsys.readouterr().err
