@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import secrets
@@ -78,6 +79,12 @@ def _check_reachable(address: str) -> None:
         raise SettingsError(f"cannot use Ray at {address}: {error.strerror or error}") from None
 
 
+@functools.cache
+def _process_token() -> str:
+    """Token of this process's private Rays: Ray (2.60) keeps the first that a process reads, whatever its next cluster has."""
+    return secrets.token_hex(32)
+
+
 @contextlib.contextmanager
 def _environment_for_ray(private: bool) -> Iterator[None]:
     """What Ray reads once, when it starts, and hands on to its workers."""
@@ -97,8 +104,10 @@ def _environment_for_ray(private: bool) -> Iterator[None]:
     # minutes (Ray 2.60); what the user has set stays.
     wanted |= {name: os.environ.get(name, value) for name, value in SILENT_MACHINE.items()}
     if private and not any(name in os.environ for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
-        # Else Ray makes a token and leaves it in the user's home, which may not exist.
-        wanted["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        # Else Ray makes a token and leaves it in the user's home, which may not exist. Where one lies there, Ray may have read it
+        # in this process already.
+        if not (Path.home() / ".ray" / "auth_token").exists():
+            wanted["RAY_AUTH_TOKEN"] = _process_token()
     before = {key: os.environ.get(key) for key in wanted}
     os.environ.update(wanted)
     try:
