@@ -104,7 +104,8 @@ def test_tasks_go_where_the_named_resources_are(lan: tuple[Hosts, S3], tmp_path:
         "from faceflow.cluster.executor import Executor, Resources\n"
         f"with Executor('{made.address('head')}:{PORT}', progress=False) as executor:\n"
         "    for name in ('head_only', 'search_only'):\n"
-        "        place = executor.call(lambda _: ray.util.get_node_ip_address(), None, 'where', resources=Resources(custom=name))\n"
+        "        where = Resources(custom=name)\n"
+        "        place = executor.call(lambda _: ray.util.get_node_ip_address(), None, 'where', resources=where)\n"
         "        print(name, place)\n"
     )
     done = subprocess.run(

@@ -103,11 +103,11 @@ def _environment_for_ray(private: bool) -> Iterator[None]:
     # A machine that falls silent (a pulled cable, a dead hypervisor) is waited for until these pings fail, by default seven
     # minutes (Ray 2.60); what the user has set stays.
     wanted |= {name: os.environ.get(name, value) for name, value in SILENT_MACHINE.items()}
-    if private and not any(name in os.environ for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
-        # Else Ray makes a token and leaves it in the user's home, which may not exist. Where one lies there, Ray may have read it
-        # in this process already.
-        if not (Path.home() / ".ray" / "auth_token").exists():
-            wanted["RAY_AUTH_TOKEN"] = _process_token()
+    # Without a token Ray makes one and leaves it in the user's home, which may not exist; Ray may have read one that lies there
+    # in this process already.
+    known = any(name in os.environ for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
+    if private and not known and not os.path.exists(os.path.expanduser("~/.ray/auth_token")):
+        wanted["RAY_AUTH_TOKEN"] = _process_token()
     before = {key: os.environ.get(key) for key in wanted}
     os.environ.update(wanted)
     try:
