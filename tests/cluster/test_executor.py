@@ -175,3 +175,23 @@ def test_ray_gets_one_function_for_all_tasks(monkeypatch: pytest.MonkeyPatch) ->
         executor.map(threads_there, [None] * 8, "one")
         executor.map(threads_there, [None] * 8, "again")
     assert len(made) == 1
+
+
+@pytest.mark.parametrize("token", [None, "0123456789abcdef" * 4])
+def test_one_process_starts_private_rays_one_after_the_other(tmp_path: Path, token: str | None) -> None:
+    """With and without a token of Ray's in the home, and where the home holds nothing before it holds nothing afterwards."""
+    if token:
+        (tmp_path / ".ray").mkdir()
+        (tmp_path / ".ray" / "auth_token").write_text(token)
+    script = (
+        "from faceflow.cluster.executor import Executor\n"
+        "for i in range(2):\n"
+        "    with Executor('local', progress=False, workers=1) as executor:\n"
+        "        print(executor.call(abs, -i, 'task'))\n"
+    )
+    names = ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+    env = {key: value for key, value in os.environ.items() if key not in names}
+    env |= {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT / "lib")}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=300, check=False)
+    assert done.stdout.split() == ["0", "1"], done.stderr
+    assert (tmp_path / ".ray").exists() == bool(token)

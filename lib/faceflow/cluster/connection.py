@@ -108,13 +108,14 @@ def _environment_for_ray(private: bool) -> Iterator[None]:
     known = any(name in os.environ for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
     if private and not known and not os.path.exists(os.path.expanduser("~/.ray/auth_token")):
         wanted["RAY_AUTH_TOKEN"] = _process_token()
-    before = {key: os.environ.get(key) for key in wanted}
+    # The mode is restored because Ray sets it itself, and would take it for the user's at the next start.
+    before = {key: os.environ.get(key) for key in [*wanted, "RAY_AUTH_MODE"]}
     os.environ.update(wanted)
     try:
         yield
     finally:
         for key, old in before.items():
             if old is None:
-                del os.environ[key]
+                os.environ.pop(key, None)
             else:
                 os.environ[key] = old
