@@ -154,7 +154,7 @@ def test_files_that_may_not_be_read_or_written(tmp_path: Path) -> None:
         "Store.at('/').fs; os.chdir('/'); os.setuid(65534)\n"
         f"store, found = inputs.list_parquet({str(tmp_path / 'in')!r}, None)\n"
         "from faceflow.stages.ingest.parquet_input import Columns, ReadFooters, read_footers\n"
-        "try: read_footers(ReadFooters(store, tuple(f.path for f in found), Columns('id', 'embedding')))\n"
+        "try: read_footers(ReadFooters(store, tuple(f.path for f in found), Columns('id', 'embedding', None)))\n"
         "except Exception as error: print(type(error).__name__, error)\n"
         f"try: Store.at({str(tmp_path / 'out')!r}).check_writable()\n"
         "except Exception as error: print(type(error).__name__, error)\n"

@@ -149,7 +149,7 @@ def test_an_incremental_run_lists_what_changed(made: Path) -> None:
         for run in ("first", "second")
     )
     assert "A full run without a base run" in first
-    assert "Since run first : 12 faces new, 0 faces changed, 0 faces gone; 0 faces that were there before" in second
+    assert "Since run first : 12 faces new, 0 changed, 0 removed; 0 faces of both runs changed their cluster" in second
     events = pq.read_table(out / layout.events_part("second"))["event"].to_pylist()
     assert events.count("created") == 2
     assert re.search(r"created grown shrunk changed merged split vanished 2 ", second)
