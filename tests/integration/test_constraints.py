@@ -17,7 +17,7 @@ from tests.integration.lake import Lake, manifest, night
 pytestmark = pytest.mark.usefixtures("ray_session")
 
 
-def test_decisions_of_people_hold_every_night(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_constraints_hold_in_every_incremental_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lake = Lake(tmp_path / "in", 10, people=6)
     lake.add("a.parquet", 200)
     free = labels_of(tmp_path / "free", night(tmp_path / "in", tmp_path / "free").run_id)
@@ -72,7 +72,7 @@ def test_decisions_of_people_hold_every_night(tmp_path: Path, capsys: pytest.Cap
     assert "no column 'id_b'; did you mean" in capsys.readouterr().err
 
 
-def test_faces_of_one_photo_are_kept_apart_every_night(tmp_path: Path) -> None:
+def test_faces_of_one_photo_are_kept_apart_in_every_incremental_run(tmp_path: Path) -> None:
     lake = Lake(tmp_path / "in", 12, people=4)
 
     def write(name: str, count: int) -> None:

@@ -52,7 +52,7 @@ CELLS = {"index": "cells", "cells": 5, "probes": 5}
         ),
     ],
 )
-def test_tables_after_any_sequence_of_nights_are_those_of_a_full_run(
+def test_tables_after_any_sequence_of_incremental_runs_are_those_of_a_full_run(
     tmp_path: Path, seed: int, plan: dict[str, Any], constants: dict[Any, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for (module, name), value in constants.items():
@@ -63,13 +63,13 @@ def test_tables_after_any_sequence_of_nights_are_those_of_a_full_run(
     for i in range(4):
         lake.add(f"{i * 20:02d}.parquet", 80)
     labels = labels_of(tmp_path / "out", night(tmp_path / "in", tmp_path / "out", **plan).run_id)
-    incremental_nights = 0
+    incremental_runs = 0
     seen = set()
     for step in range(7):
         kinds = [lake.change() for _ in range(1 + step % 2)]
         seen |= set(kinds)
         result = night(tmp_path / "in", tmp_path / "out", **plan)
-        incremental_nights += manifest(tmp_path / "out", result.run_id, "quantize")["incremental"]
+        incremental_runs += manifest(tmp_path / "out", result.run_id, "quantize")["incremental"]
         shutil.rmtree(tmp_path / "full", ignore_errors=True)
         full = run_clustering(
             ClusterConfig(str(tmp_path / "in"), str(tmp_path / "full"), index="exact", **SETTINGS), progress=False
@@ -94,7 +94,7 @@ def test_tables_after_any_sequence_of_nights_are_those_of_a_full_run(
             labels = replay(tmp_path / "out", labels, result.run_id)
         assert labels == labels_of(tmp_path / "out", result.run_id)
     assert len(seen) >= 4
-    assert incremental_nights >= 4
+    assert incremental_runs >= 4
 
 
 def test_only_what_changed_is_read_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -154,7 +154,7 @@ def test_only_what_changed_is_read_and_counted(tmp_path: Path, caplog: pytest.Lo
     assert (counts["faces"], counts["changes"]["removed"], counts["changes"]["changed"]) == (509, 1, 0)
 
 
-def test_nights_on_which_nothing_comes(tmp_path: Path) -> None:
+def test_incremental_runs_without_new_faces(tmp_path: Path) -> None:
     lake = Lake(tmp_path / "in", 11)
     for i in range(5):
         lake.add(f"{i}.parquet", 100)
@@ -201,13 +201,13 @@ def test_ids_that_two_files_hold_are_refused_or_set_aside(tmp_path: Path) -> Non
     assert [(line["id"], line["row"]) for line in lines] == [("face-7", 20)]
 
 
-def test_small_parts_of_many_nights_become_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_parts_of_many_runs_become_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ingest_incremental, "MOST_SMALL", 4)
     lake = Lake(tmp_path / "in", 16, people=30)
     lake.add("00.parquet", 600)
     settings = {"index": "cells", "cells": 8, "bad_rows": "quarantine", "max_bad_fraction": 0.5}
     run = night(tmp_path / "in", tmp_path / "out", **settings)
-    labels, parts, incremental_nights = labels_of(tmp_path / "out", run.run_id), [], 0
+    labels, parts, incremental_runs = labels_of(tmp_path / "out", run.run_id), [], 0
     for i in range(1, 8):
         lake.files[f"{i:02d}.parquet"] = lake.faces(6) | {f"bad-{i}": np.full(16, np.nan, np.float32)} | lake.faces(6)
         lake.write(f"{i:02d}.parquet")
@@ -220,14 +220,14 @@ def test_small_parts_of_many_nights_become_one(tmp_path: Path, monkeypatch: pyte
         shutil.copytree(tmp_path / "out", tmp_path / "alone")
         run = night(tmp_path / "in", tmp_path / "out", **settings)
         parts.append(len(manifest(tmp_path / "out", run.run_id, "ingest")["starts"]) - 1)
-        incremental_nights += manifest(tmp_path / "out", run.run_id, "quantize")["incremental"]
+        incremental_runs += manifest(tmp_path / "out", run.run_id, "quantize")["incremental"]
         labels = replay(tmp_path / "out", labels, run.run_id)
         every = labels_of(tmp_path / "out", run.run_id)
         assert labels == {face: cluster for face, cluster in every.items() if cluster is not None}
         assert every.keys() - labels.keys() == {f"bad-{j}" for j in range(1, i + 1)}
     assert parts[:4] == [2, 3, 4, 2]
     assert max(parts) <= 5
-    assert incremental_nights == 7
+    assert incremental_runs == 7
     alone = night(tmp_path / "in", tmp_path / "alone", **settings, workers=1)
     assert labels_of(tmp_path / "alone", alone.run_id) == every
     full = run_clustering(
@@ -266,7 +266,7 @@ def test_another_column_is_read_again(tmp_path: Path) -> None:
     assert table_of(tmp_path / "out", run.run_id) == table_of(tmp_path / "full", full.run_id)
 
 
-def test_other_settings_and_every_nth_night_do_everything(tmp_path: Path) -> None:
+def test_other_settings_and_every_nth_run_are_full(tmp_path: Path) -> None:
     lake = Lake(tmp_path / "in", 5)
     lake.add("a.parquet", 300)
     run = night(tmp_path / "in", tmp_path / "out", full_every=3)

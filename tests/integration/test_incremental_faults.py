@@ -29,7 +29,7 @@ from tests.integration.lake import SETTINGS, Lake, manifest, night, table_of
 pytestmark = pytest.mark.usefixtures("ray_session")
 
 
-def test_a_night_with_too_low_a_recall_searches_in_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_incremental_run_with_too_low_a_recall_searches_in_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lake = Lake(tmp_path / "in", 14, people=60)
     for i in range(3):
         lake.add(f"{i}.parquet", 300)
@@ -57,7 +57,7 @@ def test_a_night_with_too_low_a_recall_searches_in_full(tmp_path: Path, monkeypa
     assert again.run_id == run.run_id
 
 
-def test_a_quantizer_that_drifted_is_trained_anew_even_if_that_is_interrupted(
+def test_a_quantizer_that_drifted_is_trained_again_even_if_that_is_interrupted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lake = Lake(tmp_path / "in", 15, people=60)
@@ -89,7 +89,7 @@ def test_a_quantizer_that_drifted_is_trained_anew_even_if_that_is_interrupted(
 
 
 @pytest.mark.parametrize("index", ["exact", "cells"])
-def test_a_night_that_is_interrupted_continues_or_gives_way(
+def test_an_interrupted_incremental_run_continues_or_gives_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, index: str
 ) -> None:
     settings = {"index": index} | ({"cells": 12} if index == "cells" else {})
@@ -128,7 +128,7 @@ def test_a_night_that_is_interrupted_continues_or_gives_way(
     assert late.faces == done.faces + 10
 
 
-def test_a_file_that_comes_or_goes_while_a_night_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_appears_or_vanishes_while_a_run_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lake = Lake(tmp_path / "in", 21)
     for i in range(4):
         lake.add(f"{i}.parquet", 60)
@@ -149,7 +149,7 @@ def test_a_file_that_comes_or_goes_while_a_night_begins(tmp_path: Path, monkeypa
     assert labels_of(tmp_path / "out", last.run_id).keys() == {face for faces in lake.files.values() for face in faces}
 
 
-def test_when_too_many_lost_neighbors_everything_is_searched_anew(tmp_path: Path) -> None:
+def test_when_too_many_lost_neighbors_everything_is_searched(tmp_path: Path) -> None:
     lake = Lake(tmp_path / "in", 22)
     for i in range(4):
         lake.add(f"{i}.parquet", 100)
@@ -216,7 +216,7 @@ def test_nothing_is_left_lying_about_after_an_interruption(tmp_path: Path, monke
     assert not [path for path in folder.rglob(".tmp-*")]
 
 
-def test_a_nights_search_runs_where_searches_shall_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_incremental_search_runs_where_searches_shall_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lake = Lake(tmp_path / "in", 25, people=40)
     lake.add("0.parquet", 500)
     real, asked = Executor.map, {}
@@ -256,7 +256,7 @@ def test_a_search_in_smaller_steps_finds_the_same(tmp_path: Path, monkeypatch: p
     assert table_of(tmp_path / "out", run.run_id) == table_of(tmp_path / "whole", whole.run_id)
 
 
-def test_what_a_night_wrote_that_never_came_into_force_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_run_wrote_that_was_never_published_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lake = Lake(tmp_path / "in", 27)
     lake.add("0.parquet", 200)
     first = night(tmp_path / "in", tmp_path / "out")
@@ -296,7 +296,7 @@ def test_what_a_night_wrote_that_never_came_into_force_goes(tmp_path: Path, monk
     assert replay(tmp_path / "out", before, last.run_id) == after
 
 
-def test_ids_that_were_given_are_never_given_again_even_after_a_run_that_numbers_anew(tmp_path: Path) -> None:
+def test_cluster_ids_are_never_reused_even_after_a_run_that_renumbers(tmp_path: Path) -> None:
     lake = Lake(tmp_path / "in", 28)
     lake.add("0.parquet", 200)
     night(tmp_path / "in", tmp_path / "out")
@@ -314,7 +314,7 @@ def test_ids_that_were_given_are_never_given_again_even_after_a_run_that_numbers
     assert min(fresh) >= given
 
 
-def test_decisions_that_tonight_does_not_name_are_said_to_be_dropped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_constraints_that_a_run_does_not_name_are_logged_as_dropped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     lake = Lake(tmp_path / "in", 29)
     lake.add("0.parquet", 60)
     (tmp_path / "decisions.csv").write_text("id_a,id_b,kind\nface-0,face-1,must-link\n")

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("ray_session")
 CELLS = {"index": "cells", "cells": 5, "probes": 5}
 
 
-def test_lfw_in_ten_nights(face_data: Path, tmp_path: Path) -> None:
+def test_lfw_in_ten_incremental_runs(face_data: Path, tmp_path: Path) -> None:
     table = pq.read_table(face_data / "lfw_mobilefacenet128.parquet")
     order = np.random.default_rng(0).permutation(len(table))
     (tmp_path / "in").mkdir()
@@ -52,7 +52,7 @@ def test_lfw_in_ten_nights(face_data: Path, tmp_path: Path) -> None:
     assert abs(ours.bcubed_f - theirs.bcubed_f) < 0.003
 
 
-def test_nights_on_s3(
+def test_incremental_runs_on_s3(
     s3: S3, tmp_path: Path, blobs: Callable[..., tuple[np.ndarray, np.ndarray]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import s3fs
@@ -100,7 +100,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert not set(after.values()) & set(before.values())  # without a past, no id is used twice
 
 
-def test_diff_tells_what_the_nights_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_diff_agrees_with_the_events_of_the_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lake = Lake(tmp_path / "in", 9)
     for i in range(3):
         lake.add(f"{i}.parquet", 100)

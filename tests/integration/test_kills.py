@@ -145,7 +145,7 @@ def test_labels_survive_kills(tmp_path: Path, two_machines: TwoMachines) -> None
 
 @pytest.mark.slow
 @pytest.mark.timeout(KILLS * 90 + 300)
-def test_nights_survive_kills(tmp_path: Path, two_machines: TwoMachines) -> None:
+def test_incremental_runs_survive_kills(tmp_path: Path, two_machines: TwoMachines) -> None:
     synthesize(str(tmp_path / "made"), 40_500, dim=64)
     faces = pa.concat_tables([pq.read_table(f) for f in sorted((tmp_path / "made").glob("*.parquet"))])
     source, base, log = tmp_path / "in", tmp_path / "base", tmp_path / "log"

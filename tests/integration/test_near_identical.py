@@ -114,7 +114,7 @@ def test_a_crowd_harms_nobody_else(face_data: Path, tmp_path: Path, caplog: pyte
     assert "faces have 200 neighbors above the threshold, as many as --neighbors keeps" in caplog.text
 
 
-def test_nights_on_a_crowd(face_data: Path, tmp_path: Path) -> None:
+def test_incremental_runs_with_many_near_identical_faces(face_data: Path, tmp_path: Path) -> None:
     """Copies and frames that come one night after the other count as one with those that are there."""
     table = pq.read_table(face_data / "lfw_mobilefacenet128.parquet").slice(0, 3_000)
     x = unit(np.asarray(table["embedding"].combine_chunks().flatten()).reshape(len(table), -1))

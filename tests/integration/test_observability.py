@@ -149,7 +149,7 @@ def test_status_of_a_run_at_work_and_of_one_that_fell_silent(tmp_path: Path, cap
 
 
 @pytest.mark.timeout(180)
-def test_a_command_that_is_told_to_end_says_so_and_continues(tmp_path: Path) -> None:
+def test_a_terminated_command_says_so_and_continues(tmp_path: Path) -> None:
     synthesize(str(tmp_path / "in"), 40_000, dim=64)
     command = [
         sys.executable,

@@ -102,7 +102,7 @@ def test_an_output_that_was_moved_keeps_its_runs(tmp_path: Path) -> None:
     assert len(housekeeping.list_runs(str(tmp_path / "moved"))) == 1
 
 
-def test_a_night_whose_past_lacks_files_starts_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_incremental_run_whose_base_lacks_files_runs_in_full(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     faces(tmp_path / "in-a", 1)
     first = run_nightly(config(tmp_path, "a"), progress=False, report=False)
     run = tmp_path / "work" / first.run_id

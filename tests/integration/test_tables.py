@@ -166,7 +166,7 @@ def cast_ids(table: pa.Table, kind: pa.DataType) -> pa.Table:
     ],
     ids=str,
 )  # fmt: skip
-def test_nights_over_files_of_other_writers(tmp_path: Path, first: pa.DataType, later: list[pa.DataType]) -> None:
+def test_incremental_runs_over_files_of_other_writers(tmp_path: Path, first: pa.DataType, later: list[pa.DataType]) -> None:
     """What `delete()` of a Delta table, an Iceberg promotion or another writer's file does to ids: they stay the same faces,
     and are published in the type of the first file."""
     number = pa.types.is_integer(first)

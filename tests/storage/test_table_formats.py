@@ -121,7 +121,7 @@ def test_from_a_table_to_a_table(delta: str, tmp_path: Path, capsys: pytest.Capt
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_a_night_on_a_delta_table(delta: str, tmp_path: Path) -> None:
+def test_an_incremental_run_on_a_delta_table(delta: str, tmp_path: Path) -> None:
     """What a compaction moves to other files is told from what is new."""
     out = tmp_path / "out"
     assert main(["nightly", delta, str(out), "--quiet", "--run-id", "one"]) == 0

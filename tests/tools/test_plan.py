@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("ray_session")
 
 
 @pytest.mark.parametrize("order", ["shuffled", "sorted by person"])
-def test_what_the_sample_foretells_is_what_the_run_finds(tmp_path: Path, order: str) -> None:
+def test_the_plan_predicts_what_the_run_finds(tmp_path: Path, order: str) -> None:
     """Neighbors, edges and threshold, although only a part of the faces is looked at, and whatever the order of the file."""
     rng = np.random.default_rng(3)
     people, item = 3_000, 24

@@ -63,7 +63,7 @@ class Tags(HTMLParser):
         self.text.append(data)
 
 
-def test_it_tells_what_the_run_published(made: Path) -> None:
+def test_it_shows_what_the_run_published(made: Path) -> None:
     latest = json.loads((made / "out" / "latest.json").read_text())
     seen = " ".join(" ".join(Tags(page(made)).text).split())
     for figure in (f"{latest['faces']:,}", f"{latest['clusters']:,}", f"{latest['edges']:,}", f"{latest['recall']:.4f}"):

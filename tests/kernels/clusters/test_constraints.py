@@ -61,7 +61,7 @@ def test_a_module_is_split_along_its_edges() -> None:
     assert results[0] != results[7]
 
 
-def test_a_contradiction_is_told_by_its_chain() -> None:
+def test_a_contradiction_is_reported_with_its_chain() -> None:
     names = ["ann", "bob", "cleo", "dan"]
     with pytest.raises(InputError) as caught:
         check(as_pairs([(0, 1), (1, 2), (2, 3), (0, 3)]), as_pairs([(0, 2)]), 4, names.__getitem__)

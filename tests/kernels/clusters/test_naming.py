@@ -43,7 +43,7 @@ def test_stable_clusters_are_mutual_best_matches(faces: list[tuple[int, int]]) -
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.tuples(st.integers(-1, 5), st.integers(-1, 5)).filter(lambda t: t != (-1, -1)), min_size=1, max_size=40))
-def test_events_tell_every_size_and_every_source(faces: list[tuple[int, int]]) -> None:
+def test_events_name_every_size_and_every_source(faces: list[tuple[int, int]]) -> None:
     before, after = np.array([b for b, _ in faces]), np.array([a for _, a in faces])
     table = events(*transitions(before, after)).to_pylist()
     plain = {row["cluster"]: row for row in table if row["event"] not in ("merged", "split")}

@@ -242,7 +242,7 @@ def test_who_must_find_its_neighbors_alone_probes_their_homes() -> None:
     assert 0.95 <= np.mean(results) < 0.98
 
 
-def test_no_pair_to_tell_by() -> None:
+def test_no_pair_to_find_a_threshold_from() -> None:
     x = np.eye(16, dtype=np.float32)
     rule = probing.ProbeRule(None, 4)
     assert probing.choose_rule(x, 16, x[:4].copy(), 5, 0.5, 4, 0.99, 0.99) == probing.Choice(rule, rule, 4.0, None)

@@ -17,7 +17,7 @@ WANTED = 1_000
 @example([0] * 20)
 @example([499] * 20)
 @example([500] * 20)
-def test_tonights_parts_are_neighbors_of_last_night(rows: list[int]) -> None:
+def test_merged_parts_are_neighbors_in_the_base_run(rows: list[int]) -> None:
     bounds = incremental.compact(rows, WANTED)
     assert (bounds[0], bounds[-1]) == (0, len(rows))
     assert all(a < b for a, b in itertools.pairwise(bounds))
@@ -31,7 +31,7 @@ def test_tonights_parts_are_neighbors_of_last_night(rows: list[int]) -> None:
 @given(st.lists(st.integers(0, 700), min_size=8, max_size=8), st.integers(1, 20))
 @example([0, 0, 0, 0, 0, 0, 0, 700], 20)
 @example([5] * 8, 20)
-def test_however_many_nights_the_parts_stay_few_and_faces_are_seldom_copied(week: list[int], weeks: int) -> None:
+def test_over_many_runs_the_parts_stay_few_and_faces_are_seldom_copied(week: list[int], weeks: int) -> None:
     rows, copied = [WANTED] * 5, 0
     for added in week * weeks:
         bounds = incremental.compact(rows, WANTED)
