@@ -115,6 +115,6 @@ def test_what_ray_prints_goes_to_stderr(capsys: pytest.CaptureFixture[str], monk
 
     monkeypatch.setitem(main.COMMANDS, "runs", command)
     assert main.main(["runs", "anywhere"]) == 0
-    told = capsys.readouterr()
-    assert told.out == "the result\n"
-    assert "(raylet)" in told.err
+    printed = capsys.readouterr()
+    assert printed.out == "the result\n"
+    assert "(raylet)" in printed.err

@@ -46,7 +46,7 @@ class TwoMachines:
         )  # fmt: skip
         self._first = {process.pid for process in self._raylets()}
         assert len(self._first) == 1
-        self.mend()
+        self.heal()
         assert len(self._raylets()) == 2
 
     def _raylets(self) -> list[psutil.Process]:
@@ -64,7 +64,7 @@ class TwoMachines:
         """The raylet that is not the head's. Raises psutil.NoSuchProcess where it is dead."""
         return next((p for p in self._raylets() if p.pid not in self._first), None) or psutil.Process(2**31 - 1)
 
-    def mend(self) -> None:
+    def heal(self) -> None:
         """Start a second raylet where there is none."""
         if len(self._raylets()) < 2:
             ray(

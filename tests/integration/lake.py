@@ -1,4 +1,4 @@
-"""A data lake that grows, and nights over it."""
+"""A data lake that grows, and incremental runs over it."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Lake:
     def change(self) -> str:
         """One random thing that happens to a data lake."""
         rng, names = self.rng, sorted(self.files)
-        kind = str(rng.choice(["add", "add", "append", "remove rows", "remove file", "embed anew", "compact", "reorder"]))
+        kind = str(rng.choice(["add", "add", "append", "remove rows", "remove file", "embed again", "compact", "reorder"]))
         name = str(rng.choice(names))
         faces = self.files[name]
         if kind == "add" or len(names) < 3:
@@ -58,7 +58,7 @@ class Lake:
             self.files[name] = faces | self.faces(int(rng.integers(1, 30)))
         elif kind == "remove rows":
             self.files[name] = {k: v for k, v in faces.items() if rng.random() < 0.8} or faces
-        elif kind == "embed anew":
+        elif kind == "embed again":
             self.files[name] = {k: v if rng.random() < 0.7 else next(iter(self.faces(1).values())) for k, v in faces.items()}
         elif kind == "reorder":
             self.files[name] = dict(sorted(faces.items(), key=lambda _: rng.random()))
@@ -73,7 +73,7 @@ class Lake:
         return kind
 
 
-def night(lake: Path, output: Path, **more: Any) -> RunResult:
+def nightly(lake: Path, output: Path, **more: Any) -> RunResult:
     return run_nightly(ClusterConfig(str(lake), str(output), **(SETTINGS | more)), progress=False, report=False)
 
 

@@ -1,4 +1,4 @@
-"""Decisions of people hold every night: constraints, and faces of one photo."""
+"""Constraints and faces of one photo, in full and incremental runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from faceflow.cli.main import main
 from faceflow.errors import InputError
 from tests.benchmarks.nightly import labels_of, replay
-from tests.integration.lake import Lake, manifest, night
+from tests.integration.lake import Lake, manifest, nightly
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("ray_session")
 def test_constraints_hold_in_every_incremental_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lake = Lake(tmp_path / "in", 10, people=6)
     lake.add("a.parquet", 200)
-    free = labels_of(tmp_path / "free", night(tmp_path / "in", tmp_path / "free").run_id)
+    free = labels_of(tmp_path / "free", nightly(tmp_path / "in", tmp_path / "free").run_id)
     by_cluster: dict[int, list[str]] = {}
     for face, cluster in free.items():
         by_cluster.setdefault(cluster, []).append(face)
@@ -40,21 +40,21 @@ def test_constraints_hold_in_every_incremental_run(tmp_path: Path, capsys: pytes
 
     assert not holds(free)
     file = write(tmp_path / "c.csv")
-    run = night(tmp_path / "in", tmp_path / "out", constraints=file)
+    run = nightly(tmp_path / "in", tmp_path / "out", constraints=file)
     labels = labels_of(tmp_path / "out", run.run_id)
     assert holds(labels)
     assert manifest(tmp_path / "out", run.run_id, "detect")["absent_constraints"] == 1
-    assert labels_of(tmp_path / "out", night(tmp_path / "in", tmp_path / "out", constraints=file).run_id) == labels
+    assert labels_of(tmp_path / "out", nightly(tmp_path / "in", tmp_path / "out", constraints=file).run_id) == labels
     lake.files["b.parquet"] = lake.faces(20) | {"face-of-tomorrow": lake.centers[5].astype(np.float32)}
     lake.write("b.parquet")
-    run = night(tmp_path / "in", tmp_path / "out", constraints=file)
+    run = nightly(tmp_path / "in", tmp_path / "out", constraints=file)
     labels = replay(tmp_path / "out", labels, run.run_id)
     assert holds(labels)
     assert labels["face-of-tomorrow"] == labels[big[0][0]]
-    withdrawn = night(tmp_path / "in", tmp_path / "out")
+    withdrawn = nightly(tmp_path / "in", tmp_path / "out")
     assert not holds(labels_of(tmp_path / "out", withdrawn.run_id))
-    cannot.append((big[1][0], big[1][1]))  # a new decision, of the same files: a new night
-    run = night(tmp_path / "in", tmp_path / "out", constraints=write(tmp_path / "c.parquet"))
+    cannot.append((big[1][0], big[1][1]))  # a new decision, of the same files: a new run
+    run = nightly(tmp_path / "in", tmp_path / "out", constraints=write(tmp_path / "c.parquet"))
     assert holds(labels_of(tmp_path / "out", run.run_id))
     cannot.append((big[0][0], big[1][0]))
     write(tmp_path / "c.csv")
@@ -92,15 +92,15 @@ def test_faces_of_one_photo_are_kept_apart_in_every_incremental_run(tmp_path: Pa
         return clashes
 
     write("a.parquet", 100)
-    free = night(tmp_path / "in", tmp_path / "out")
+    free = nightly(tmp_path / "in", tmp_path / "out")
     assert crowded(free.run_id) > 5
-    run = night(tmp_path / "in", tmp_path / "out", exclusive_column="photo")
+    run = nightly(tmp_path / "in", tmp_path / "out", exclusive_column="photo")
     assert crowded(run.run_id) == 0
     assert manifest(tmp_path / "out", run.run_id, "ingest")["changes"]["added"] == 0  # read again for the column, but known
     assert manifest(tmp_path / "out", run.run_id, "detect")["exclusive_moved"] > 5
     write("b.parquet", 20)
-    run = night(tmp_path / "in", tmp_path / "out", exclusive_column="photo")
+    run = nightly(tmp_path / "in", tmp_path / "out", exclusive_column="photo")
     assert manifest(tmp_path / "out", run.run_id, "quantize")["incremental"]
     assert crowded(run.run_id) == 0
     with pytest.raises(InputError, match=r"has no column 'foto'; did you mean 'photo'\? \(set --exclusive-column\)"):
-        night(tmp_path / "in", tmp_path / "out", exclusive_column="foto")
+        nightly(tmp_path / "in", tmp_path / "out", exclusive_column="foto")

@@ -21,12 +21,12 @@ from faceflow.stages.quantize import incremental as quantize_incremental
 from faceflow.stages.search import incremental as search_incremental
 from tests.benchmarks.nightly import labels_of, replay
 from tests.conftest import write_faces
-from tests.integration.lake import SETTINGS, Lake, manifest, night, table_of
+from tests.integration.lake import SETTINGS, Lake, manifest, nightly, table_of
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
 
-# Every cell probed finds every pair, so that nights with cells must give exact tables too.
+# Every cell probed finds every pair, so that incremental runs with cells must give exact tables too.
 CELLS = {"index": "cells", "cells": 5, "probes": 5}
 
 
@@ -62,13 +62,13 @@ def test_tables_after_any_sequence_of_incremental_runs_are_those_of_a_full_run(
     lake = Lake(tmp_path / "in", seed)
     for i in range(4):
         lake.add(f"{i * 20:02d}.parquet", 80)
-    labels = labels_of(tmp_path / "out", night(tmp_path / "in", tmp_path / "out", **plan).run_id)
+    labels = labels_of(tmp_path / "out", nightly(tmp_path / "in", tmp_path / "out", **plan).run_id)
     incremental_runs = 0
     seen = set()
     for step in range(7):
         kinds = [lake.change() for _ in range(1 + step % 2)]
         seen |= set(kinds)
-        result = night(tmp_path / "in", tmp_path / "out", **plan)
+        result = nightly(tmp_path / "in", tmp_path / "out", **plan)
         incremental_runs += manifest(tmp_path / "out", result.run_id, "quantize")["incremental"]
         shutil.rmtree(tmp_path / "full", ignore_errors=True)
         full = run_clustering(
@@ -82,7 +82,7 @@ def test_tables_after_any_sequence_of_incremental_runs_are_those_of_a_full_run(
             np.testing.assert_allclose(sorted(mine.values()), sorted(neighbors.values()), atol=2e-6)
             last = min(neighbors.values(), default=0)  # ties with the last of a full table aside
             assert {n for n in neighbors if neighbors[n] > last + 2e-6} <= mine.keys()
-        # Every face is sampled, and the truth is carried from night to night.
+        # Every face is sampled, and the truth is carried from run to run.
         recalls = [
             manifest(folder, run_id, "search")["recall"]
             for folder, run_id in ((tmp_path / "out", result.run_id), (tmp_path / "full", full.run_id))
@@ -101,12 +101,12 @@ def test_only_what_changed_is_read_and_counted(tmp_path: Path, caplog: pytest.Lo
     lake = Lake(tmp_path / "in", 3)
     for i in range(5):
         lake.add(f"{i}.parquet", 100)
-    first = night(tmp_path / "in", tmp_path / "out")
+    first = nightly(tmp_path / "in", tmp_path / "out")
     lake.add("5.parquet", 20)
     lake.files["1.parquet"] = dict(list(lake.files["1.parquet"].items())[10:]) | {"face-115": np.ones(16, np.float32)}
     lake.write("1.parquet")
     caplog.set_level("INFO", "faceflow")
-    second = night(tmp_path / "in", tmp_path / "out")
+    second = nightly(tmp_path / "in", tmp_path / "out")
     assert "files: 4 unchanged, 1 new, 1 read again, 0 gone" in caplog.text
     counts = manifest(tmp_path / "out", second.run_id, "ingest")
     assert counts["faces"] == 510
@@ -119,11 +119,11 @@ def test_only_what_changed_is_read_and_counted(tmp_path: Path, caplog: pytest.Lo
             tmp_path / "out" / "_runs" / first.run_id / part, tmp_path / "out" / "_runs" / second.run_id / part
         )
     caplog.clear()
-    third = night(tmp_path / "in", tmp_path / "out")
+    third = nightly(tmp_path / "in", tmp_path / "out")
     assert third.run_id == second.run_id
     assert "nothing has changed" in caplog.text
     os.utime(tmp_path / "in" / "3.parquet", (0, 0))  # another time, the same rows
-    fourth = night(tmp_path / "in", tmp_path / "out")
+    fourth = nightly(tmp_path / "in", tmp_path / "out")
     counts = manifest(tmp_path / "out", fourth.run_id, "ingest")
     assert [counts["changes"][key] for key in ("added", "changed", "removed")] == [0, 0, 0]
     assert os.path.samefile(
@@ -135,9 +135,9 @@ def test_only_what_changed_is_read_and_counted(tmp_path: Path, caplog: pytest.Lo
     lake.files["4.parquet"] = {k: -v for k, v in lake.files["4.parquet"].items()}
     lake.write("4.parquet")
     assert len((tmp_path / "in" / "4.parquet").read_bytes()) == len(data)
-    os.utime(tmp_path / "in" / "4.parquet", ns=(stat.st_atime_ns, stat.st_mtime_ns))  # nobody can see it from outside
-    assert night(tmp_path / "in", tmp_path / "out").run_id == fourth.run_id
-    verified = night(tmp_path / "in", tmp_path / "out", verify_content=True)
+    os.utime(tmp_path / "in" / "4.parquet", ns=(stat.st_atime_ns, stat.st_mtime_ns))  # not to be seen from outside
+    assert nightly(tmp_path / "in", tmp_path / "out").run_id == fourth.run_id
+    verified = nightly(tmp_path / "in", tmp_path / "out", verify_content=True)
     assert manifest(tmp_path / "out", verified.run_id, "ingest")["changes"]["changed"] == 100
     # A file of the same size and time, but with fewer rows.
     path = tmp_path / "in" / "0.parquet"
@@ -149,7 +149,7 @@ def test_only_what_changed_is_read_and_counted(tmp_path: Path, caplog: pytest.Lo
     path.write_bytes(shorter[:footer] + bytes(stat.st_size - len(shorter)) + shorter[footer:])
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert path.stat().st_size == stat.st_size
-    fewer = night(tmp_path / "in", tmp_path / "out")
+    fewer = nightly(tmp_path / "in", tmp_path / "out")
     counts = manifest(tmp_path / "out", fewer.run_id, "ingest")
     assert (counts["faces"], counts["changes"]["removed"], counts["changes"]["changed"]) == (509, 1, 0)
 
@@ -158,42 +158,42 @@ def test_incremental_runs_without_new_faces(tmp_path: Path) -> None:
     lake = Lake(tmp_path / "in", 11)
     for i in range(5):
         lake.add(f"{i}.parquet", 100)
-    labels = labels_of(tmp_path / "out", night(tmp_path / "in", tmp_path / "out").run_id)
+    labels = labels_of(tmp_path / "out", nightly(tmp_path / "in", tmp_path / "out").run_id)
     (tmp_path / "in" / "2.parquet").unlink()  # faces only go
-    second = night(tmp_path / "in", tmp_path / "out")
+    second = nightly(tmp_path / "in", tmp_path / "out")
     assert second.faces == 400
     labels = replay(tmp_path / "out", labels, second.run_id)
     write_faces(tmp_path / "in" / "9.parquet", np.ones((0, 16), np.float32), pa.array([], pa.string()))  # a file without a face
-    third = night(tmp_path / "in", tmp_path / "out")
+    third = nightly(tmp_path / "in", tmp_path / "out")
     assert third.run_id != second.run_id
     assert labels_of(tmp_path / "out", third.run_id) == labels == labels_of(tmp_path / "out", second.run_id)
     for path in (tmp_path / "in").iterdir():
         path.unlink()
     with pytest.raises(InputError, match="holds no Parquet file"):
-        night(tmp_path / "in", tmp_path / "out")
+        nightly(tmp_path / "in", tmp_path / "out")
     write_faces(tmp_path / "in" / "9.parquet", np.ones((0, 16), np.float32), pa.array([], pa.string()))
     with pytest.raises(InputError, match=r"has no face left in its 1 Parquet file\(s\)"):
-        night(tmp_path / "in", tmp_path / "out")
+        nightly(tmp_path / "in", tmp_path / "out")
 
 
 def test_ids_that_two_files_hold_are_refused_or_set_aside(tmp_path: Path) -> None:
     lake = Lake(tmp_path / "in", 4)
     lake.add("a.parquet", 100)
-    first = night(tmp_path / "in", tmp_path / "out")
+    first = nightly(tmp_path / "in", tmp_path / "out")
     lake.files["b.parquet"] = lake.faces(20) | {"face-7": np.ones(16, np.float32)}
     lake.write("b.parquet")
     with pytest.raises(InputError, match=r"1 of 121 rows cannot be used:\n  .*b\.parquet, row 20: the id occurred before"):
-        night(tmp_path / "in", tmp_path / "out")
+        nightly(tmp_path / "in", tmp_path / "out")
     assert json.loads((tmp_path / "out" / "latest.json").read_text())["run_id"] == first.run_id
     aside = {"bad_rows": "quarantine", "max_bad_fraction": 0.5}
-    second = night(tmp_path / "in", tmp_path / "out", **aside)
+    second = nightly(tmp_path / "in", tmp_path / "out", **aside)
     assert (second.faces, second.quarantined) == (120, 1)
     lake.add("c.parquet", 5)
-    third = night(tmp_path / "in", tmp_path / "out", **aside)
+    third = nightly(tmp_path / "in", tmp_path / "out", **aside)
     assert (third.faces, third.quarantined) == (125, 1)
     lake.files["d.parquet"] = {"face-8": np.ones(16, np.float32)}  # nothing but a bad row: a small share of all the same
     lake.write("d.parquet")
-    fourth = night(tmp_path / "in", tmp_path / "out", **aside | {"max_bad_fraction": 0.02})
+    fourth = nightly(tmp_path / "in", tmp_path / "out", **aside | {"max_bad_fraction": 0.02})
     assert (fourth.faces, fourth.quarantined) == (125, 2)
     lines = pq.read_table(
         next((tmp_path / "out" / "quarantined" / f"run={third.run_id}").glob("*")), partitioning=None
@@ -206,19 +206,19 @@ def test_small_parts_of_many_runs_become_one(tmp_path: Path, monkeypatch: pytest
     lake = Lake(tmp_path / "in", 16, people=30)
     lake.add("00.parquet", 600)
     settings = {"index": "cells", "cells": 8, "bad_rows": "quarantine", "max_bad_fraction": 0.5}
-    run = night(tmp_path / "in", tmp_path / "out", **settings)
+    run = nightly(tmp_path / "in", tmp_path / "out", **settings)
     labels, parts, incremental_runs = labels_of(tmp_path / "out", run.run_id), [], 0
     for i in range(1, 8):
         lake.files[f"{i:02d}.parquet"] = lake.faces(6) | {f"bad-{i}": np.full(16, np.nan, np.float32)} | lake.faces(6)
         lake.write(f"{i:02d}.parquet")
-        if i % 3 == 0:  # faces of an old part go, those of another are embedded anew
+        if i % 3 == 0:  # faces of an old part go, those of another are embedded again
             lake.files["00.parquet"].pop(f"face-{i}")
             lake.files["01.parquet"]["face-600"] = next(iter(lake.faces(1).values()))
             lake.write("00.parquet")
             lake.write("01.parquet")
         shutil.rmtree(tmp_path / "alone", ignore_errors=True)
         shutil.copytree(tmp_path / "out", tmp_path / "alone")
-        run = night(tmp_path / "in", tmp_path / "out", **settings)
+        run = nightly(tmp_path / "in", tmp_path / "out", **settings)
         parts.append(len(manifest(tmp_path / "out", run.run_id, "ingest")["starts"]) - 1)
         incremental_runs += manifest(tmp_path / "out", run.run_id, "quantize")["incremental"]
         labels = replay(tmp_path / "out", labels, run.run_id)
@@ -228,7 +228,7 @@ def test_small_parts_of_many_runs_become_one(tmp_path: Path, monkeypatch: pytest
     assert parts[:4] == [2, 3, 4, 2]
     assert max(parts) <= 5
     assert incremental_runs == 7
-    alone = night(tmp_path / "in", tmp_path / "alone", **settings, workers=1)
+    alone = nightly(tmp_path / "in", tmp_path / "alone", **settings, workers=1)
     assert labels_of(tmp_path / "alone", alone.run_id) == every
     full = run_clustering(
         ClusterConfig(str(tmp_path / "in"), str(tmp_path / "full"), **(SETTINGS | settings | {"index": "exact"})),
@@ -244,11 +244,11 @@ def test_small_parts_of_many_runs_become_one(tmp_path: Path, monkeypatch: pytest
 def test_ids_of_another_type_are_refused(tmp_path: Path) -> None:
     lake = Lake(tmp_path / "in", 17)
     lake.add("a.parquet", 50)
-    first = night(tmp_path / "in", tmp_path / "out")
+    first = nightly(tmp_path / "in", tmp_path / "out")
     (tmp_path / "in" / "a.parquet").unlink()
     write_faces(tmp_path / "in" / "b.parquet", np.ones((3, 16), np.float32), pa.array([1, 2, 3]))
     with pytest.raises(InputError, match=r"ids are string in the current run but int64 in .*b\.parquet: make them one type"):
-        night(tmp_path / "in", tmp_path / "out")
+        nightly(tmp_path / "in", tmp_path / "out")
     assert json.loads((tmp_path / "out" / "latest.json").read_text())["run_id"] == first.run_id
 
 
@@ -258,8 +258,8 @@ def test_another_column_is_read_again(tmp_path: Path) -> None:
     table = pq.read_table(tmp_path / "in" / "a.parquet")
     other = pa.array((-np.array(table["embedding"].to_pylist())[::-1]).tolist(), pa.list_(pa.float32()))
     pq.write_table(table.append_column("other", other), tmp_path / "in" / "a.parquet")
-    night(tmp_path / "in", tmp_path / "out")
-    run = night(tmp_path / "in", tmp_path / "out", embedding_column="other")
+    nightly(tmp_path / "in", tmp_path / "out")
+    run = nightly(tmp_path / "in", tmp_path / "out", embedding_column="other")
     assert manifest(tmp_path / "out", run.run_id, "ingest")["changes"]["changed"] == 100
     config = ClusterConfig(str(tmp_path / "in"), str(tmp_path / "full"), embedding_column="other", **SETTINGS)
     full = run_clustering(config, progress=False, report=False)
@@ -269,17 +269,17 @@ def test_another_column_is_read_again(tmp_path: Path) -> None:
 def test_other_settings_and_every_nth_run_are_full(tmp_path: Path) -> None:
     lake = Lake(tmp_path / "in", 5)
     lake.add("a.parquet", 300)
-    run = night(tmp_path / "in", tmp_path / "out", full_every=3)
+    run = nightly(tmp_path / "in", tmp_path / "out", full_every=3)
     labels, full = labels_of(tmp_path / "out", run.run_id), []
     for i in range(5):
         lake.add(f"b{i}.parquet", 5)
-        run = night(tmp_path / "in", tmp_path / "out", full_every=3)
+        run = nightly(tmp_path / "in", tmp_path / "out", full_every=3)
         full.append(not manifest(tmp_path / "out", run.run_id, "quantize")["incremental"])
         labels = replay(tmp_path / "out", labels, run.run_id)
     assert full == [False, False, True, False, False]
     lake.add("c.parquet", 5)
-    run = night(tmp_path / "in", tmp_path / "out", full_every=3, neighbors=7)
+    run = nightly(tmp_path / "in", tmp_path / "out", full_every=3, neighbors=7)
     assert manifest(tmp_path / "out", run.run_id, "quantize")["reason"] == "neighbors was 6, is 7"
     assert replay(tmp_path / "out", labels, run.run_id) == labels_of(tmp_path / "out", run.run_id)
     with pytest.raises(SettingsError, match="an incremental run needs another --run-id"):
-        night(tmp_path / "in", tmp_path / "out", full_every=3, neighbors=7, run_id=run.run_id)
+        nightly(tmp_path / "in", tmp_path / "out", full_every=3, neighbors=7, run_id=run.run_id)

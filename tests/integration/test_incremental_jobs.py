@@ -20,12 +20,12 @@ from faceflow.storage.object_store import Store
 from faceflow.tools.evaluate import evaluate
 from tests.benchmarks.nightly import labels_of, replay
 from tests.conftest import S3, write_faces
-from tests.integration.lake import Lake, night
+from tests.integration.lake import Lake, nightly
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
 
-# Every cell probed finds every pair, so that nights with cells must give exact tables too.
+# Every cell probed finds every pair, so that incremental runs with cells must give exact tables too.
 CELLS = {"index": "cells", "cells": 5, "probes": 5}
 
 
@@ -38,11 +38,11 @@ def test_lfw_in_ten_incremental_runs(face_data: Path, tmp_path: Path) -> None:
         "neighbors": 200,
         "edges": "auto",
         "index": "cells",
-    }  # the threshold, too, is found anew whenever the set has grown by half
+    }  # the threshold, too, is found again whenever the set has grown by half
     labels: dict[str, int] = {}
     for i, rows in enumerate(np.array_split(order, 10)):
         pq.write_table(table.take(np.sort(rows)), tmp_path / "in" / f"{i}.parquet")
-        run_id = night(tmp_path / "in", tmp_path / "out", **settings).run_id
+        run_id = nightly(tmp_path / "in", tmp_path / "out", **settings).run_id
         labels = replay(tmp_path / "out", labels, run_id) if labels else labels_of(tmp_path / "out", run_id)
     assert labels == labels_of(tmp_path / "out", run_id)
     ours = evaluate(str(tmp_path / "out"), str(tmp_path / "in"))
@@ -104,11 +104,11 @@ def test_diff_agrees_with_the_events_of_the_runs(tmp_path: Path, capsys: pytest.
     lake = Lake(tmp_path / "in", 9)
     for i in range(3):
         lake.add(f"{i}.parquet", 100)
-    first = night(tmp_path / "in", tmp_path / "out").run_id
+    first = nightly(tmp_path / "in", tmp_path / "out").run_id
     lake.add("3.parquet", 30)
     lake.files["1.parquet"] = dict(list(lake.files["1.parquet"].items())[40:])
     lake.write("1.parquet")
-    second = night(tmp_path / "in", tmp_path / "out").run_id
+    second = nightly(tmp_path / "in", tmp_path / "out").run_id
     assert main(["diff", str(tmp_path / "out"), first, second, "--json"]) == 0
     results = json.loads(capsys.readouterr().out)
     assert (results["faces"], results["new"], results["gone"]) == (260, 30, 40)

@@ -130,7 +130,7 @@ def test_labels_survive_kills(tmp_path: Path, two_machines: TwoMachines) -> None
             given_again[kind] = given_again.get(kind, 0) + 1
             assert start(arguments, log).wait(300) == 0, what + log.read_text()[-3000:]
         assert labels_of(output).equals(truth[attempt % 2]), what
-        two_machines.mend()
+        two_machines.heal()
         print(f"{attempt + 1} attempts, {sum(killed.values())} kills, {runs} runs, {reader.reads} reads", flush=True)
         for run in set((output / "_runs").iterdir()):
             shutil.rmtree(run / "vectors", ignore_errors=True)  # the disk is not what is tested here
@@ -185,11 +185,11 @@ def test_incremental_runs_survive_kills(tmp_path: Path, two_machines: TwoMachine
         reader.stop()
         assert reader.wrong == [], what
         reads += reader.reads
-        two_machines.mend()
+        two_machines.heal()
         shutil.rmtree(output)
         print(f"{attempt + 1} attempts, {sum(killed.values())} kills, {reads} reads", flush=True)
     print(f"\n{sum(killed.values())} kills, {reads} reads: {dict(sorted(killed.items()))}")
-    assert sum(killed.values()) >= 0.75 * KILLS  # the others came too late: the night had ended
+    assert sum(killed.values()) >= 0.75 * KILLS  # the others came too late: the run had ended
 
 
 def strike(process: subprocess.Popen[bytes], kind: str, machines: TwoMachines, rng: np.random.Generator) -> bool:

@@ -89,7 +89,7 @@ def test_a_task_that_stalled_before_its_commit_asks_latest_json(tmp_path: Path) 
 
 
 def test_a_commit_that_upkeep_has_pushed_out_of_sight_is_not_made_again(tmp_path: Path) -> None:
-    """A table is compacted and vacuumed every night; nothing else comes for weeks."""
+    """A table is compacted and vacuumed between runs without other changes."""
     table = Store.at(str(tmp_path / "labels"))
     schema = batches(0)()[0].schema
     fence = table_formats.Fence("out", 10, lambda: True)
@@ -135,9 +135,9 @@ def test_a_labels_table_never_replaces_anything_but_labels(
     named = {"input": source, "foreign": foreign, "inside input": source / "labels", "above output": tmp_path / "deep"}[where]
     out = tmp_path / "deep" / "out"
     assert main(["cluster", str(source), str(out), "--labels-table", str(named), "--quiet"]) == 2
-    told = capsys.readouterr().err
-    assert "name another table" in told
-    assert "embedding" in told if where == "foreign" else "overlap" in told
+    printed = capsys.readouterr().err
+    assert "name another table" in printed
+    assert "embedding" in printed if where == "foreign" else "overlap" in printed
     assert not out.exists()
     for table in (source, foreign):
         made = deltalake.DeltaTable(table)

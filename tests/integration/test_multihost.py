@@ -78,8 +78,8 @@ def test_a_host_cut_off_in_mid_search_changes_nothing(lan: tuple[Hosts, S3]) -> 
     synthesize("s3://faces/lan", 60_000, dim=128, storage_options=s3.options)
     flags = ["--index", "exact", "--search-resource", "search_only", "--detect-resource", "head_only", "--log-format", "json"]
     whole = job(lan, "s3://faces/lan", "s3://faces/undisturbed", *flags)
-    _, told = whole.communicate(timeout=300)
-    assert whole.returncode == 0, told
+    _, printed = whole.communicate(timeout=300)
+    assert whole.returncode == 0, printed
 
     cut = job(lan, "s3://faces/lan", "s3://faces/cut", *flags)
     assert cut.stderr is not None

@@ -1,4 +1,4 @@
-"""Libraries in which one photo, one person or a few films have most of the files: nobody else's clusters suffer.
+"""Libraries in which one photo, one person or a few films have most of the files: the clusters of others do not suffer.
 
 Real faces, alone and beside ten thousand copies of one photo, twenty photos five hundred times each, three thousand photos of
 one person whose look changes with the years, and ten people in five films of a hundred frames."""
@@ -115,7 +115,7 @@ def test_a_crowd_harms_nobody_else(face_data: Path, tmp_path: Path, caplog: pyte
 
 
 def test_incremental_runs_with_many_near_identical_faces(face_data: Path, tmp_path: Path) -> None:
-    """Copies and frames that come one night after the other count as one with those that are there."""
+    """Copies and frames that come with one incremental run after the other count as one with those that are there."""
     table = pq.read_table(face_data / "lfw_mobilefacenet128.parquet").slice(0, 3_000)
     x = unit(np.asarray(table["embedding"].combine_chunks().flatten()).reshape(len(table), -1))
     clips = films(np.random.default_rng(3), 128, people=2, clips=3, frames=60)

@@ -89,7 +89,7 @@ def scraped(address: str) -> dict[tuple[str, str, str], float]:
 
 
 def test_each_log_line_is_an_object(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "faceflow", "cluster", faces(tmp_path), str(tmp_path / "out"), "--run-id", "told"]
+    command = [sys.executable, "-m", "faceflow", "cluster", faces(tmp_path), str(tmp_path / "out"), "--run-id", "logged"]
     for again in (False, True):
         done = subprocess.run(
             [*command, "--log-format", "json", "--json"], env=clean_environment(), capture_output=True, text=True, timeout=200,
@@ -97,7 +97,7 @@ def test_each_log_line_is_an_object(tmp_path: Path) -> None:
         )  # fmt: skip
         lines = [json.loads(line) for line in done.stderr.splitlines()]
         assert all({"time", "level", "message"} <= set(line) for line in lines)
-        assert all(line["run"] == "told" for line in lines)
+        assert all(line["run"] == "logged" for line in lines)
         by_event: dict[str, list[dict[str, object]]] = {}
         for line in lines:
             by_event.setdefault(str(line.get("event")), []).append(line)
@@ -128,7 +128,7 @@ def test_status_of_a_run_at_work_and_of_one_that_fell_silent(tmp_path: Path, cap
     assert (results["state"], results["stage"], results["left"]) == ("running", "search", 10.0)
     assert results["seconds"] == {"ingest": 12.5}
     assert main(["status", out.root]) == 0
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for part in (
         "6 of 8 tasks",
         "3,000 of 4,000 rows, 100 rows/s",
@@ -136,16 +136,16 @@ def test_status_of_a_run_at_work_and_of_one_that_fell_silent(tmp_path: Path, cap
         "1 x its worker died",
         "10 s left",
     ):
-        assert part in told, told
+        assert part in printed, printed
     state = run.read_json(layout.PROGRESS)
     assert state is not None
     long_ago = (now - datetime.timedelta(minutes=5)).isoformat()
     run.write_json(layout.PROGRESS, state | {"updated": long_ago})
     run.write_json(layout.RUN_RECORD, {"state": "begun", "updated": long_ago, "settings": {}})
     assert main(["status", out.root]) == 0
-    told = capsys.readouterr().out
-    assert "stopped" in told
-    assert "No heartbeat for 60 s; the same command continues it" in told
+    printed = capsys.readouterr().out
+    assert "stopped" in printed
+    assert "No heartbeat for 60 s; the same command continues it" in printed
 
 
 @pytest.mark.timeout(180)

@@ -60,7 +60,7 @@ def test_plain_threshold_edges_at_a_given_threshold(face_data: Path, tmp_path: P
 
 @pytest.mark.parametrize("index", ["exact", "cells"])
 def test_lfw(face_data: Path, tmp_path: Path, exact_lfw: Path, index: str) -> None:
-    """Scores of the defaults, which nobody tuned to this set, and the same labels from one worker and from two."""
+    """Scores of the defaults, which are not tuned to this set, and the same labels from one worker and from two."""
     result = run(lfw(face_data), tmp_path / "one", index=index, workers=1)
     scores = evaluate(str(tmp_path / "one"), str(lfw(face_data)))
     assert scores.pairwise_f >= 0.994

@@ -82,7 +82,7 @@ def test_an_unfinished_run_of_another_output_is_neither_continued_nor_given_up(t
     assert (unfinished / "run.json").read_text() == before
     with pytest.raises(SettingsError, match=r"run a-unfinished of .* is of another OUTPUT, .*out-a: choose another --run-id"):
         run_clustering(config(tmp_path, "b", run_id="a-unfinished"), progress=False, report=False)
-    # A night of its own OUTPUT does give it up.
+    # An incremental run of its own OUTPUT does give it up.
     write_faces(tmp_path / "in-a" / "b.parquet", np.eye(4, 16, dtype=np.float32), pa.array(np.arange(100, 104)))
     run_nightly(config(tmp_path, "a"), progress=False, report=False)
     assert json.loads((unfinished / "run.json").read_text())["state"] == "superseded"

@@ -51,10 +51,10 @@ COMMANDS: dict[str, list[str]] = {
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """What a command says that ends with exit code 2."""
     assert main([*arguments]) == 2
-    told = capsys.readouterr()
-    assert told.out == ""
-    assert "Traceback" not in told.err
-    lines = [line for line in told.err.splitlines() if line.startswith("error: ")]
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "Traceback" not in printed.err
+    lines = [line for line in printed.err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
     return lines[0]
 
@@ -103,9 +103,9 @@ def test_a_latest_json_that_is_something_else(
     arguments = [named.get(a, a) for a in COMMANDS[command]]
     if content == "null" and command in ("cluster", "nightly"):
         return  # as good as none: the run replaces it
-    told = refused(capsys, *arguments)
+    printed = refused(capsys, *arguments)
     if content != "null":
-        assert "latest.json was not written by faceflow: it has no run_id and labels. Move it away" in told
+        assert "latest.json was not written by faceflow: it has no run_id and labels. Move it away" in printed
 
 
 LABELS: dict[str, Any] = {
@@ -121,9 +121,9 @@ def test_evaluate_on_nested_columns(tmp_path: Path, capsys: pytest.CaptureFixtur
     plain = {"id": pa.array(["a", "b", "c"]), "label": pa.array([1, 1, 2])}
     pq.write_table(pa.table(plain).rename_columns(["id", "cluster"]), tmp_path / "labels.parquet")
     pq.write_table(pa.table(plain | {place: LABELS[kind]}), tmp_path / "truth.parquet")
-    told = refused(capsys, "evaluate", str(tmp_path / "labels.parquet"), str(tmp_path / "truth.parquet"))
-    assert f"truth.parquet: column {place!r} is " in told
-    assert "it must hold a string or a number a face" in told
+    printed = refused(capsys, "evaluate", str(tmp_path / "labels.parquet"), str(tmp_path / "truth.parquet"))
+    assert f"truth.parquet: column {place!r} is " in printed
+    assert "it must hold a string or a number a face" in printed
 
 
 def test_evaluate_takes_uuid_labels_and_ids(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -153,16 +153,16 @@ def test_report_into_a_folder_that_cannot_be_written(tmp_path: Path, capsys: pyt
     (run / "run.json").write_text(json.dumps({"state": "published", "updated": "2026-01-01T00:00:00+00:00", "settings": {}}))
     blocked = tmp_path / "file"
     blocked.write_text("x")
-    told = refused(capsys, "report", str(tmp_path / "out"), "--run-id", "r", "--to", str(blocked / "sub"))
-    assert "cannot write to" in told
+    printed = refused(capsys, "report", str(tmp_path / "out"), "--run-id", "r", "--to", str(blocked / "sub"))
+    assert "cannot write to" in printed
     if os.getuid() != 0:
         (tmp_path / "out").chmod(stat.S_IRUSR | stat.S_IXUSR)
         assert "cannot write to" in refused(capsys, "report", str(tmp_path / "out"), "--run-id", "r")
 
 
 def test_a_memory_limit_without_a_unit(capsys: pytest.CaptureFixture[str]) -> None:
-    told = refused(capsys, "cluster", "in", "out", "--memory-limit", "8")
-    assert told == "error: memory_limit is '8': it must be at least 512MiB; write its unit too, as in 8GiB"
+    printed = refused(capsys, "cluster", "in", "out", "--memory-limit", "8")
+    assert printed == "error: memory_limit is '8': it must be at least 512MiB; write its unit too, as in 8GiB"
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def test_copies_of_the_package_share_what_is_compiled(room: Path) -> None:
 
 
 def test_without_a_home_a_folder_of_the_user_s_own_in_the_temporary_one_serves(room: Path) -> None:
-    """As in a container with a read-only root and a user that nobody knows."""
+    """As in a container with a read-only root and a user without an entry in passwd."""
     package, temporary = copy(room / "a"), room / "tmp"
     temporary.mkdir()
     mine = temporary / f"faceflow-{os.getuid()}"

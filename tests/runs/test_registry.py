@@ -24,11 +24,11 @@ from faceflow.storage import layout
 
 def speak(run: Path, seconds_ago: float = 0.0, **state: object) -> None:
     """The progress file of a run at work."""
-    told = datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=seconds_ago)
+    updated = datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=seconds_ago)
     said = {"run_id": run.name, "stage": "search", "stopped": "", "host": socket.gethostname(), "pid": os.getpid()}
     said["machine"] = lease.machine()
     path = run / "progress.json"
-    path.with_suffix(".new").write_text(json.dumps(said | {"updated": told.isoformat()} | state))
+    path.with_suffix(".new").write_text(json.dumps(said | {"updated": updated.isoformat()} | state))
     path.with_suffix(".new").rename(path)
 
 
@@ -72,7 +72,7 @@ def test_a_run_that_stopped_is_continued(tmp_path: Path, unfinished: Path, sleep
 def test_a_run_whose_process_died_is_continued_at_once(tmp_path: Path, unfinished: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as process:
         process.kill()
-        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # ended, and nobody has asked how
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # ended, and not yet waited for
         speak(unfinished, pid=process.pid)
         assert choose(tmp_path) == unfinished.name
     assert choose(tmp_path) == unfinished.name

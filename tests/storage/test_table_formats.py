@@ -122,7 +122,7 @@ def test_from_a_table_to_a_table(delta: str, tmp_path: Path, capsys: pytest.Capt
 
 @pytest.mark.usefixtures("ray_session")
 def test_an_incremental_run_on_a_delta_table(delta: str, tmp_path: Path) -> None:
-    """What a compaction moves to other files is told from what is new."""
+    """What a compaction moves to other files is told apart from what is new."""
     out = tmp_path / "out"
     assert main(["nightly", delta, str(out), "--quiet", "--run-id", "one"]) == 0
     deltalake.write_deltalake(delta, faces(9000, 40), mode="append")

@@ -25,8 +25,8 @@ def files(folder: Path, faces: int = 20_000, dim: int = 8) -> tuple[np.ndarray, 
 @pytest.mark.parametrize(("features", "labels", "dim"), [("f.bin", "f.meta", 8), ("f.npy", "l.npy", None), ("f.npy", None, 8)])
 def test_imports(tmp_path: Path, features: str, labels: str | None, dim: int | None) -> None:
     x, truth = files(tmp_path)
-    told = str(tmp_path / labels) if labels else None
-    made = import_faces(str(tmp_path / features), str(tmp_path / "out"), labels=told, dim=dim)
+    labels_file = str(tmp_path / labels) if labels else None
+    made = import_faces(str(tmp_path / features), str(tmp_path / "out"), labels=labels_file, dim=dim)
     assert made == {"faces": 20_000, "identities": 50 if labels else 0, "files": 1}
     table = pq.read_table(tmp_path / "out")
     assert table["id"].to_pylist() == list(range(20_000))

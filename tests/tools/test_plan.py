@@ -65,10 +65,10 @@ def test_a_run_that_cannot_fit_is_refused_with_what_to_change(
     monkeypatch.setattr(costs, "GRAPH_BYTES", 10**8)
     monkeypatch.setattr(costs, "ROW_DISK", 10**9)
     assert main(["plan", str(tmp_path / "in"), str(tmp_path / "out")]) == 2
-    told = capsys.readouterr()
-    assert "--detect-resource" in told.err
-    assert "--work-dir" in told.err
-    assert "3,000 faces" in told.out
+    printed = capsys.readouterr()
+    assert "--detect-resource" in printed.err
+    assert "--work-dir" in printed.err
+    assert "3,000 faces" in printed.out
 
 
 def test_bad_input_is_refused_as_a_run_would(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

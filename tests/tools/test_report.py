@@ -170,7 +170,9 @@ def test_in_a_real_browser(made: Path, tmp_path: Path) -> None:
         check=False,
     )  # fmt: skip
     assert shot.exists(), taken.stderr
-    assert ":CONSOLE" not in taken.stderr, taken.stderr  # a policy that is broken, or a picture that is missing, is told there
+    assert ":CONSOLE" not in taken.stderr, (
+        taken.stderr
+    )  # a policy that is broken, or a picture that is missing, is logged there
     with Image.open(shot) as image:
         colors = image.convert("RGB").resize((120, 300)).getcolors(maxcolors=40_000)
     assert colors is not None

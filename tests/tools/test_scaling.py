@@ -29,7 +29,7 @@ def test_it_runs_the_grid_and_reads_it(
     out = tmp_path / "out"
     command = ["scaling", str(tmp_path / "in"), "--output", str(out), "--workers", "1,2", "--faces", "1k,3000"]
     assert main([*command, "--repeats", "2", "--predict", "8:1M", "--quiet"]) == 0
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     results = json.loads((out / "scaling.json").read_text())
     assert sorted((run["faces"], run["workers"]) for run in results["runs"]) == sorted(
         [(1000, 1), (1000, 2), (3000, 1), (3000, 2)] * 2
@@ -42,9 +42,9 @@ def test_it_runs_the_grid_and_reads_it(
         assert len(list(csv.DictReader(file))) == 8
     with Image.open(out / "scaling.png") as image:
         assert image.width > 1000
-    assert (out / "reading.txt").read_text().strip() in told
-    assert told.count("efficiency") == 7  # of each stage, and of all
-    assert "Projected, not measured: 1,000,000 faces, 8 workers" in told
+    assert (out / "reading.txt").read_text().strip() in printed
+    assert printed.count("efficiency") == 7  # of each stage, and of all
+    assert "Projected, not measured: 1,000,000 faces, 8 workers" in printed
     # Only what was asked for stays.
     assert sorted(path.name for path in out.iterdir()) == [
         "inputs",

@@ -48,7 +48,7 @@ def test_every_follower_is_near_its_leader(n: int, k: int, levels: int, seed: in
     lists = {int(i): set(targets[a:b].tolist()) for i, (a, b) in zip(selected, itertools.pairwise(offsets), strict=True)}
     for i, j in enumerate(leader.tolist()):
         assert i == j or j in lists.get(i, set()) or i in lists[j]
-    # Whoever leads nobody's neighbor could have followed none that comes before it.
+    # A leader has no neighbor that comes before it and could be followed.
     for i in np.flatnonzero(leader == np.arange(n)).tolist():
         assert not any(j < i and leader[j] == j for j in lists.get(i, set()))
 

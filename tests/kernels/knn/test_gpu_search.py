@@ -89,7 +89,7 @@ def faces(count: int, dim: int, people: int, seed: int) -> np.ndarray:
 def sets_of(table: tuple[np.ndarray, np.ndarray, np.ndarray]) -> list[dict[int, float]]:
     offsets, rows, values = table
     results = [dict(zip(rows[a:b].tolist(), values[a:b].tolist(), strict=True)) for a, b in itertools.pairwise(offsets)]
-    assert all(len(item) == b - a for item, (a, b) in zip(results, itertools.pairwise(offsets), strict=True))  # nobody twice
+    assert all(len(item) == b - a for item, (a, b) in zip(results, itertools.pairwise(offsets), strict=True))  # no pair twice
     return results
 
 

@@ -38,28 +38,28 @@ def test_truth_that_is_carried_over_is_that_of_an_exact_search(seed: int, k: int
     n = old + new
     similarities = rng.random((n, n)).astype(np.float32)
     np.fill_diagonal(similarities, 1)
-    # Tonight's faces: those of last night that stay, in another order, and the new ones behind them.
+    # The faces of an incremental run: those of the base run that stay, in another order, and the new ones behind them.
     stay = rng.permutation(old)[min(gone, old) :]
-    tonight = np.concatenate([stay, np.arange(old, n)])
+    current = np.concatenate([stay, np.arange(old, n)])
     now = np.full(old, -1, np.int32)
     now[stay] = np.arange(len(stay))
     sampled = np.flatnonzero(rng.random(old) < 0.7)
     lists = [best(similarities, row, np.arange(old), k) for row in sampled]
     offsets = np.cumsum([0, *map(len, lists)])
-    drawn = recall.sample_new(range(len(stay), len(tonight)), 0.5, seed, 3)
+    drawn = recall.sample_new(range(len(stay), len(current)), 0.5, seed, 3)
     assert len(drawn) - new / 2 in (-0.5, 0, 0.5)
     rows, known, ends, keys = recall.carry_truth(
         (sampled.astype(np.int32), offsets, np.concatenate([np.empty(0, np.uint64), *lists])), now, drawn, k
     )
     assert rows.tolist() == sorted([*now[sampled][now[sampled] >= 0], *drawn])
     assert not known[np.isin(rows, drawn)].any()
-    target = similarities[np.ix_(tonight, tonight)]
-    fresh = np.arange(len(stay), len(tonight))
+    target = similarities[np.ix_(current, current)]
+    fresh = np.arange(len(stay), len(current))
     for i, row in enumerate(rows.tolist()):
         mine = keys[ends[i] : ends[i + 1]]
         if known[i]:
             results = np.sort(np.concatenate([mine, best(target, row, fresh, k)]))[: k + 1]
-            assert results.tolist() == best(target, row, np.arange(len(tonight)), k).tolist()
+            assert results.tolist() == best(target, row, np.arange(len(current)), k).tolist()
         else:
             assert len(mine) == 0
         if not gone and row < len(stay):

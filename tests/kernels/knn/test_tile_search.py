@@ -137,7 +137,7 @@ def test_cells_find_exactly_the_pairs_that_meet(n: int, cells: int, k: int, seed
 @settings(max_examples=40, deadline=None)
 @given(st.integers(2, 30), st.integers(2, 6), st.integers(0, 1000), st.floats(0, 0.5), st.floats(0.0, 0.6))
 def test_visitors_that_share_a_neighbor_at_home_meet(n: int, cells: int, seed: int, margin: float, threshold: float) -> None:
-    """With a threshold, two visitors of a cell are compared when one member is among the nearest of both; nobody twice."""
+    """With a threshold, two visitors of a cell are compared when one member is among the nearest of both; no pair twice."""
     cells = min(cells, n)
     x, probes, home, visits = probed(n, cells, seed, margin, 4)
     s = x.astype(np.float64) @ x.astype(np.float64).T
@@ -171,7 +171,7 @@ def test_a_member_introduces_only_so_many() -> None:
     offsets, rows, _ = cells_tables(x, probes, n + 1, 3, n, 0.5)
     counts = np.diff(offsets)
     nearest = np.arange(1, neighbor_join.MOST_MET + 1)
-    for i in nearest:  # face 0 is like nobody more than these: they all meet
+    for i in nearest:  # face 0 is most like these: they all meet
         assert set(rows[offsets[i] : offsets[i + 1]]) >= set(nearest) - {i}
     assert counts[0] == n
     assert counts[1:].sum() < n * (n - 1) / 2
@@ -230,7 +230,7 @@ def test_predicted_recall_is_what_the_rule_reaches() -> None:
 
 
 def test_who_must_find_its_neighbors_alone_probes_their_homes() -> None:
-    """What a night rests on: a new face is not found by others, only by probing where they live."""
+    """What an incremental run rests on: a new face is not found by others, only by probing where they live."""
     x = unit(3000, 32, seed=8)
     centroids, _ = quantizer.train(x, 60, seed=0, threads=1)
     rule = probing.choose_rule(x, len(x), centroids, 50, 0.6, 60, 0.95, 0.0).alone

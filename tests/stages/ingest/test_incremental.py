@@ -1,4 +1,4 @@
-"""How last night's parts become tonight's."""
+"""How the base run's parts become those of an incremental run."""
 
 from __future__ import annotations
 
