@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from faceflow import logs
 from faceflow.config import ClusterConfig
 from faceflow.runs import pipeline
 from faceflow.runs.result import RunResult
@@ -18,7 +19,7 @@ def run_clustering(config: ClusterConfig, *, progress: bool = True, report: bool
     config : ClusterConfig
         All settings of the run.
     progress : bool
-        Show progress bars on a terminal or in a notebook.
+        Show progress bars on a terminal; in a notebook also a line a stage, unless log records have a handler already.
     report : bool
         Write report.html once the labels are current.
 
@@ -40,7 +41,8 @@ def run_clustering(config: ClusterConfig, *, progress: bool = True, report: bool
     PublishError
         Another run published first.
     """
-    return pipeline.execute(config, incremental=False, progress=progress, report=write_report if report else None)
+    with logs.lines_in_notebook(progress):
+        return pipeline.execute(config, incremental=False, progress=progress, report=write_report if report else None)
 
 
 def run_nightly(config: ClusterConfig, *, progress: bool = True, report: bool = True) -> RunResult:
@@ -52,4 +54,5 @@ def run_nightly(config: ClusterConfig, *, progress: bool = True, report: bool = 
 
     Parameters, result and errors are those of `run_clustering`.
     """
-    return pipeline.execute(config, incremental=True, progress=progress, report=write_report if report else None)
+    with logs.lines_in_notebook(progress):
+        return pipeline.execute(config, incremental=True, progress=progress, report=write_report if report else None)

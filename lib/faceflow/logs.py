@@ -64,6 +64,31 @@ def failed(message: str, exit_code: int) -> int:
     return exit_code
 
 
+def in_notebook() -> bool:
+    """Whether this process is the kernel of a notebook."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    return shell is not None and "IPKernelApp" in shell.config
+
+
+@contextlib.contextmanager
+def lines_in_notebook(wanted: bool) -> Iterator[None]:
+    """In a notebook, print each log line below its cell, unless the user handles log records already."""
+    log = logging.getLogger("faceflow")
+    if not (wanted and in_notebook()) or log.hasHandlers():
+        yield
+        return
+    handler, level = logging.StreamHandler(sys.stdout), log.level
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+
+
 def set_up(form: str, quiet: bool) -> None:
     """Log to stderr in one of FORMATS; quiet: warnings and errors only."""
     handler = logging.StreamHandler(sys.stderr)

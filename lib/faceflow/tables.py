@@ -207,6 +207,17 @@ class Partition:
     def __post_init__(self) -> None:
         _check(self.modules.ndim == 1, "Partition: modules must be a vector")
 
+    def _repr_html_(self) -> str:
+        sizes = np.unique(self.modules, return_counts=True)[1]
+        rows = {
+            "rows": f"{len(self.modules):,}",
+            "modules": f"{len(sizes):,} ({np.count_nonzero(sizes == 1):,} of one row)",
+            "largest module": f"{sizes.max(initial=0):,} rows",
+            "codelength": f"{self.codelength:.6f} bits",
+        }
+        cells = "".join(f"<tr><th style='text-align:left'>{k}</th><td>{v}</td></tr>" for k, v in rows.items())
+        return f"<table>{cells}</table>"
+
 
 @dataclass(frozen=True)
 class Parts:

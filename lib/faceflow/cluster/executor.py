@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TypeVar
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from faceflow.cluster import worker
 from faceflow.cluster.connection import LOCAL, connect
@@ -20,6 +20,7 @@ from faceflow.cluster.metrics import Metrics
 from faceflow.cluster.retries import KEPT, Attempts, Cause
 from faceflow.cluster.usage import Done, Step, Usage
 from faceflow.errors import FaceflowError, RunError
+from faceflow.logs import in_notebook
 
 log = logging.getLogger("faceflow")
 
@@ -334,7 +335,7 @@ class Executor:
             desc=f"{label:>9}",
             unit=" rows" if sizes else " tasks",
             unit_scale=True,
-            disable=None if self._progress else True,
+            disable=(False if in_notebook() else None) if self._progress else True,  # None: where there is no terminal
             leave=False,
             file=sys.stderr,
         ) as bar:
