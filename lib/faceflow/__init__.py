@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from faceflow.api import run_clustering as run_clustering
     from faceflow.api import run_nightly as run_nightly
     from faceflow.config import ClusterConfig as ClusterConfig
-    from faceflow.kernels.mapequation.engine import map_equation as map_equation
+    from faceflow.kernels.mapequation.two_level import map_equation as map_equation
     from faceflow.runs.result import RunResult as RunResult
 
 __version__ = "0.4.0"
@@ -17,7 +17,7 @@ __all__ = ["ClusterConfig", "RunResult", "map_equation", "run_clustering", "run_
 _HOMES = {
     "ClusterConfig": "faceflow.config",
     "RunResult": "faceflow.runs.result",
-    "map_equation": "faceflow.kernels.mapequation.engine",
+    "map_equation": "faceflow.kernels.mapequation.two_level",
     "run_clustering": "faceflow.api",
     "run_nightly": "faceflow.api",
 }

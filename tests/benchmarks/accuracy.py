@@ -28,7 +28,7 @@ from pyarrow.dataset import dataset
 from faceflow.kernels.clusters import scores as metrics
 from faceflow.kernels.graph import edge_recipes
 from faceflow.kernels.graph.csr import compress
-from faceflow.kernels.mapequation import engine as mapequation
+from faceflow.kernels.mapequation import two_level as mapequation
 from faceflow.storage import layout
 from faceflow.storage.object_store import Store
 from faceflow.tables import NeighborTable

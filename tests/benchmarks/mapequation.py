@@ -29,8 +29,8 @@ from pyarrow.dataset import dataset
 
 from faceflow.kernels.clusters import scores as metrics
 from faceflow.kernels.graph.csr import build_graph
-from faceflow.kernels.mapequation import engine as mapequation
 from faceflow.kernels.mapequation import infomap_package
+from faceflow.kernels.mapequation import two_level as mapequation
 from faceflow.kernels.mapequation.flow import directed_flow
 from faceflow.storage import layout
 from faceflow.storage.object_store import Store

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from faceflow.cluster import limits
+from faceflow.cluster import machine_limits
 from faceflow.errors import SettingsError
 from tests.conftest import ROOT, write_faces
 
@@ -46,18 +46,18 @@ def test_cpus_are_those_of_the_quota(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, files: dict[str, str], expected: int
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
-    assert limits.cpus(group(tmp_path, line, **files)) == expected
-    assert limits.cpus(tmp_path / "nothing") == 64
+    assert machine_limits.cpus(group(tmp_path, line, **files)) == expected
+    assert machine_limits.cpus(tmp_path / "nothing") == 64
 
 
 def test_a_temporary_folder_with_a_long_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.gettempdir", lambda: "/tmp")
-    assert limits.temporary_for_ray() is None
+    assert machine_limits.temporary_for_ray() is None
     monkeypatch.setattr("tempfile.gettempdir", lambda: "/scratch/" + "x" * 60)
-    assert limits.temporary_for_ray() == "/tmp/ray"
+    assert machine_limits.temporary_for_ray() == "/tmp/ray"
     monkeypatch.setattr("os.access", lambda *_: False)
     with pytest.raises(SettingsError, match="set TMPDIR to a folder of at most 40 characters"):
-        limits.temporary_for_ray()
+        machine_limits.temporary_for_ray()
 
 
 @pytest.mark.timeout(300)

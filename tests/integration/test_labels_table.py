@@ -12,7 +12,7 @@ import pytest
 
 from faceflow.cli.main import main
 from faceflow.errors import PublishError, RunError
-from faceflow.stages.publish.labels_table import CommitLabels, commit_labels
+from faceflow.stages.publish.delta_labels import CommitLabels, commit_labels
 from faceflow.storage import table_formats
 from faceflow.storage.object_store import Store
 from tests.integration.test_tables import faces, numbers

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from faceflow.cli.main import main
-from faceflow.cluster.usage import Step
+from faceflow.cluster.step_records import Step
 from faceflow.runs.lease import claim
 from faceflow.runs.status import Watcher, status
 from faceflow.storage import layout

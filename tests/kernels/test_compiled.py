@@ -15,13 +15,13 @@ from tests.conftest import ROOT
 
 SCRIPT = """
 import numpy as np
-from faceflow.kernels.knn import tiles, topk
+from faceflow.kernels.knn import tile_kernel, topk
 angles = np.linspace(1.5, 0, 60)
 x = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
 buffers = topk.Buffers.empty(len(x), 2, None)
-tiles.TileKernel(x, np.arange(len(x), dtype=np.int32), buffers).within(np.arange(len(x)), x)
+tile_kernel.TileKernel(x, np.arange(len(x), dtype=np.int32), buffers).within(np.arange(len(x)), x)
 from faceflow.kernels import compiled
-print(int(buffers.counts.sum()), sum(tiles._push_block.stats.cache_hits.values()), compiled.folder())
+print(int(buffers.counts.sum()), sum(tile_kernel._push_block.stats.cache_hits.values()), compiled.folder())
 """
 
 
@@ -45,8 +45,8 @@ def run(package: Path, **env: str | None) -> list[str]:
 
 
 def test_an_upgrade_in_place_compiles_what_others_have_inlined(room: Path) -> None:
-    """`topk.room_for` is inlined by the kernels of `tiles`, whose own source stays as it is: with stale ones, a slot that is
-    smaller now is written to past its end."""
+    """`topk.room_for` is inlined by the kernels of `tile_kernel`, whose own source stays as it is: with stale ones, a slot
+    that is smaller now is written to past its end."""
     package, env = copy(room / "a"), {"XDG_CACHE_HOME": str(room / "cache")}
     before = run(package, **env)
     topk = package / "faceflow" / "kernels" / "knn" / "topk.py"

@@ -18,15 +18,18 @@ from tests.conftest import write_faces
 
 @pytest.fixture
 def notebook(monkeypatch: pytest.MonkeyPatch) -> None:
-    """IPython as its kernel loads it, and no handler of log records."""
+    """IPython as its kernel loads it."""
     events = SimpleNamespace(register=lambda event, callback: None)  # which Ray asks for
     shell = SimpleNamespace(config={"IPKernelApp": {}}, events=events)
     monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
-    monkeypatch.setattr(logging.getLogger("faceflow"), "propagate", False)  # past pytest's own handlers
 
 
 @pytest.mark.usefixtures("ray_session", "notebook")
-def test_a_run_prints_a_line_a_stage_and_its_result_is_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_prints_a_line_a_stage_and_its_result_is_a_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("faceflow", None):  # pytest has handlers of its own
+        monkeypatch.setattr(logging.getLogger(name), "handlers", [])
     faces = np.repeat(np.eye(4, 8, dtype=np.float32), 5, axis=0)
     config = faceflow.ClusterConfig(str(write_faces(tmp_path / "a.parquet", faces)), str(tmp_path / "out"), min_similarity=0.5)
     result = faceflow.run_clustering(config, report=False)

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from faceflow.cli.main import main
-from faceflow.cluster.usage import Step
+from faceflow.cluster.step_records import Step
 from faceflow.runs.status import record_of
 from faceflow.storage.manifests import StepRecord
 from faceflow.tools.datasets.synthesize import synthesize

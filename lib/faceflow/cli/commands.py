@@ -1,4 +1,4 @@
-"""What each command does with its arguments, and what it prints. The arguments themselves are in `cli`."""
+"""What each command does with its arguments, and what it prints. The arguments themselves are in `cli.parser`."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from faceflow.cluster import limits
+from faceflow.cluster import machine_limits
 from faceflow.cluster.retries import KEPT
 from faceflow.errors import RunError, SettingsError
 
@@ -41,9 +41,9 @@ def connect(ray: Any, address: str, workers: int | None) -> None:
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address == LOCAL:
         # More workers than CPUs is the caller's wish.
-        cpus = max(limits.cpus(), workers or 1)
+        cpus = max(machine_limits.cpus(), workers or 1)
         options |= {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
-        if (temporary := limits.temporary_for_ray()) is not None:
+        if (temporary := machine_limits.temporary_for_ray()) is not None:
             options["_temp_dir"] = temporary
     else:
         # Workers of another machine run the very code that the driver runs.

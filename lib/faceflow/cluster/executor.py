@@ -1,4 +1,4 @@
-"""Runs functions on a Ray cluster: bounded work in flight, retries, progress. The only module that imports Ray."""
+"""Runs functions on a Ray cluster: bounded work in flight, retries, progress. Only this folder imports Ray."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from faceflow.cluster import worker
 from faceflow.cluster.connection import LOCAL, connect
 from faceflow.cluster.metrics import Metrics
 from faceflow.cluster.retries import KEPT, Attempts, Cause
-from faceflow.cluster.usage import Done, Step, Usage
+from faceflow.cluster.step_records import Done, Step, Usage
 from faceflow.errors import FaceflowError, RunError
 from faceflow.logs import in_notebook
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from faceflow.cluster.usage import Done, Step
+from faceflow.cluster.step_records import Done, Step
 
 
 class Metrics:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from faceflow.cluster.usage import Done
+from faceflow.cluster.step_records import Done
 
 Request = TypeVar("Request")
 Result = TypeVar("Result")

@@ -12,8 +12,8 @@ from faceflow.config import ClusterConfig
 from faceflow.errors import InputError, RunError, SettingsError
 from faceflow.logs import bind, event
 from faceflow.runs import publication
+from faceflow.runs.active_run import Job
 from faceflow.runs.base_run import find_base, nothing_new, warn_of_dropped_constraints
-from faceflow.runs.job import Job
 from faceflow.runs.lease import FencedStore
 from faceflow.runs.publication import WriteReport
 from faceflow.runs.records import BEGUN, PUBLISHED, REFUSED, IncrementalKey

@@ -13,12 +13,12 @@ from faceflow.cluster.worker import peak_memory
 from faceflow.config import ClusterConfig
 from faceflow.errors import FaceflowError, PublishError, SettingsError
 from faceflow.logs import event
-from faceflow.runs.job import Job
+from faceflow.runs.active_run import Job
 from faceflow.runs.records import utc_now
 from faceflow.runs.registry import give_up
 from faceflow.runs.result import RunResult
 from faceflow.setting_types import StorageOptions
-from faceflow.stages.publish.labels_table import CommitLabels, commit_labels
+from faceflow.stages.publish.delta_labels import CommitLabels, commit_labels
 from faceflow.stages.results import Results
 from faceflow.storage import layout, table_formats
 from faceflow.storage.inputs import contains

@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-from faceflow.cluster.usage import Step
+from faceflow.cluster.step_records import Step
 from faceflow.errors import InputError
 from faceflow.logs import event
 from faceflow.runs.lease import HEARTBEAT, SILENT_AFTER, Lease, LeaseState, is_alive, machine, read_state

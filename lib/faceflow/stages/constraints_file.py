@@ -16,7 +16,7 @@ from faceflow.config import ClusterConfig
 from faceflow.errors import InputError, did_you_mean, one_line
 from faceflow.kernels.clusters import constraints
 from faceflow.setting_types import StorageOptions
-from faceflow.storage import columns
+from faceflow.storage import column_types
 from faceflow.storage.inputs import list_file, open_input
 from faceflow.storage.manifests import Fingerprint
 from faceflow.storage.object_store import Store, explain
@@ -74,11 +74,11 @@ def read(address: str, options: StorageOptions | None, id_type: pa.DataType | No
     wrong = next((i for i, kind in enumerate(kinds) if kind not in (MUST, CANNOT)), None)
     if wrong is not None:
         raise InputError(f"constraints {name}, {place(wrong)}: kind is {kinds[wrong]!r}; it must be {MUST!r} or {CANNOT!r}")
-    stored = [columns.id_storage(table[column].type) for column in COLUMNS[:2]]
+    stored = [column_types.id_storage(table[column].type) for column in COLUMNS[:2]]
     if None in stored or stored[0] != stored[1]:
         raise InputError(f"constraints {name}: id_a is {table['id_a'].type}, but id_b is {table['id_b'].type}")
-    chunks = [columns.cast(chunk, stored[0]) for column in COLUMNS[:2] for chunk in table[column].chunks]
-    both = pa.concat_arrays(chunks) if chunks else pa.array([], columns.TEXT)
+    chunks = [column_types.cast(chunk, stored[0]) for column in COLUMNS[:2] for chunk in table[column].chunks]
+    both = pa.concat_arrays(chunks) if chunks else pa.array([], column_types.TEXT)
     if id_type is not None:
         both = _as(both, id_type, address)
     coded = both.dictionary_encode()
@@ -86,7 +86,7 @@ def read(address: str, options: StorageOptions | None, id_type: pa.DataType | No
     pairs = np.stack([codes[: len(kinds)], codes[len(kinds) :]], axis=1)
     must, cannot = (pairs[np.array([k == kind for k in kinds], bool)] for kind in (MUST, CANNOT))
     ids = coded.dictionary
-    constraints.check(must, cannot, len(ids), lambda i: repr(columns.shown(ids[i].as_py())))
+    constraints.check(must, cannot, len(ids), lambda i: repr(column_types.shown(ids[i].as_py())))
     return Constraints(ids, must, cannot)
 
 
@@ -100,6 +100,6 @@ def _line_of(store: Store, path: str, row: int) -> int:
 
 def _as(ids: pa.Array, kind: pa.DataType, address: str) -> pa.Array:
     try:
-        return columns.parsed(ids, kind)
+        return column_types.parsed(ids, kind)
     except pa.ArrowException as error:
         raise InputError(f"constraints {one_line(address)}: ids are not {kind}, as the faces' are: {explain(error)}") from None

@@ -34,8 +34,8 @@ class RowChanges:
 @dataclass(frozen=True)
 class IngestResult:
     """faces: rows that can be clustered; quarantined: rows that cannot; dim: of the embeddings; starts, entries: where each
-    part begins, by faces and by input rows, and the end; id_type: of the published ids (`storage.columns`); id_bytes: of all
-    ids; input_snapshot: of the table that the input is; changes: None in a full run."""
+    part begins, by faces and by input rows, and the end; id_type: of the published ids (`storage.column_types`);
+    id_bytes: of all ids; input_snapshot: of the table that the input is; changes: None in a full run."""
 
     faces: int
     quarantined: int

@@ -20,7 +20,7 @@ Fingerprint = Mapping[str, object]
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What like tasks of a stage did (`cluster.usage.Step`). waiting: tasks not handed out; share: done, 0 to 1."""
+    """What like tasks of a stage did (`cluster.step_records.Step`). waiting: tasks not handed out; share: done, 0 to 1."""
 
     label: str
     tasks: int

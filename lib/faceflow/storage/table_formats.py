@@ -14,7 +14,7 @@ from urllib.parse import unquote
 import pyarrow as pa
 
 from faceflow.errors import InputError, PublishError, RunError, SettingsError, one_line
-from faceflow.storage import columns
+from faceflow.storage import column_types
 from faceflow.storage.file_info import FileInfo
 from faceflow.storage.object_store import Store, explain
 
@@ -238,7 +238,7 @@ def as_delta(labels: pa.Table) -> pa.Table:
     Raises RunError for an id above 2**63 - 1.
     """
     given = labels["id"]
-    ids = pa.chunked_array([columns.unwrapped(chunk) for chunk in given.chunks], columns.plain(given.type))
+    ids = pa.chunked_array([column_types.unwrapped(chunk) for chunk in given.chunks], column_types.plain(given.type))
     kind = pa.binary() if pa.types.is_fixed_size_binary(ids.type) else _SIGNED.get(ids.type, ids.type)
     try:
         return labels.set_column(0, "id", ids.cast(kind))

@@ -26,7 +26,7 @@ from faceflow.stages.artifacts.faces import RunData, good_entries, label_table, 
 from faceflow.stages.base import open_executor
 from faceflow.stages.detect import method_input
 from faceflow.stages.results import Results
-from faceflow.storage import columns, layout
+from faceflow.storage import column_types, layout
 from faceflow.storage.object_store import Store
 from faceflow.tools.datasets.convert import import_neighbors
 from faceflow.tools.evaluate import evaluate, read_identities
@@ -172,7 +172,7 @@ def _clustered(config: ClusterConfig, runs: Store, progress: bool) -> tuple[str,
     run = runs.child(run_id)
     results = Results.read(run)
     data = RunData(run, results.parts, results.ingest.dim)
-    kind = columns.type_of(results.ingest.id_type)
+    kind = column_types.type_of(results.ingest.id_type)
     return run_id, _Run(data, results.quantize.threshold.similarity, kind)
 
 

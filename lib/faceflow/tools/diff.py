@@ -14,7 +14,7 @@ from faceflow.errors import InputError, did_you_mean
 from faceflow.kernels.clusters.naming import transitions
 from faceflow.setting_types import StorageOptions
 from faceflow.stages.publish.events import events, moves_schema
-from faceflow.storage import columns, layout
+from faceflow.storage import column_types, layout
 from faceflow.storage.object_store import Store
 from faceflow.storage.pointer import read_pointer
 from faceflow.tools.evaluate import published_ids, read_labels, same_id_type
@@ -72,7 +72,7 @@ def compare_runs(
     after = pa.concat_arrays([pa.array(theirs[moved]), pa.nulls(int(gone.sum()), pa.int64())])
     folder = Store.at(to, storage_options) if to else store.child(f"diffs/{first}..{second}")
     kind = published_ids(store.address(layout.label_folder(second)), storage_options)
-    moves = pa.table([columns.as_published(ids, kind), before, after], schema=moves_schema(kind))
+    moves = pa.table([column_types.as_published(ids, kind), before, after], schema=moves_schema(kind))
     for name, content in (("events.parquet", table), ("moves.parquet", moves)):
         with folder.open_write(name, durable=True) as file:
             pq.write_table(content, file, compression="zstd")

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from faceflow.errors import InputError, did_you_mean, one_line
 from faceflow.kernels.clusters.scores import Scores, score
 from faceflow.setting_types import StorageOptions
-from faceflow.storage import columns, layout
+from faceflow.storage import column_types, layout
 from faceflow.storage.inputs import list_faces, list_parquet, open_input
 from faceflow.storage.object_store import Store, explain
 from faceflow.storage.pointer import read_pointer
@@ -108,28 +108,28 @@ def published_ids(address: str, options: StorageOptions | None) -> pa.DataType:
 def _stored(values: pa.ChunkedArray, name: str, path: str) -> pa.ChunkedArray:
     """A column in its storage type, or the plain type of what cannot be an id (floats, say). Raises InputError for nested ones,
     and for text that is not valid UTF-8."""
-    kind = columns.id_storage(values.type) or columns.plain(values.type)
+    kind = column_types.id_storage(values.type) or column_types.plain(values.type)
     if pa.types.is_nested(kind):
         raise InputError(f"{one_line(path)}: column {name!r} is {values.type}; it must hold a string or a number a face")
-    chunks = [columns.cast(chunk, kind) for chunk in values.chunks]
+    chunks = [column_types.cast(chunk, kind) for chunk in values.chunks]
     for chunk in chunks:
-        if len(columns.readable(chunk)[1]):
+        if len(column_types.readable(chunk)[1]):
             raise InputError(f"{one_line(path)}: column {name!r} holds text that is not valid UTF-8")
     return pa.chunked_array(chunks, kind)
 
 
 def _quoted(value: Any) -> str:
-    return columns.shown(value) if isinstance(value, bytes) else repr(value)
+    return column_types.shown(value) if isinstance(value, bytes) else repr(value)
 
 
 def same_id_type(a: pa.Table, b: pa.Table, a_name: str, b_name: str) -> tuple[pa.Table, pa.Table]:
     """Both tables with ids of one type. Raises InputError where there is none that fits."""
     types = [t["id"].type for t in (a, b)]
-    stored = [columns.id_storage(t) for t in types]
-    integers = {columns.INTEGER, columns.UNSIGNED}
+    stored = [column_types.id_storage(t) for t in types]
+    integers = {column_types.INTEGER, column_types.UNSIGNED}
     if None in stored or (stored[0] != stored[1] and not integers >= set(stored)):
         raise InputError(f"ids are {types[0]} in {a_name} but {types[1]} in {b_name}: they cannot be matched")
-    target = columns.INTEGER if stored[0] != stored[1] else stored[0]
+    target = column_types.INTEGER if stored[0] != stored[1] else stored[0]
     try:
         a, b = (t.set_column(0, "id", t["id"].cast(target)) for t in (a, b))
     except pa.ArrowException as error:

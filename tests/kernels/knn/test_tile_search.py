@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from faceflow.kernels.ivf import neighbor_join, probing, quantizer
-from faceflow.kernels.knn import incremental_search, tile_search, tiles, topk
+from faceflow.kernels.knn import incremental_search, tile_kernel, tile_search, topk
 
 THRESHOLDS = [None, 0.3, -0.2]
 
@@ -178,7 +178,7 @@ def test_a_member_introduces_only_so_many() -> None:
 
 
 def test_crowded_cell_crosses_every_block_boundary() -> None:
-    n = tiles.MEMBER_BLOCK + tiles.QUERY_BLOCK + 37
+    n = tile_kernel.MEMBER_BLOCK + tile_kernel.QUERY_BLOCK + 37
     x = unit(n, 8, seed=5)
     probes = np.arange(n + 1), np.zeros(n, np.int32)
     check_table(x, cells_tables(x, probes, 1, 1, 4, 0.5), 4, 0.5)

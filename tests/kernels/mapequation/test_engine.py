@@ -15,9 +15,9 @@ from scipy import sparse
 
 from faceflow.errors import InputError
 from faceflow.kernels.graph import csr
-from faceflow.kernels.mapequation import engine as mapequation
 from faceflow.kernels.mapequation import flow as flows
 from faceflow.kernels.mapequation import greedy, infomap_package
+from faceflow.kernels.mapequation import two_level as mapequation
 from faceflow.tables import EdgeList
 
 Links = list[tuple[int, int, float]]

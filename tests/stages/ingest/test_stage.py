@@ -17,7 +17,7 @@ from faceflow.stages.artifacts.faces import read_ids, read_vectors
 from faceflow.stages.ingest import id_checks, reading, row_checks
 from faceflow.stages.ingest import parquet_input as cutting
 from faceflow.stages.ingest.parquet_input import Columns, FirstDimension, Footer, ReadFooters, plan_tasks
-from faceflow.storage import columns
+from faceflow.storage import column_types
 from faceflow.storage.inputs import list_parquet
 from faceflow.storage.object_store import Store
 from tests.conftest import write_faces
@@ -71,9 +71,9 @@ def ids_of_type(kind: pa.DataType) -> pa.Array:
     numbers = (7, 1, 3, 2)
     if pa.types.is_integer(kind):
         return pa.array(numbers).cast(kind)
-    if columns.id_storage(kind) == columns.TEXT:
+    if column_types.id_storage(kind) == column_types.TEXT:
         return pa.array([str(i) for i in numbers]).cast(kind)
-    raw = pa.array([bytes([i]) * 16 for i in numbers], columns.plain(kind))
+    raw = pa.array([bytes([i]) * 16 for i in numbers], column_types.plain(kind))
     return pa.ExtensionArray.from_storage(kind, raw) if kind == pa.uuid() else raw
 
 
@@ -84,10 +84,10 @@ def test_ids_keep_their_type(tmp_path: Path, kind: pa.DataType) -> None:
     store, files = list_parquet(str(tmp_path / "in"), None)
     footers = cutting.read_footers(ReadFooters(store, tuple(f.path for f in files), Columns("id", "embedding", None)))
     types = cutting.common_id_types(footers, None)
-    assert types.published == kind == columns.type_of(columns.name_of(kind))
+    assert types.published == kind == column_types.type_of(column_types.name_of(kind))
     _, results = ingest_all(tmp_path / "in", tmp_path / "run")
     assert results.type == types.stored
-    published = columns.as_published(results, kind)
+    published = column_types.as_published(results, kind)
     assert published.type == kind
     assert published.to_pylist() == ids.to_pylist()
 
@@ -99,7 +99,7 @@ TEXTS = [
 
 
 @pytest.mark.parametrize(
-    ("kinds", "stored"), [(TEXTS, columns.TEXT), ([pa.int32(), pa.int64(), pa.uint8(), pa.uint64()], columns.INTEGER)],
+    ("kinds", "stored"), [(TEXTS, column_types.TEXT), ([pa.int32(), pa.int64(), pa.uint8(), pa.uint64()], column_types.INTEGER)],
     ids=["text", "integers"],
 )  # fmt: skip
 def test_files_of_other_writers_hold_one_type(tmp_path: Path, kinds: list[pa.DataType], stored: pa.DataType) -> None:
@@ -112,7 +112,7 @@ def test_files_of_other_writers_hold_one_type(tmp_path: Path, kinds: list[pa.Dat
     assert results.type == stored
     assert [int(item) for item in results.to_pylist()] == list(range(4 * len(kinds)))
     again = pa.array([5, 100, 101, 102])
-    write_faces(tmp_path / "in" / "z.parquet", X, again if stored == columns.INTEGER else again.cast(pa.string()))
+    write_faces(tmp_path / "in" / "z.parquet", X, again if stored == column_types.INTEGER else again.cast(pa.string()))
     with pytest.raises(InputError, match=r"z\.parquet, row 0: the id occurred before"):
         ingest_all(tmp_path / "in", tmp_path / "again")
 
@@ -144,7 +144,7 @@ def test_shards_without_rows_or_values_have_no_type(tmp_path: Path) -> None:
     pq.write_table(empty, tmp_path / "in" / "a.parquet")
     pq.write_table(pa.table({"anything": pa.array([], pa.int8())}), tmp_path / "in" / "c.parquet")
     vectors, results = ingest_all(tmp_path / "in", tmp_path / "run")
-    assert (len(vectors), results.type) == (4, columns.TEXT)
+    assert (len(vectors), results.type) == (4, column_types.TEXT)
     pq.write_table(pa.table({"id": ["x", "y"], "embedding": pa.nulls(2)}), tmp_path / "in" / "d.parquet")
     with pytest.raises(InputError, match=r"d\.parquet, row 0: the embedding is null"):
         ingest_all(tmp_path / "in", tmp_path / "nulls")

@@ -82,7 +82,7 @@ def cluster(name: str, given: Given) -> np.ndarray:
 
 
 def _infomap(given: Given) -> np.ndarray:
-    from faceflow.kernels.mapequation import engine as mapequation
+    from faceflow.kernels.mapequation import two_level as mapequation
 
     return mapequation.detect([given.edges], given.seed, threads=given.threads).modules
 

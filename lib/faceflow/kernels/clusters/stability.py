@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from faceflow.kernels.mapequation import engine as mapequation
+from faceflow.kernels.mapequation import two_level as mapequation
 
 
 def stability(

@@ -1,7 +1,7 @@
 """Edge recipes: pure functions (neighbor table, parameters) -> weighted edges.
 
 `threshold` takes a table part by part; the others compare the lists of two rows, so they take all rows as one block
-`offsets int64[n + 1], rows int32[m], values float32[m]` (`graphs.compress`), each row's neighbors by falling similarity, and
+`offsets int64[n + 1], rows int32[m], values float32[m]` (`csr.compress`), each row's neighbors by falling similarity, and
 return such a block. Where a formula needs a row's own probability, a face has similarity 1 to itself."""
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What the neighbor lists of two rows have in common, for every edge: how many rows, or a sum over them.
 
 Lists come as one block `offsets int64[n + 1], rows int32[m], values float32[m]`. Rows should stand so that those of one cluster
-are near each other (`graphs.locality_order`): a list is then a few words of 64 rows, and two lists are compared word by word.
+are near each other (`csr.locality_order`): a list is then a few words of 64 rows, and two lists are compared word by word.
 """
 
 from __future__ import annotations

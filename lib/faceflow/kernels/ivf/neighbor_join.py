@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from faceflow.kernels.compiled import kernel
-from faceflow.kernels.knn.tiles import NO_LINK
+from faceflow.kernels.knn.tile_kernel import NO_LINK
 from faceflow.kernels.knn.topk import Buffers, key_of, push_new, select_smallest
 
 LINKS = 3
@@ -51,7 +51,7 @@ class Proposals(NamedTuple):
 def join_neighbors(faces: Faces, buffers: Buffers, probing: np.ndarray, links: np.ndarray, members: int) -> None:
     """Compare the faces that probe one cell and share a link, and push what is above both ends' thresholds.
 
-    faces, buffers: as `tiles.TileKernel`; probing: intp[p], ascending positions; links: uint64[p, LINKS], as
+    faces, buffers: as `tile_kernel.TileKernel`; probing: intp[p], ascending positions; links: uint64[p, LINKS], as
     `TileKernel.between` gives them for the cell's `members` members. Pairs that a tile finds, as one probes the other's
     assigned cell, are left out. A pair may be proposed in several cells: its similarity is the same to the bit there, whatever
     the machine, and a buffer takes it once.

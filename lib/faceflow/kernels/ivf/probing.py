@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from faceflow.kernels.compiled import kernel
-from faceflow.kernels.knn.tiles import CHUNK, QUERY_BLOCK, TileKernel
+from faceflow.kernels.knn.tile_kernel import CHUNK, QUERY_BLOCK, TileKernel
 from faceflow.kernels.knn.topk import Buffers, decode, key_of, select_smallest
 
 UNTOLD_PROBES = 8

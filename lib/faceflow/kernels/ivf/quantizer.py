@@ -12,7 +12,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from faceflow.kernels.compiled import kernel
-from faceflow.kernels.knn.tiles import QUERY_BLOCK
+from faceflow.kernels.knn.tile_kernel import QUERY_BLOCK
 
 SHARES = 8, 4, 2, 1, 1
 """Of each Lloyd iteration: one face in so many of the sample; a few iterations suffice for a search that probes several cells,

@@ -12,8 +12,8 @@ import numpy as np
 
 from faceflow.errors import SettingsError
 from faceflow.kernels.ivf.neighbor_join import LINKS, Faces, join_neighbors
+from faceflow.kernels.knn.tile_kernel import NO_LINK
 from faceflow.kernels.knn.tile_search import Probes, by_cell
-from faceflow.kernels.knn.tiles import NO_LINK
 from faceflow.kernels.knn.topk import Buffers, encode
 
 QUERY_BATCH = 262_144
@@ -131,7 +131,7 @@ def _probe(probes: Probes, faces: np.ndarray, cells: np.ndarray) -> np.ndarray:
 
 
 def _links(face: np.ndarray, keys: np.ndarray, member_rows: np.ndarray, faces: int) -> np.ndarray:
-    """Each probing face's nearest members, as `tiles.TileKernel.between` gives them; face < 0: a member."""
+    """Each probing face's nearest members, as `tile_kernel.TileKernel.between` gives them; face < 0: a member."""
     face, keys = face[face >= 0], keys[face >= 0]
     order = np.lexsort((keys, face))
     face, keys = face[order], keys[order]

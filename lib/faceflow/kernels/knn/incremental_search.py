@@ -12,8 +12,8 @@ import numba
 import numpy as np
 
 from faceflow.kernels.compiled import kernel
+from faceflow.kernels.knn.tile_kernel import TileKernel
 from faceflow.kernels.knn.tile_search import Probes, probes_by_cell
-from faceflow.kernels.knn.tiles import TileKernel
 from faceflow.kernels.knn.topk import Buffers, CandidateList, decode, key_of, similarity_of
 
 MOST_RESIDENTS = 2_048

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from faceflow.kernels.knn import topk
-from faceflow.kernels.knn.tiles import TileKernel
+from faceflow.kernels.knn.tile_kernel import TileKernel
 from faceflow.kernels.knn.topk import Buffers
 
 TIE = 2e-6

@@ -8,7 +8,7 @@ import numpy as np
 
 from faceflow.kernels.compiled import kernel
 from faceflow.kernels.ivf.neighbor_join import LINKS, Faces, join_neighbors
-from faceflow.kernels.knn.tiles import TileKernel
+from faceflow.kernels.knn.tile_kernel import TileKernel
 from faceflow.kernels.knn.topk import Buffers
 
 Probes = tuple[np.ndarray, np.ndarray]

@@ -82,7 +82,7 @@ def use_threads(threads: int) -> None:
 
 
 def undirected_flow(graph: Graph, threads: int = 1) -> Flow:
-    """Flow of a symmetric graph (`graphs.symmetric`): a row is visited in proportion to the weight of its edges.
+    """Flow of a symmetric graph (`csr.symmetric`): a row is visited in proportion to the weight of its edges.
 
     Nothing teleports and nothing dangles; edge (i, j, w) carries w over the sum of all weights, each way.
     """

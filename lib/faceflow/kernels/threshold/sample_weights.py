@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from faceflow.kernels.compiled import kernel
-from faceflow.kernels.knn.tiles import QUERY_BLOCK
+from faceflow.kernels.knn.tile_kernel import QUERY_BLOCK
 from faceflow.kernels.threshold.valley import BINS, Thresholds, chance_level, choose_thresholds, count_pairs, impostor_hill
 
 PILOT_FACES = 2_048

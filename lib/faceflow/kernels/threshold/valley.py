@@ -15,7 +15,7 @@ from statistics import NormalDist
 import numpy as np
 
 from faceflow.kernels.compiled import kernel
-from faceflow.kernels.knn.tiles import QUERY_BLOCK
+from faceflow.kernels.knn.tile_kernel import QUERY_BLOCK
 
 BINS = 32_768
 """Bins of a histogram over cosines from -1 to 1: enough where all cosines lie within a hundredth of each other."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from faceflow.storage import columns, layout
+from faceflow.storage import column_types, layout
 from faceflow.storage.object_store import Store
 from faceflow.tables import QUANTIZER_METADATA, Parts
 
@@ -36,8 +36,8 @@ def read_vectors(run: Store, part: int, dim: int) -> np.ndarray:
 def read_ids(run: Store, part: int) -> pa.Array:
     """Ids of all input rows of one part, quarantined ones (`read_quarantined`) included, in their storage type."""
     ids = run.read_batch(layout.part("ids", part)).column(0)
-    stored = columns.id_storage(ids.type)
-    return ids if stored is None else columns.cast(ids, stored)
+    stored = column_types.id_storage(ids.type)
+    return ids if stored is None else column_types.cast(ids, stored)
 
 
 def read_quarantined(run: Store, part: int) -> pa.RecordBatch:
@@ -56,7 +56,7 @@ def label_table(ids: pa.Array, kind: pa.DataType, good: np.ndarray, clusters: np
     """`id` (of this type), `cluster` of one part's input rows: clusters int64[...] of the good ones, null for the others."""
     every = np.zeros(len(ids), np.int64)
     every[good] = clusters
-    return pa.table([columns.as_published(ids, kind), pa.array(every, mask=~good)], names=["id", "cluster"])
+    return pa.table([column_types.as_published(ids, kind), pa.array(every, mask=~good)], names=["id", "cluster"])
 
 
 def read_column(run: Store, kind: str, parts: Iterable[int], column: int = 0) -> np.ndarray:
@@ -84,7 +84,7 @@ def ids_of(run: Store, parts: Parts, rows: np.ndarray) -> list[str]:
         ids = read_ids(run, part)
         entries = np.flatnonzero(good_entries(read_quarantined(run, part), len(ids)))
         selected = entries[rows[cuts[part] : cuts[part + 1]] - parts.starts[part]]
-        results += map(columns.shown, ids.take(pa.array(selected)).to_pylist())
+        results += map(column_types.shown, ids.take(pa.array(selected)).to_pylist())
     return results
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from faceflow.kernels.knn import incremental_search
-from faceflow.kernels.mapequation.engine import Earlier
+from faceflow.kernels.mapequation.two_level import Earlier
 from faceflow.stages.artifacts.faces import RunData, read_column, read_groups
 from faceflow.stages.base import Context
 from faceflow.stages.changes import Changes

@@ -16,8 +16,8 @@ from faceflow.errors import QualityError
 from faceflow.stages import constraints_file
 from faceflow.stages.artifacts.faces import RunData, read_groups
 from faceflow.stages.base import Context, Outcome, Stage, version_of
-from faceflow.stages.detect import capped_modules, incremental, method_input, singletons
 from faceflow.stages.detect import constraints as imposed
+from faceflow.stages.detect import incremental, method_input, rejoining, singletons
 from faceflow.stages.results import DetectResult
 from faceflow.storage import layout
 from faceflow.storage.manifests import Fingerprint
@@ -108,7 +108,7 @@ def detect(request: Detect) -> tuple[DetectResult, dict[str, int]]:
     modules, fixed = partition.modules[leader], np.zeros(parts.faces, bool)
     joined, tried, assigned, bound, absent, moved, left = 0, 0, 0, 0, 0, 0, 0
     if config.method == "infomap":
-        modules, joined = capped_modules.join_capped(data, config.neighbors, modules, edges)
+        modules, joined = rejoining.join_capped(data, config.neighbors, modules, edges)
     if assigns_singletons(config):
         modules, tried, assigned = singletons.assign(data, modules, config.seed, request.threads)
     if config.constraints is not None:
@@ -126,8 +126,8 @@ def detect(request: Detect) -> tuple[DetectResult, dict[str, int]]:
 def _partition(request: Detect, edges: Iterable[EdgeList]) -> Partition:
     """The modules of the graph alone, by the method and engine that the settings name."""
     from faceflow.kernels.baselines import registry
-    from faceflow.kernels.mapequation import engine as mapequation
     from faceflow.kernels.mapequation import infomap_package
+    from faceflow.kernels.mapequation import two_level as mapequation
 
     data, config, threads = request.data, request.config, request.threads
     directed = config.flow == "directed"

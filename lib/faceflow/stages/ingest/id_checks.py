@@ -10,7 +10,7 @@ import pyarrow as pa
 from faceflow.kernels.clusters.naming import buckets_of_integers, buckets_of_texts, hash_integers, hash_texts
 from faceflow.stages.ingest import row_checks
 from faceflow.stages.ingest.parquet_input import Columns, IngestTask, read_batches
-from faceflow.storage import columns, layout
+from faceflow.storage import column_types, layout
 from faceflow.storage.manifests import is_whole
 from faceflow.storage.object_store import Store
 from faceflow.tables import IDS_CHECKED_SCHEMA
@@ -67,7 +67,7 @@ def buckets_of(ids: pa.Array, buckets: int) -> np.ndarray:
 
 def _texts(values: pa.Array) -> tuple[np.ndarray, np.ndarray]:
     """(offsets, bytes) of a column of large strings or large binary values; nulls are empty."""
-    texts = values.fill_null(pa.scalar("" if values.type == columns.TEXT else b"", values.type))
+    texts = values.fill_null(pa.scalar("" if values.type == column_types.TEXT else b"", values.type))
     data = np.frombuffer(texts.buffers()[2] or b"", np.uint8)
     return np.frombuffer(texts.buffers()[1], np.int64)[texts.offset : texts.offset + len(texts) + 1], data
 

@@ -34,7 +34,7 @@ from faceflow.stages.ingest.matching import (
 from faceflow.stages.ingest.parquet_input import IdTypes, part_faces
 from faceflow.stages.ingest.reading import check_bad_rows, id_bytes_of, read_files
 from faceflow.stages.results import IngestResult, RowChanges
-from faceflow.storage import columns, layout
+from faceflow.storage import column_types, layout
 from faceflow.storage.inputs import Listing
 from faceflow.storage.object_store import Store
 from faceflow.tables import BASE_ROWS_SCHEMA, MAX_FACES, ORIGINS_SCHEMA, QUARANTINED_SCHEMA, ROWS_NOW_SCHEMA, Parts
@@ -92,7 +92,7 @@ def run(context: Context, base: BaseRun, listing: Listing) -> Outcome[IngestResu
     )  # fmt: skip
     before = base.results.ingest
     staging = stores.run.child(layout.NEW_FILES)
-    types = IdTypes(read_ids(base.store, 0).type, columns.type_of(before.id_type))
+    types = IdTypes(read_ids(base.store, 0).type, column_types.type_of(before.id_type))
     read = read_files(context, listing.store, files.read, staging, before.dim, types)
     old, new = Side(base.store, before.entries, before.starts), Side(staging, read.entries, read.starts)
     buckets = buckets_for(old.entries[-1] + new.entries[-1], before.id_bytes + read.id_bytes)
@@ -137,7 +137,7 @@ def run(context: Context, base: BaseRun, listing: Listing) -> Outcome[IngestResu
         faces=parts.faces, quarantined=sum(part.entries - part.faces for part in placed), dim=read.dim,
         files=len(listing.files), starts=parts.starts,
         entries=tuple(np.cumsum([0, *(part.entries for part in placed)]).tolist()),
-        id_type=columns.name_of(read.ids.published),
+        id_type=column_types.name_of(read.ids.published),
         id_bytes=id_bytes_of(merge_sizes([part.sizes for part in placed])), input_snapshot=listing.snapshot,
         changes=RowChanges(parts.faces - kept - changed, changed, known.faces - kept - changed, tuple(bounds)),
     )  # fmt: skip

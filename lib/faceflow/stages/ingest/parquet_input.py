@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from faceflow.errors import InputError, did_you_mean, one_line
-from faceflow.storage import columns
+from faceflow.storage import column_types
 from faceflow.storage.inputs import open_input
 from faceflow.storage.object_store import Store, explain
 from faceflow.storage.traffic import count_read
@@ -39,23 +39,23 @@ class Footer:
 @dataclass(frozen=True)
 class Columns:
     """Names of the columns with the id, the embedding and, if there is one, the exclusive value; stored: the ids' storage type
-    (`storage.columns`)."""
+    (`storage.column_types`)."""
 
     id: str
     embedding: str
     exclusive: str | None
-    stored: pa.DataType = columns.TEXT
+    stored: pa.DataType = column_types.TEXT
 
     def ids(self, batch: pa.RecordBatch, path: str, row: int) -> tuple[pa.Array, np.ndarray]:
         """(ids of a batch, null where they are not valid UTF-8; the places of these, int64[...]). path, row: where the batch
         begins, for the error where an id does not fit the type of the others."""
         results = batch.column(batch.schema.get_field_index(self.id))
         try:
-            return columns.readable(columns.cast(results, self.stored))
+            return column_types.readable(column_types.cast(results, self.stored))
         except pa.ArrowInvalid:
             for i in range(len(results)):
                 try:
-                    columns.cast(results[i : i + 1], self.stored)
+                    column_types.cast(results[i : i + 1], self.stored)
                 except pa.ArrowInvalid:
                     raise InputError(
                         f"{one_line(path)}, row {row + i}: id {results[i].as_py()} does not fit into {self.stored}, the "
@@ -66,18 +66,18 @@ class Columns:
     def embeddings(self, batch: pa.RecordBatch) -> pa.Array:
         """The embeddings of a batch, as lists of floats."""
         results = batch.column(batch.schema.get_field_index(self.embedding))
-        kind = columns.embedding_storage(results.type)
+        kind = column_types.embedding_storage(results.type)
         assert kind is not None  # read_footers has seen to it
-        return columns.cast(results, pa.list_(pa.float32()) if pa.types.is_null(kind) else kind)
+        return column_types.cast(results, pa.list_(pa.float32()) if pa.types.is_null(kind) else kind)
 
     def exclusives(self, batch: pa.RecordBatch) -> pa.Array | None:
         """The exclusive values of a batch in their storage type; None without such a column."""
         if self.exclusive is None:
             return None
         results = batch.column(batch.schema.get_field_index(self.exclusive))
-        kind = columns.id_storage(results.type)
+        kind = column_types.id_storage(results.type)
         assert kind is not None
-        return columns.cast(results, columns.TEXT if pa.types.is_null(kind) else kind)
+        return column_types.cast(results, column_types.TEXT if pa.types.is_null(kind) else kind)
 
 
 @dataclass(frozen=True)
@@ -125,19 +125,19 @@ def read_footers(request: ReadFooters) -> list[Footer]:
                     detail = f"{did_you_mean(column, schema.names)} (set {flag})" if count == 0 else f" {count} times"
                     raise InputError(f"{one_line(path)} has {'no' if count == 0 else 'the'} column {column!r}{detail}")
             id_type, embedding = schema.field(names.id).type, schema.field(names.embedding)
-            if columns.id_storage(id_type) is None:
+            if column_types.id_storage(id_type) is None:
                 raise InputError(
                     f"{one_line(path)}: column {names.id!r} is {id_type}; an id must be a string, an integer or binary: "
-                    f"{columns.CASTS}"
+                    f"{column_types.CASTS}"
                 )
             if names.exclusive is not None:
                 kind = schema.field(names.exclusive).type
-                if columns.id_storage(kind) is None:
+                if column_types.id_storage(kind) is None:
                     raise InputError(
                         f"{one_line(path)}: column {names.exclusive!r} is {kind}; it must be a string or an integer: "
-                        f"{columns.CASTS}"
+                        f"{column_types.CASTS}"
                     )
-            stored = columns.embedding_storage(embedding.type)
+            stored = column_types.embedding_storage(embedding.type)
             if stored is None:
                 raise InputError(
                     f"{one_line(path)}: column {names.embedding!r} is {embedding.type}; an embedding must be a list of "
@@ -177,10 +177,10 @@ def common_id_types(footers: Sequence[Footer], base: IdTypes | None) -> IdTypes:
 
     Raises InputError where files, or a file and the base run, differ.
     """
-    known = [(footer, columns.id_storage(footer.id_type)) for footer in footers]
+    known = [(footer, column_types.id_storage(footer.id_type)) for footer in footers]
     known = [(footer, kind) for footer, kind in known if kind is not None and not pa.types.is_null(kind)]
-    integers = (columns.INTEGER, columns.UNSIGNED)
-    first = base.stored if base is not None else known[0][1] if known else columns.TEXT
+    integers = (column_types.INTEGER, column_types.UNSIGNED)
+    first = base.stored if base is not None else known[0][1] if known else column_types.TEXT
     for footer, kind in known:
         if kind != first and not (kind in integers and first in integers):
             target = f"{base.published} in the current run" if base is not None else (
@@ -189,9 +189,9 @@ def common_id_types(footers: Sequence[Footer], base: IdTypes | None) -> IdTypes:
             raise InputError(f"ids are {target} but {footer.id_type} in {one_line(footer.path)}: make them one type")
     if base is not None:
         return base
-    if any(kind == columns.INTEGER for _, kind in known):
-        first = columns.INTEGER
-    return IdTypes(first, columns.published(known[0][0].id_type) if known else pa.string())
+    if any(kind == column_types.INTEGER for _, kind in known):
+        first = column_types.INTEGER
+    return IdTypes(first, column_types.published(known[0][0].id_type) if known else pa.string())
 
 
 def check_dimensions(footers: Sequence[Footer]) -> None:

@@ -63,8 +63,8 @@ def check_batch(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(verdicts uint8[n], lengths of the embeddings int64[n], unit vectors float32[good rows, dim]) of one batch.
 
-    ids, not_text: as `storage.columns.readable` gives them; embeddings: a list column of floats. A repeated id cannot be seen
-    here.
+    ids, not_text: as `storage.column_types.readable` gives them; embeddings: a list column of floats. A repeated id cannot be
+    seen by this function.
     """
     n = len(embeddings)
     verdict = np.zeros(n, np.uint8)

@@ -9,7 +9,7 @@ from faceflow.stages.ingest import incremental
 from faceflow.stages.ingest.parquet_input import ReadFooters, read_footers
 from faceflow.stages.ingest.reading import check_bad_rows, columns_of, id_bytes_of, read_files
 from faceflow.stages.results import IngestResult
-from faceflow.storage import columns
+from faceflow.storage import column_types
 from faceflow.storage.inputs import Listing, contains, list_faces
 from faceflow.storage.manifests import Fingerprint
 
@@ -53,7 +53,7 @@ def run(context: Context) -> Outcome[IngestResult]:
     check_bad_rows(context, read.bad, read.entries[-1])
     result = IngestResult(
         faces=read.starts[-1], quarantined=read.bad.total, dim=read.dim, files=len(listing.files), starts=read.starts,
-        entries=read.entries, id_type=columns.name_of(read.ids.published), id_bytes=id_bytes_of(read.sizes),
+        entries=read.entries, id_type=column_types.name_of(read.ids.published), id_bytes=id_bytes_of(read.sizes),
         input_snapshot=listing.snapshot,
     )  # fmt: skip
     return Outcome(result, read.sizes)

@@ -13,7 +13,7 @@ from faceflow.kernels.clusters.naming import stable_clusters, transitions
 from faceflow.stages.artifacts.faces import good_entries, read_column, read_ids, read_quarantined
 from faceflow.stages.changes import Changes, same_ids
 from faceflow.stages.publish.events import events, moves_schema
-from faceflow.storage import columns, layout
+from faceflow.storage import column_types, layout
 from faceflow.storage.layout import RunStores
 from faceflow.storage.object_store import Store
 from faceflow.tables import Parts
@@ -83,4 +83,4 @@ def moves(run: Store, part: int, parts: Parts, clusters: np.ndarray, changes: Ch
         left = pa.concat_arrays(ids_before).filter(pa.array(gone))
         ended = [left, pa.array(old[gone]), pa.nulls(len(left), pa.int64())]
         columns_of = [pa.concat_arrays(pair) for pair in zip(columns_of, ended, strict=True)]
-    return pa.table([columns.as_published(columns_of[0], kind), *columns_of[1:]], schema=moves_schema(kind))
+    return pa.table([column_types.as_published(columns_of[0], kind), *columns_of[1:]], schema=moves_schema(kind))

@@ -14,7 +14,7 @@ from faceflow.stages.base import Context, Outcome, Stage
 from faceflow.stages.changes import Changes
 from faceflow.stages.publish import incremental, quality
 from faceflow.stages.results import PublishResult
-from faceflow.storage import columns, layout
+from faceflow.storage import column_types, layout
 from faceflow.storage.layout import RunStores
 from faceflow.tables import Parts
 
@@ -27,7 +27,7 @@ def run(context: Context) -> Outcome[PublishResult]:
     stores, parts, changes, config = context.stores, context.parts, context.changes, context.config
     executor = context.executor
     named = executor.call(name_clusters, NameClusters(stores, parts, changes, context.first_id), "clusters")
-    kind = columns.type_of(context.results.ingest.id_type)
+    kind = column_types.type_of(context.results.ingest.id_type)
     published = executor.map(
         publish_part,
         [PublishPart(stores, part, parts, changes, kind) for part in range(len(parts))],
@@ -141,7 +141,7 @@ def publish_part(request: PublishPart) -> PublishedPart:
     clusters = every[parts.starts[part] : parts.starts[part + 1]]
     histogram = quality.write_part(run, part, parts.starts[part], every)
     if quarantined.num_rows:
-        rows = {"id": columns.as_published(ids.take(quarantined.column("position")), kind)}
+        rows = {"id": column_types.as_published(ids.take(quarantined.column("position")), kind)}
         rows |= {name: quarantined.column(name) for name in ("file", "row", "reason")}
         with output.open_write(layout.quarantined_part(run_id, part), durable=True) as file:
             pq.write_table(pa.table(rows), file, compression="zstd")

@@ -12,8 +12,8 @@ from faceflow.config import ClusterConfig
 from faceflow.errors import SettingsError
 from faceflow.kernels.ivf import plan as plans
 from faceflow.kernels.ivf import quantizer
-from faceflow.kernels.knn import tiles
-from faceflow.stages.artifacts import cells
+from faceflow.kernels.knn import tile_kernel
+from faceflow.stages.artifacts import cell_assignments
 from faceflow.stages.artifacts.faces import read_quantizer
 from faceflow.stages.base import Context, Outcome, merge_sizes
 from faceflow.stages.quantize import threshold
@@ -36,7 +36,7 @@ def choose_plan(context: Context) -> plans.Plan:
     )  # fmt: skip
 
 
-def spread_of(assigned: Sequence[cells.Assigned], faces: int) -> tuple[float, float]:
+def spread_of(assigned: Sequence[cell_assignments.Assigned], faces: int) -> tuple[float, float]:
     """(mean similarity to the centroids, unevenness of the cells) of all parts (`results.CellsResult`)."""
     sizes = np.sum([np.array(part.faces) for part in assigned], axis=0)
     similarity = sum(part.similarity for part in assigned) / faces
@@ -86,11 +86,11 @@ def _make_cells(context: Context, count: int, chosen: ThresholdResult) -> tuple[
             executor.largest_machine_cpus,
         )  # fmt: skip
         executor.call(train, training, "train", resources=Resources(cpus=0))
-    rule, _, recall = cells.read_rules(data.store)
+    rule, _, recall = cell_assignments.read_rules(data.store)
     rule = rule.widened(context.attempt, count)
     assigned = executor.map(
-        cells.assign_part,
-        [cells.AssignPart(data, part, rule) for part in range(len(data.parts))],
+        cell_assignments.assign_part,
+        [cell_assignments.AssignPart(data, part, rule) for part in range(len(data.parts))],
         "quantize",
         sizes=[data.parts.rows(part) for part in range(len(data.parts))],
     )
@@ -116,4 +116,4 @@ def workers_of(config: ClusterConfig, executor: Executor) -> plans.Workers:
 
 def measure_flops(dim: int) -> float:
     """Operations a second of one worker's tiles at this dimension; for the predictions only, never for a choice."""
-    return tiles.measure_flops(dim)
+    return tile_kernel.measure_flops(dim)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from faceflow import __version__
-from faceflow.stages.artifacts import cells
+from faceflow.stages.artifacts import cell_assignments
 from faceflow.stages.base import BaseRun, Context, Outcome, merge_sizes
 from faceflow.stages.changes import Changes, FindActive, find_active
 from faceflow.stages.quantize.full import choose_plan, spread_of
@@ -89,10 +89,12 @@ def _carry(context: Context, base: BaseRun, changes: Changes) -> Outcome[Quantiz
     carried = changes.carried_parts
     files = {layout.CENTROIDS: data.store.share(changes.base, layout.CENTROIDS, layout.CENTROIDS)}
     assigned = executor.map(
-        cells.carry_cells, [cells.CarryCells(data, changes, part) for part in range(carried)], "carry"
+        cell_assignments.carry_cells, [cell_assignments.CarryCells(data, changes, part) for part in range(carried)], "carry"
     )  # fmt: skip
     assigned += executor.map(
-        cells.assign_part, [cells.AssignPart(data, part, None) for part in range(carried, len(parts))], "quantize"
+        cell_assignments.assign_part,
+        [cell_assignments.AssignPart(data, part, None) for part in range(carried, len(parts))],
+        "quantize",
     )
     new_faces = parts.faces - parts.starts[carried]
     new_similarity = sum(part.similarity for part in assigned[carried:]) / max(1, new_faces)

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from faceflow.cluster.executor import Resources
 from faceflow.kernels.knn import incremental_search, scratch, topk
-from faceflow.stages.artifacts import cells
+from faceflow.stages.artifacts import cell_assignments
 from faceflow.stages.artifacts.candidates import candidates_batch, gather, read_candidates, that_probe
 from faceflow.stages.artifacts.faces import RunData, read_vectors
 from faceflow.stages.base import Context
@@ -94,8 +94,8 @@ def probe_active(request: ProbeActive) -> None:
     if not is_whole(data.store, name):
         rows = np.flatnonzero(read_active(data.store, part)).astype(np.int32)
         vectors = read_vectors(data.store, part, data.dim)[rows]
-        rule = cells.read_rules(data.store)[1]
-        cells.write_probes(data.store, name, vectors, rows, rule, request.starts, carry_vectors=True)
+        rule = cell_assignments.read_rules(data.store)[1]
+        cell_assignments.write_probes(data.store, name, vectors, rows, rule, request.starts, carry_vectors=True)
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def _residents(data: RunData, group: range, count: int) -> incremental_search.Re
     run, parts, dim = data.store, data.parts, data.dim
     others = [np.flatnonzero(~read_active(run, part)) for part in group]
     assigned = np.concatenate(
-        [cells.read_assigned_cells(run, part)[rows] for part, rows in zip(group, others, strict=True)]
+        [cell_assignments.read_assigned_cells(run, part)[rows] for part, rows in zip(group, others, strict=True)]
     )  # fmt: skip
     rows = np.concatenate([parts.starts[part] + rows for part, rows in zip(group, others, strict=True)])
     rows = rows[np.argsort(assigned, kind="stable")]

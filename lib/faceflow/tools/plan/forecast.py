@@ -20,7 +20,7 @@ from faceflow.stages.quantize import full as quantize
 from faceflow.storage.inputs import list_faces
 from faceflow.storage.object_store import Store
 from faceflow.tables import MAX_FACES
-from faceflow.tools.plan import costs, sample
+from faceflow.tools.plan import costs, preview
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def plan_run(config: ClusterConfig) -> Forecast:
         dim = dimension_of(executor, store, footers, config.embedding_column)
         threads = executor.machine_cpus(config.detect_resource)
         outlook = executor.call(
-            sample.look, sample.Look(config, store, tuple(footers), dim, threads), "look",
+            preview.look, preview.Look(config, store, tuple(footers), dim, threads), "look",
             resources=Resources(cpus=0, custom=config.detect_resource),
         )  # fmt: skip
         cpus = executor.cpus

@@ -1,4 +1,4 @@
-"""Modules that the cap on neighbors cut out of one cluster are joined again (`kernels.clusters.capped_modules`)."""
+"""Modules that the cap on neighbors cut out of one cluster are joined again (`kernels.clusters.rejoining`)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from faceflow.kernels.clusters import capped_modules
+from faceflow.kernels.clusters import rejoining
 from faceflow.stages.artifacts.faces import RunData, read_vectors
 from faceflow.storage import layout
 from faceflow.tables import EdgeList, NeighborTable
@@ -34,7 +34,7 @@ def join_capped(data: RunData, neighbors: int, modules: np.ndarray, edges: Itera
         table = NeighborTable.from_batch(run.read_batch(layout.part("neighbors", part)), first)
         selected = modules[first : parts.starts[part + 1]]
         full += np.bincount(selected[np.diff(table.offsets) >= neighbors], minlength=len(size))
-    capped = (full >= CAPPED * np.maximum(size, 1)) & (size >= capped_modules.FEWEST)
+    capped = (full >= CAPPED * np.maximum(size, 1)) & (size >= rejoining.FEWEST)
     if capped.sum() < 2:
         return modules, 0
     pairs = _near_pairs(modules, capped, edges)
@@ -50,9 +50,9 @@ def join_capped(data: RunData, neighbors: int, modules: np.ndarray, edges: Itera
         numbers, at = np.unique(chosen, return_inverse=True)
         vectors = _sample(data, modules, numbers)
         for i, (a, b) in enumerate(at.reshape(-1, 2).tolist()):
-            densities[begin + i] = capped_modules.density_between(vectors[a], vectors[b])
+            densities[begin + i] = rejoining.density_between(vectors[a], vectors[b])
         begin += step
-    joined = capped_modules.join(pairs, densities, len(size))
+    joined = rejoining.join(pairs, densities, len(size))
     return joined[modules], int((joined != np.arange(len(size))).sum())
 
 
@@ -83,7 +83,7 @@ def _sample(data: RunData, modules: np.ndarray, chosen: np.ndarray) -> list[np.n
     starts = np.searchsorted(modules[order], chosen)
     ends = np.searchsorted(modules[order], chosen, side="right")
     rows = [
-        order[np.unique(np.linspace(begin, end - 1, min(end - begin, capped_modules.SAMPLE)).astype(np.int64))]
+        order[np.unique(np.linspace(begin, end - 1, min(end - begin, rejoining.SAMPLE)).astype(np.int64))]
         for begin, end in zip(starts.tolist(), ends.tolist(), strict=True)
     ]
     every = np.concatenate(rows)

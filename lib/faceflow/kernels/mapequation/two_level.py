@@ -170,7 +170,7 @@ def detect(
 ) -> Partition:  # fmt: skip
     """Modules of the whole graph, the best of `trials` seeds: seed, seed + 1, …
 
-    parts: consecutive blocks of rows, iterated twice (`graphs.load`). Rows without any edge are modules of their own.
+    parts: consecutive blocks of rows, iterated twice (`csr.load`). Rows without any edge are modules of their own.
     threads: CPU threads; neither they nor the machine change the result. directed: False counts every edge both ways
     (`flow.undirected_flow`). earlier: what to continue from, in place of the seeds; starts: as of `optimize`.
     Returns dense modules and the codelength in bits (0 without any edge).

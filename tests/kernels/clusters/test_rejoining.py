@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from faceflow.kernels.clusters import capped_modules
+from faceflow.kernels.clusters import rejoining
 
 
 def unit(x: np.ndarray) -> np.ndarray:
@@ -35,9 +35,9 @@ def test_tasks_of_one_cloud(law: str, least: float, most: float) -> None:
     along = rng.uniform(-0.8, 0.8, 4_000) if law != "normal" else 0.5 * rng.standard_normal(4_000)
     x = cloud(along)
     low = along < 0 if law != "random halves" else rng.random(len(x)) < 0.5
-    results = capped_modules.density_between(x[low], x[~low])
+    results = rejoining.density_between(x[low], x[~low])
     assert least <= results <= most
-    assert results == pytest.approx(capped_modules.density_between(x[~low], x[low]), rel=1e-9)
+    assert results == pytest.approx(rejoining.density_between(x[~low], x[low]), rel=1e-9)
 
 
 @pytest.mark.parametrize("cosine", [0.0, 0.5, 0.8, 0.9])
@@ -46,8 +46,8 @@ def test_two_people_have_a_gap_however_alike_they_are(cosine: float) -> None:
     a, b = unit(rng.standard_normal((2, 256)))
     b = unit((cosine * a + np.sqrt(1 - cosine**2) * unit((b - (a @ b) * a)[None])[0])[None])[0]
     for sizes in ((200, 200), (256, 20)):
-        results = capped_modules.density_between(person(rng, sizes[0], a[None]), person(rng, sizes[1], b[None]))
-        assert results < capped_modules.LEAST_DENSITY / 2
+        results = rejoining.density_between(person(rng, sizes[0], a[None]), person(rng, sizes[1], b[None]))
+        assert results < rejoining.LEAST_DENSITY / 2
 
 
 def test_poor_photos_of_one_person_are_not_another() -> None:
@@ -57,12 +57,12 @@ def test_poor_photos_of_one_person_are_not_another() -> None:
     noise = rng.uniform(0.4, 1.6, 3_000)
     x = unit(center + noise[:, None] * rng.standard_normal((3_000, 128)) / np.sqrt(128))
     poor = noise > 1.0
-    assert capped_modules.density_between(x[poor], x[~poor]) > capped_modules.LEAST_DENSITY
+    assert rejoining.density_between(x[poor], x[~poor]) > rejoining.LEAST_DENSITY
 
 
 def test_chains_of_tasks_are_one() -> None:
     pairs = np.array([[0, 1], [1, 2], [3, 4], [4, 5]])
-    joined = capped_modules.join(pairs, np.array([1.0, 0.7, 0.59, 9.0]), 7)
+    joined = rejoining.join(pairs, np.array([1.0, 0.7, 0.59, 9.0]), 7)
     assert joined.tolist() == [0, 0, 0, 3, 4, 4, 6]
 
 
@@ -73,11 +73,11 @@ def test_people_of_a_real_set_are_apart(face_data: Path) -> None:
     labels = t["label"].to_numpy()
     largest = np.argsort(-np.bincount(labels))[:40]
     faces = [x[labels == label] for label in largest]
-    apart = [capped_modules.density_between(a, b) for i, a in enumerate(faces) for b in faces[:i]]
-    assert max(apart) < capped_modules.LEAST_DENSITY
+    apart = [rejoining.density_between(a, b) for i, a in enumerate(faces) for b in faces[:i]]
+    assert max(apart) < rejoining.LEAST_DENSITY
     rng = np.random.default_rng(0)
     halves = []
     for item in faces:
         first = rng.permutation(len(item)) < len(item) // 2
-        halves.append(capped_modules.density_between(item[first], item[~first]))
-    assert np.mean(np.array(halves) >= capped_modules.LEAST_DENSITY) > 0.9
+        halves.append(rejoining.density_between(item[first], item[~first]))
+    assert np.mean(np.array(halves) >= rejoining.LEAST_DENSITY) > 0.9
