@@ -143,4 +143,4 @@ Method = Literal[
     "infomap", "components", "hac-single", "hac-average", "chinese-whispers", "label-propagation", "leiden", "knn-dbscan",
     "hdbscan", "rank-order", "cdp", "dpc", "lce", "spectral", "minibatch-kmeans",
 ]  # fmt: skip
-"""Clustering methods: the map equation, and those of `kernels.baselines`."""
+"""Clustering methods: the map equation, and those of `kernels.methods`."""

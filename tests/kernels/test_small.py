@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as sk
 
-from faceflow.kernels.clusters import naming
+from faceflow.kernels.clusters import cluster_ids
 from faceflow.kernels.clusters import scores as metrics
 from faceflow.kernels.graph import edge_recipes
 from faceflow.kernels.knn import incremental_search, vectors
@@ -47,7 +47,7 @@ def test_threshold_recipe() -> None:
 @given(st.lists(st.integers(0, 12), min_size=1, max_size=60))
 def test_canonical_order(modules: list[int]) -> None:
     m = np.array(modules)
-    lookup, sizes = naming.canonical_order(m)
+    lookup, sizes = cluster_ids.canonical_order(m)
     clusters = lookup[m]
     assert sorted(set(clusters)) == list(range(len(sizes)))
     np.testing.assert_array_equal(np.bincount(clusters), sizes)

@@ -14,7 +14,7 @@ import pytest
 from faceflow.cli.main import main
 from faceflow.config import METHODS
 from faceflow.errors import InputError
-from faceflow.kernels.baselines import registry
+from faceflow.kernels.methods import registry
 from faceflow.tools import compare
 from faceflow.tools.datasets.convert import import_neighbors
 from faceflow.tools.datasets.synthesize import synthesize

@@ -19,8 +19,8 @@ from faceflow.cluster.executor import Executor, Resources
 from faceflow.cluster.worker import peak_memory
 from faceflow.config import ClusterConfig
 from faceflow.errors import FaceflowError, InputError, SettingsError, did_you_mean
-from faceflow.kernels.baselines import registry
 from faceflow.kernels.graph import edge_recipes
+from faceflow.kernels.methods import registry
 from faceflow.runs.pipeline import execute
 from faceflow.stages.artifacts.faces import RunData, good_entries, label_table, read_ids, read_quarantined
 from faceflow.stages.base import open_executor

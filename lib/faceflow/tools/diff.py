@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from faceflow.errors import InputError, did_you_mean
-from faceflow.kernels.clusters.naming import transitions
+from faceflow.kernels.clusters.cluster_ids import transitions
 from faceflow.setting_types import StorageOptions
 from faceflow.stages.publish.events import events, moves_schema
 from faceflow.storage import column_types, layout

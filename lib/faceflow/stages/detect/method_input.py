@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from faceflow.kernels.baselines import registry
 from faceflow.kernels.graph.edge_recipes import kept
 from faceflow.kernels.graph.shared_neighbors import Block
+from faceflow.kernels.methods import registry
 from faceflow.stages.artifacts.faces import RunData, read_groups, read_vectors
 from faceflow.storage import layout
 from faceflow.tables import EdgeList, NeighborTable

@@ -125,9 +125,9 @@ def detect(request: Detect) -> tuple[DetectResult, dict[str, int]]:
 
 def _partition(request: Detect, edges: Iterable[EdgeList]) -> Partition:
     """The modules of the graph alone, by the method and engine that the settings name."""
-    from faceflow.kernels.baselines import registry
     from faceflow.kernels.mapequation import infomap_package
     from faceflow.kernels.mapequation import two_level as mapequation
+    from faceflow.kernels.methods import registry
 
     data, config, threads = request.data, request.config, request.threads
     directed = config.flow == "directed"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from faceflow.kernels.clusters.naming import buckets_of_integers, buckets_of_texts, hash_integers, hash_texts
+from faceflow.kernels.id_hashing import buckets_of_integers, buckets_of_texts, hash_integers, hash_texts
 from faceflow.stages.ingest import row_checks
 from faceflow.stages.ingest.parquet_input import Columns, IngestTask, read_batches
 from faceflow.storage import column_types, layout

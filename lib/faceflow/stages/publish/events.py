@@ -20,7 +20,7 @@ vanished gave it faces) and split (clusters that were created took faces of it).
 def events(before: np.ndarray, after: np.ndarray, faces: np.ndarray) -> pa.Table:
     """What became of every cluster that did not stay as it was, by rising cluster.
 
-    before, after, faces: int64[p], pairs of clusters that share faces (`kernels.clusters.naming.transitions`), -1 for none.
+    before, after, faces: int64[p], pairs of clusters that share faces (`cluster_ids.transitions`), -1 for none.
     """
     top = int(max(before.max(initial=-1), after.max(initial=-1))) + 1
     size_before = np.bincount(before[before >= 0], faces[before >= 0], top).astype(np.int64)

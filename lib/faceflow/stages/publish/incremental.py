@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from faceflow.kernels.clusters.naming import stable_clusters, transitions
+from faceflow.kernels.clusters.cluster_ids import stable_clusters, transitions
 from faceflow.stages.artifacts.faces import good_entries, read_column, read_ids, read_quarantined
 from faceflow.stages.changes import Changes, same_ids
 from faceflow.stages.publish.events import events, moves_schema
@@ -30,7 +30,7 @@ class Named:
 
 
 def name_clusters(stores: RunStores, parts: Parts, modules: np.ndarray, changes: Changes, first_id: int) -> Named:
-    """Give modules the ids that their clusters had (`kernels.clusters.naming.stable_clusters`), new ones from first_id on, and
+    """Give modules the ids that their clusters had (`cluster_ids.stable_clusters`), new ones from first_id on, and
     write the events. modules: int64[N]."""
     known_before = _clusters(changes.base, range(len(changes.base_parts)))
     base_rows = same_ids(stores.run, range(len(parts)))

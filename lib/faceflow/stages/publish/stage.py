@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from faceflow.kernels.clusters.naming import canonical_order
+from faceflow.kernels.clusters.cluster_ids import canonical_order
 from faceflow.stages.artifacts.faces import good_entries, label_table, read_column, read_ids, read_quarantined
 from faceflow.stages.base import Context, Outcome, Stage
 from faceflow.stages.changes import Changes

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from faceflow import config
 from faceflow.errors import InputError, SettingsError
-from faceflow.kernels.baselines import algorithms, registry
 from faceflow.kernels.clusters.scores import score
 from faceflow.kernels.graph.shared_neighbors import Block
+from faceflow.kernels.methods import algorithms, registry
 
 Cosines = dict[int, dict[int, float]]
 

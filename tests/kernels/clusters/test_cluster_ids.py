@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from faceflow.kernels.clusters.naming import canonical_order, stable_clusters, transitions
+from faceflow.kernels.clusters.cluster_ids import canonical_order, stable_clusters, transitions
 from faceflow.stages.publish.events import events
 
 

@@ -88,14 +88,14 @@ def _infomap(given: Given) -> np.ndarray:
 
 
 def _components(given: Given) -> np.ndarray:
-    from faceflow.kernels.baselines import algorithms
+    from faceflow.kernels.methods import algorithms
 
     return algorithms.components(len(given), algorithms.sources_of(given.table), given.table[1])
 
 
 def _linked(find: str) -> Callable[[Given], np.ndarray]:
     def run(given: Given) -> np.ndarray:
-        from faceflow.kernels.baselines import algorithms
+        from faceflow.kernels.methods import algorithms
 
         return algorithms.components(len(given), *getattr(algorithms, find)(given.table))
 
@@ -103,13 +103,13 @@ def _linked(find: str) -> Callable[[Given], np.ndarray]:
 
 
 def _cdp(given: Given) -> np.ndarray:
-    from faceflow.kernels.baselines import algorithms
+    from faceflow.kernels.methods import algorithms
 
     return algorithms.split_components(given.table, given.threshold)
 
 
 def _chinese_whispers(given: Given) -> np.ndarray:
-    from faceflow.kernels.baselines import algorithms
+    from faceflow.kernels.methods import algorithms
 
     return algorithms.chinese_whispers(algorithms.symmetric(given.table), given.seed)
 
@@ -117,7 +117,7 @@ def _chinese_whispers(given: Given) -> np.ndarray:
 def _dbscan(given: Given) -> np.ndarray:
     from sklearn.cluster import DBSCAN
 
-    from faceflow.kernels.baselines import algorithms
+    from faceflow.kernels.methods import algorithms
 
     distance = algorithms.symmetric(given.table)
     distance.data = np.maximum(1 - distance.data, 1e-7)
@@ -189,7 +189,7 @@ def _spectral(rows: np.ndarray, given: Given) -> np.ndarray:
     from scipy.sparse.linalg import eigsh
     from sklearn.cluster import KMeans
 
-    from faceflow.kernels.baselines import algorithms
+    from faceflow.kernels.methods import algorithms
 
     number = np.full(len(given), -1)
     number[rows] = np.arange(len(rows))
@@ -222,7 +222,7 @@ def _graph(given: Given) -> tuple[Any, np.ndarray]:
     import igraph
     from scipy.sparse import triu
 
-    from faceflow.kernels.baselines import algorithms
+    from faceflow.kernels.methods import algorithms
 
     upper = triu(algorithms.symmetric(given.table), 1).tocoo()
     return igraph.Graph(n=len(given), edges=np.column_stack(upper.coords)), upper.data
